@@ -1,0 +1,1 @@
+"""einscade: an attention compiler for PyTorch."""

@@ -1,0 +1,211 @@
+"""The cascade: ranks, tensors, Einsums in single-assignment order. Frozen data, structural equality, no behaviour.
+
+    cascade attention(Q[b,h,p,e]: bf16, K[b,g,m,e]: bf16, V[b,g,m,f]: bf16) -> O[b,h,p,f]: bf16
+      where b < B, h < 32, g < 8, p < P, m < M, e < 128, f < 128
+      S[b,h,p,m] = sum(e) Q[b,h,p,e] * K[b,h // 4,m,e] * 0.125  if m <= p
+      G[b,h,p]   = max(m) S[b,h,p,m]
+      W[b,h,p,m] = exp(S[b,h,p,m] - G[b,h,p])
+      Z[b,h,p]   = sum(m) W[b,h,p,m]
+      O[b,h,p,f]: bf16 = sum(m) W[b,h,p,m] * V[b,h // 4,m,f] / Z[b,h,p]
+
+Semantics every layer agrees on (the interpreter is the definition):
+
+* Over the reals: a dtype says how a tensor is stored, never how it is computed.
+* *Existence*: a point of an Einsum exists where its own domain holds and every point it reads exists. A reduction
+  takes the existing points only (none: the monoid's identity, which exists). A cascade output's missing points are 0.
+* A *scan* (`scan=Scan("t", init)`) is sequential along rank `t`: its expression may read its own output at `t - 1`;
+  at `t = 0` that read gives `init`. `max`-, `sum`-like running values, states of linear attention, online softmax.
+* `topk` reduces a rank to the *indices* of its k largest points (largest first; ties to the smaller index;
+  missing points last), along a new rank `slot` of the output.
+* An empty row: sums over nothing are 0, and rewrites that divide by such a sum guard the division with a domain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import sympy
+from sympy.logic.boolalg import Boolean
+
+from einscade.ir.expr import Access, Expr, accesses, free_vars, var
+
+__all__ = ["DENSE", "DTYPES", "MONOIDS", "Cascade", "Einsum", "Layout", "Monoid", "Rank", "Reduction", "Scan", "Tensor"]
+
+DTYPES = ("f64", "f32", "f16", "bf16", "f8e4m3", "f8e5m2", "i64", "i32", "i16", "i8", "u8", "i4", "bool")
+
+
+@dataclass(frozen=True)
+class Monoid:
+    """An associative, commutative operator with its identity; `combine(a, b)` builds the expression."""
+
+    name: str
+    identity: Expr
+
+    def combine(self, a: Expr, b: Expr) -> Expr:
+        return _COMBINE[self.name](a, b)
+
+
+_COMBINE = {
+    "sum": lambda a, b: a + b,
+    "prod": lambda a, b: a * b,
+    "max": lambda a, b: sympy.Max(a, b),
+    "min": lambda a, b: sympy.Min(a, b),
+    "any": lambda a, b: sympy.Or(a, b),
+    "all": lambda a, b: sympy.And(a, b),
+}
+
+MONOIDS: Mapping[str, Monoid] = {
+    m.name: m
+    for m in (
+        Monoid("sum", sympy.Integer(0)),
+        Monoid("prod", sympy.Integer(1)),
+        Monoid("max", -sympy.oo),
+        Monoid("min", sympy.oo),
+        Monoid("any", sympy.false),
+        Monoid("all", sympy.true),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A named dimension. `origin` names the rank that this one is a part of, after partitioning (m -> t, u)."""
+
+    name: str
+    extent: Expr
+    origin: str | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a tensor is stored. `kind`: dense, quantized, blocks (block-sparse) or paged; `params` are sorted pairs of
+    plain values (bits=8, group="m:64", scales="Ks", ...), names of tensors among them."""
+
+    kind: str = "dense"
+    params: tuple[tuple[str, str | int], ...] = ()
+
+    def __getitem__(self, key: str) -> str | int:
+        return dict(self.params)[key]
+
+
+DENSE = Layout()
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A name, the ranks that shape it (each extent from the cascade's rank table), a dtype and a layout."""
+
+    name: str
+    ranks: tuple[str, ...]
+    dtype: str = "f32"
+    layout: Layout = DENSE
+
+    def __call__(self, *index: object) -> Access:
+        """This tensor at an index, or, without one, at its own rank variables."""
+        return Access(self.name, *(index or map(var, self.ranks)))
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """`monoid` (a key of MONOIDS, or "topk") over `ranks`; `slot` is the rank that topk's result runs along."""
+
+    monoid: str
+    ranks: tuple[str, ...]
+    slot: str | None = None
+
+
+@dataclass(frozen=True)
+class Scan:
+    """Sequential along `rank`; the output read at `rank - 1` when `rank` is 0 gives `init`."""
+
+    rank: str
+    init: Expr
+
+
+@dataclass(frozen=True)
+class Einsum:
+    """One statement: `output[ranks] = reduce(ranks) expr if domain`."""
+
+    output: Tensor
+    expr: Expr
+    reduce: Reduction | None = None
+    domain: Boolean = sympy.true
+    scan: Scan | None = None
+
+    @property
+    def name(self) -> str:
+        return self.output.name
+
+    @cached_property
+    def ranks(self) -> tuple[str, ...]:
+        """The iteration space: output ranks (topk's slot is not iterated), then reduced ranks."""
+        slot = self.reduce.slot if self.reduce else None
+        return tuple(r for r in self.output.ranks if r != slot) + (self.reduce.ranks if self.reduce else ())
+
+    @cached_property
+    def reads(self) -> tuple[Access, ...]:
+        """Every access in the expression and the domain, nested ones included."""
+        return tuple(dict.fromkeys(accesses(self.expr) + accesses(self.domain)))
+
+    def replace(self, **changes: object) -> Einsum:
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Cascade:
+    """A program between two graph boundaries. `ranks` is the table of extents; `outputs` names body or input tensors."""
+
+    name: str
+    ranks: tuple[Rank, ...]
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[str, ...]
+    body: tuple[Einsum, ...]
+
+    @cached_property
+    def rank_table(self) -> Mapping[str, Rank]:
+        return {r.name: r for r in self.ranks}
+
+    @cached_property
+    def tensors(self) -> Mapping[str, Tensor]:
+        return {t.name: t for t in (*self.inputs, *(e.output for e in self.body))}
+
+    @cached_property
+    def definitions(self) -> Mapping[str, Einsum]:
+        return {e.name: e for e in self.body}
+
+    @cached_property
+    def symbols(self) -> tuple[str, ...]:
+        """Free extent symbols (lengths only known at run time, and tile sizes), sorted."""
+        names: set[str] = set()
+        for r in self.ranks:
+            names |= free_vars(r.extent)
+        for e in self.body:
+            names |= free_vars(e.expr) | free_vars(e.domain)
+        return tuple(sorted(names - set(self.rank_table)))
+
+    def extent(self, rank: str) -> Expr:
+        return self.rank_table[rank].extent
+
+    def shape(self, tensor: str) -> tuple[Expr, ...]:
+        return tuple(self.extent(r) for r in self.tensors[tensor].ranks)
+
+    def users(self, tensor: str) -> Iterator[Einsum]:
+        """The statements that read a tensor (a scan's read of itself included)."""
+        return (e for e in self.body if any(a.tensor == tensor for a in e.reads))
+
+    def fresh(self, prefix: str) -> str:
+        """A name no tensor, rank or symbol has."""
+        taken = {*self.tensors, *self.rank_table, *self.symbols}
+        if prefix not in taken:
+            return prefix
+        return next(f"{prefix}{i}" for i in range(1, len(taken) + 2) if f"{prefix}{i}" not in taken)
+
+    def replace(self, **changes: object) -> Cascade:
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        from einscade.ir.text import print_cascade
+
+        return print_cascade(self)
