@@ -155,7 +155,7 @@ class Einsum:
 
 @dataclass(frozen=True)
 class Cascade:
-    """A program between two graph boundaries. `ranks` is the table of extents; `outputs` names body or input tensors."""
+    """A program between two graph boundaries. `ranks` tables the extents; `outputs` names body or input tensors."""
 
     name: str
     ranks: tuple[Rank, ...]

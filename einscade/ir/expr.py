@@ -14,13 +14,13 @@ Booleans are sympy booleans (`m <= p`, `And`, `Or`, `Not`) and boolean tensors a
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 from sympy.core.symbol import Str
 from sympy.logic.boolalg import Boolean
 
-Expr = sympy.Expr
+Expr: TypeAlias = sympy.Expr
 
 __all__ = [
     "Access",
@@ -145,7 +145,8 @@ class Mod(sympy.Function):
 
 def _split_multiple(a: Expr, b: Expr) -> tuple[Expr, Expr]:
     """`a == whole * b + rest`, with every term of `a` that is visibly a multiple of `b` in `whole`."""
-    whole, rest = [], []
+    whole: list[Expr] = []
+    rest: list[Expr] = []
     for term in sympy.Add.make_args(a):
         quotient = _exact_quotient(term, b)
         (rest if quotient is None else whole).append(term if quotient is None else quotient)
