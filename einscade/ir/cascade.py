@@ -12,11 +12,19 @@ Semantics every layer agrees on (the interpreter is the definition):
 
 * Over the reals: a dtype says how a tensor is stored, never how it is computed.
 * *Existence*: a point of an Einsum exists where its own domain holds and every point it reads exists. A reduction
-  takes the existing points only (none: the monoid's identity, which exists). A cascade output's missing points are 0.
-* A *scan* (`scan=Scan("t", init)`) is sequential along rank `t`: its expression may read its own output at `t - 1`;
-  at `t = 0` that read gives `init`. `max`-, `sum`-like running values, states of linear attention, online softmax.
+  takes the existing points only. Conditions free of the reduced ranks (conjuncts of the domain, reads whose index has
+  none) say whether the output point exists at all, as `m <= p` does above; the others only say what is reduced, and a
+  reduction over nothing is the monoid's identity, which exists. A cascade output's missing points are 0.
+* `Where` reads the branch it takes, `&` and `|` stop at what decides them: what they pass over need not exist. A point
+  that does not exist may read outside a tensor; one that exists must not.
+* A *scan* (`scan=Scan("t", init)`) is sequential along rank `t`: its expression may read its own output at `t - 1`
+  and its own point of the other ranks (or, where the statement reduces, at the reduced ranks); at `t = 0` that read
+  gives `init`. `max`-, `sum`-like running values, states of linear attention, online softmax.
 * `topk` reduces a rank to the *indices* of its k largest points (largest first; ties to the smaller index;
-  missing points last), along a new rank `slot` of the output.
+  missing points last), along a new rank `slot` of the output; k, the slot's extent, is at most the rank's. All k
+  slots exist: one that names a missing point is for the reader's domain to drop.
+* `-oo` and `+oo` added to each other give 0, so that a correction `exp(G[t - 1] - G[t])` is 1 where nothing was
+  accumulated yet.
 * An empty row: sums over nothing are 0, and rewrites that divide by such a sum guard the division with a domain.
 """
 
@@ -146,8 +154,9 @@ class Einsum:
 
     @cached_property
     def reads(self) -> tuple[Access, ...]:
-        """Every access in the expression and the domain, nested ones included."""
-        return tuple(dict.fromkeys(accesses(self.expr) + accesses(self.domain)))
+        """Every access in the expression, the domain and a scan's initial value, nested ones included."""
+        init = accesses(self.scan.init) if self.scan else ()
+        return tuple(dict.fromkeys(accesses(self.expr) + accesses(self.domain) + init))
 
     def replace(self, **changes: object) -> Einsum:
         return replace(self, **changes)  # type: ignore[arg-type]
@@ -182,7 +191,7 @@ class Cascade:
         for r in self.ranks:
             names |= free_vars(r.extent)
         for e in self.body:
-            names |= free_vars(e.expr) | free_vars(e.domain)
+            names |= free_vars(e.expr) | free_vars(e.domain) | (free_vars(e.scan.init) if e.scan else frozenset())
         return tuple(sorted(names - set(self.rank_table)))
 
     def extent(self, rank: str) -> Expr:

@@ -14,6 +14,8 @@ Booleans are sympy booleans (`m <= p`, `And`, `Or`, `Not`) and boolean tensors a
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import sympy
@@ -23,6 +25,7 @@ from sympy.logic.boolalg import Boolean
 Expr: TypeAlias = sympy.Expr
 
 __all__ = [
+    "FUNCTIONS",
     "Access",
     "Expr",
     "FloorDiv",
@@ -209,19 +212,46 @@ class Trunc(sympy.Function):
         return sympy.Integer(0)
 
 
+# Functions of one real argument that an expression may hold, by the name they have in the text form.
+FUNCTIONS: Mapping[str, Any] = {
+    "exp": sympy.exp,
+    "log": sympy.log,
+    "tanh": sympy.tanh,
+    "erf": sympy.erf,
+    "sin": sympy.sin,
+    "cos": sympy.cos,
+    "sinh": sympy.sinh,
+    "cosh": sympy.cosh,
+    "atan": sympy.atan,
+    "abs": sympy.Abs,
+    "sign": sympy.sign,
+    "floor": sympy.floor,
+    "ceil": sympy.ceiling,
+    "round": Round,
+    "trunc": Trunc,
+}
+
+
 def ceil_div(a: Any, b: Any) -> Expr:
     """⌈a / b⌉ for nonnegative integers, as an expression."""
     a, b = sympy.sympify(a), sympy.sympify(b)
     return FloorDiv(a + b - 1, b)
 
 
+@lru_cache(maxsize=65536)
 def accesses(expr: Any) -> tuple[Access, ...]:
-    """Every access in the expression, nested ones included, each once, in a fixed (printed) order."""
-    return tuple(sorted(expr.atoms(Access) | _nested(expr), key=sympy.default_sort_key)) if expr.has(Access) else ()
+    """Every access in the expression, nested ones included, each once, in a fixed order."""
+    return tuple(dict.fromkeys(_walk(expr)))
 
 
-def _nested(expr: Any) -> set[Access]:
-    return {node for node in sympy.preorder_traversal(expr) if isinstance(node, Access)}
+def _walk(expr: Any) -> Iterator[Access]:
+    if isinstance(expr, Access):
+        yield expr
+        for index in expr.index:
+            yield from _walk(index)
+    elif expr.args:
+        for arg in expr.args:
+            yield from _walk(arg)
 
 
 def free_vars(expr: Any) -> frozenset[str]:
