@@ -1,0 +1,169 @@
+"""`make demo`: two pretrained models, their attention found, rewritten and compiled, and what that changed.
+
+Everything that is printed is computed in this run. The exit status is 1 if a promise does not hold: every attention
+site rewritten, the same tokens generated, logits and embeddings within their bounds, less memory than before.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import einscade
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.measure import interleaved_medians, peak_extra_memory
+from examples import pretrained
+
+PROMPT = "Why is the sky blue?"
+NEW_TOKENS = 64
+LENGTHS = (512, 2048)
+REPEATS = {512: 5, 2048: 2}
+LAST = 16  # logits of the last positions only, as a prefill computes them; all of them would hide attention's memory
+MAX_LOGIT_ERROR = 1e-3
+MAX_EMBEDDING_ERROR = 1e-5
+
+console = Console(highlight=False)
+Forward = Callable[[Any], Any]
+
+
+class Promises:
+    """What the demo says will hold; `failed` collects what did not."""
+
+    def __init__(self) -> None:
+        self.failed: list[str] = []
+
+    def check(self, holds: bool, what: str) -> None:
+        console.print(f"  [bold {'green' if holds else 'red'}]{'✓' if holds else '✗'}[/] {what}")
+        if not holds:
+            self.failed.append(what)
+
+
+def optimise(name: str, model: Any, first_call: Forward, sites: int, promises: Promises) -> Any:
+    """`einscade.optimize`, its first call under a progress bar, and the report."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(24),
+        TextColumn("{task.completed}/{task.total}"),
+    )
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        task = progress.add_task(f"compiling {name}", total=sites)
+        fast = einscade.optimize(
+            model, dynamic=True, progress=lambda done, total: progress.update(task, completed=done, total=total)
+        )
+        first_call(fast)
+    console.print(str(fast.report), markup=False)
+    rewritten = sum(site.status == "rewritten" for site in fast.report.sites)
+    promises.check(
+        rewritten == sites == len(fast.report.sites), f"{rewritten} of {sites} attention sites rewritten in {name}"
+    )
+    return fast
+
+
+def compare(what: str, before: Callable[[], Any], after: Callable[[], Any], repeats: int) -> tuple[list[str], bool]:
+    """A table row of median times and peak memory, and whether memory went down."""
+    medians = interleaved_medians({"before": before, "after": after}, repeats)
+    t0, t1 = medians["before"][0], medians["after"][0]
+    m0, m1 = peak_extra_memory(before) / 2**20, peak_extra_memory(after) / 2**20
+    times = [f"{t0:.2f} s", f"{t1:.2f} s", f"{t1 / t0:.2f} ×"]
+    return [what, *times, f"{m0:.0f} MiB", f"{m1:.0f} MiB", f"{m1 / m0:.2f} ×"], m1 < m0
+
+
+def comparison_table(title: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in ("", "time before", "after", "", "peak memory before", "after", ""):
+        table.add_column(column, justify="right")
+    return table
+
+
+def language_model(promises: Promises) -> None:
+    console.rule("SmolLM2-135M-Instruct, eager attention, fp32")
+    with console.status("loading"):
+        model, tokenizer = pretrained.smollm2("eager"), pretrained.smollm2_tokenizer()
+    tokens = pretrained.real_tokens(tokenizer, max(LENGTHS))
+
+    def logits(m: Any, length: int, count: int) -> torch.Tensor:
+        return m(tokens[:, :length], use_cache=False, logits_to_keep=torch.arange(length - count, length)).logits
+
+    layers = model.config.num_hidden_layers
+    fast = optimise("SmolLM2", model, lambda m: logits(m, LENGTHS[0], LAST), layers, promises)
+
+    table = comparison_table("prefill of real text")
+    smaller = []
+    for length in LENGTHS:
+        error = float((logits(model, length, length) - logits(fast, length, length)).abs().max())
+        promises.check(error <= MAX_LOGIT_ERROR, f"logits of {length} tokens: largest difference {error:.1e}")
+        row, less = compare(
+            f"{length} tokens",
+            lambda n=length: logits(model, n, LAST),
+            lambda n=length: logits(fast, n, LAST),
+            REPEATS[length],
+        )
+        table.add_row(*row)
+        smaller.append(less)
+    console.print(table)
+    promises.check(all(smaller), "less memory at every length")
+
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    with console.status("generating with the original"):
+        expected = model.generate(**chat, **settings)[0, chat["input_ids"].shape[1] :]
+    with console.status("generating with the optimised model (prefill and decoding compile once each)"):
+        actual = fast.generate(**chat, **settings)[0, chat["input_ids"].shape[1] :]
+    console.print(f"[dim]> {PROMPT}[/]\n{tokenizer.decode(actual, skip_special_tokens=True).strip()}", markup=True)
+    same = int((expected == actual).sum()) if expected.shape == actual.shape else 0
+    promises.check(same == NEW_TOKENS, f"{same} of {NEW_TOKENS} greedy tokens are the original's")
+
+
+def encoder(promises: Promises) -> None:
+    console.rule("all-MiniLM-L6-v2, eager attention, fp32")
+    with console.status("loading"):
+        model, tokenizer = pretrained.minilm("eager"), pretrained.minilm_tokenizer()
+    ids = pretrained.real_tokens(tokenizer, max(LENGTHS)).reshape(-1, min(LENGTHS))  # 512 is all it takes
+    batches = {count: ids[: count // min(LENGTHS)] for count in LENGTHS}
+
+    def embed(m: Any, batch: torch.Tensor) -> torch.Tensor:
+        mask = torch.ones_like(batch)
+        return pretrained.sentence_embedding(m(input_ids=batch, attention_mask=mask), mask)
+
+    fast = optimise("MiniLM", model, lambda m: embed(m, ids), model.config.num_hidden_layers, promises)
+    table = comparison_table("embedding of real text")
+    for count, batch in batches.items():
+        error = float((embed(model, batch) - embed(fast, batch)).abs().max())
+        promises.check(error <= MAX_EMBEDDING_ERROR, f"embeddings of {count} tokens: largest difference {error:.1e}")
+        row, _ = compare(f"{count} tokens", lambda b=batch: embed(model, b), lambda b=batch: embed(fast, b), 5)
+        table.add_row(*row)
+    console.print(table)
+
+
+def main() -> int:
+    started = time.perf_counter()
+    promises = Promises()
+    with torch.no_grad():
+        language_model(promises)
+        encoder(promises)
+    console.rule()
+    threads = torch.get_num_threads()
+    console.print(f"{time.perf_counter() - started:.0f} s on {threads} threads, torch {torch.__version__}")
+    for failure in promises.failed:
+        console.print(f"[bold red]did not hold:[/] {failure}")
+    return 1 if promises.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
