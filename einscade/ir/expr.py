@@ -14,11 +14,12 @@ Booleans are sympy booleans (`m <= p`, `And`, `Or`, `Not`) and boolean tensors a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache, wraps
 from typing import Any, TypeAlias
 
 import sympy
+from sympy.core import relational
 from sympy.core.symbol import Str
 from sympy.logic.boolalg import Boolean
 
@@ -98,6 +99,22 @@ class Access(sympy.Expr, Boolean):
 
     def _sympystr(self, printer: Any) -> str:
         return f"{self.tensor}[{','.join(printer._print(i) for i in self.index)}]"
+
+
+def _leave_equality_of_accesses_open(is_eq: Callable[..., bool | None]) -> Callable[..., bool | None]:
+    """sympy decides `Eq(x, y)` to be false where one side is a boolean and the other is not, symbols excepted. An
+    access is as undecided as a symbol, but there is no hook to say so: the rule's own module needs this wrapper."""
+
+    @wraps(is_eq)
+    def wrapped(lhs: Any, rhs: Any, assumptions: Any = None) -> bool | None:
+        if isinstance(lhs, Access) or isinstance(rhs, Access):
+            return True if lhs == rhs else None
+        return is_eq(lhs, rhs, assumptions)
+
+    return wrapped
+
+
+relational.is_eq = _leave_equality_of_accesses_open(relational.is_eq)
 
 
 class FloorDiv(sympy.Function):

@@ -32,6 +32,7 @@ LAYOUTS = frozenset({"dense", "quantized", "blocks", "paged"})
 TENSOR_PARAMS = frozenset({"scales", "zeros", "mean", "codebook", "rotation", "smooth", "table", "index"})
 
 _KIND = {"bool": BOOL} | {d: (INT if d[0] in "iu" else REAL) for d in DTYPES if d != "bool"}
+_FUNCTIONS: tuple[Any, ...] = tuple(FUNCTIONS.values())
 _INT_FUNCTIONS = (Round, Trunc, sympy.floor, sympy.ceiling, sympy.sign)
 
 
@@ -211,8 +212,8 @@ class _Verifier:
         if isinstance(node, sympy.Integer):
             return INT
         if isinstance(node, sympy.Float):
-            if node._prec != 53:
-                raise _Broken(f"{node} has a precision of {node._prec} bits; floats here are double")
+            if sympy.Float(float(node)) != node:
+                raise _Broken(f"{node} is not a double")
             return REAL
         if node in (sympy.oo, -sympy.oo, sympy.pi, sympy.E) or isinstance(node, sympy.Rational):
             return REAL
@@ -238,7 +239,7 @@ class _Verifier:
         if isinstance(node, sympy.Pow):
             kind, exponent = self.all_of(node, node.args), node.exp
             return kind if exponent.is_Integer and exponent.is_nonnegative else REAL
-        if isinstance(node, (*FUNCTIONS.values(),)):
+        if isinstance(node, _FUNCTIONS):
             kind = self.all_of(node, node.args)
             return INT if isinstance(node, _INT_FUNCTIONS) else kind if isinstance(node, sympy.Abs) else REAL
         raise _Broken(f"{node} ({type(node).__name__}) is not an expression a cascade may hold")
