@@ -1,0 +1,430 @@
+"""Torch-level graphs to functional ATen graphs.
+
+Comes in: a GraphModule as Dynamo or `torch.fx.symbolic_trace` makes it (torch functions, methods, leaf modules, higher
+order operators) and its example inputs. Goes out: a GraphModule of ATen operations without mutation (writes to inputs
+stay as `copy_` at the end), whose nodes have `val` (fake tensors), `stack_trace` and `nn_module_stack`. The placeholders
+keep their names and order, parameters and buffers are read by `get_attr` under the names they had.
+
+A few torch functions stay whole instead of being decomposed (`WHOLE`), because their decomposition says less than they
+do; higher order operators (checkpointing, cond, ...) stay opaque, and the graphs that they call are captured in turn.
+Gradients pass through what is captured as through the original: what ran under `no_grad` is detached where it leaves.
+Autocast is resolved: every cast is a node, so the graph has to run with autocast off (`Captured.autocast`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    make_fx,
+    track_tensor_tree,
+)
+from torch.nn.utils import stateless
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+__all__ = ["CaptureError", "Captured", "fake_inputs", "nested_graphs", "to_aten"]
+
+aten = torch.ops.aten
+
+WHOLE: Mapping[Any, OpOverload] = {
+    torch.nn.functional.scaled_dot_product_attention: aten.scaled_dot_product_attention.default,
+    torch.nn.functional.linear: aten.linear.default,
+    torch.nn.functional.dropout: aten.dropout.default,
+    torch.dropout: aten.dropout.default,
+}
+_CAST_BY_AUTOCAST = {aten.scaled_dot_product_attention.default, aten.linear.default}
+
+_CALLS_FIRST_ARGUMENT = ("tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint")
+"""Higher order operators of the form `op(graph, *args)`: the graph runs once, on exactly these arguments."""
+
+
+class CaptureError(Exception):
+    """The graph has something whose meaning we could not keep; the message says what."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Captured:
+    """A functional ATen graph. `autocast`: casts were made explicit, so it must run with autocast disabled."""
+
+    gm: fx.GraphModule
+    autocast: bool
+
+
+def to_aten(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
+    """Captures `gm` for inputs like `example_inputs` (fake tensors of one mode, SymInts, numbers; see `fake_inputs`).
+
+    Raises CaptureError where that is not possible; `gm` is not changed in any case.
+    """
+    mode = _mode_of(example_inputs)
+    try:
+        graph_module = _trace(gm, example_inputs, mode)
+        if any(_mutates(n) for n in graph_module.graph.nodes):
+            graph_module = _functionalise(graph_module, example_inputs, mode)
+    except CaptureError:
+        raise
+    except Exception as error:
+        text = str(error).strip().split("\n")[0]
+        raise CaptureError(f"{type(error).__name__}: {text}" if text else type(error).__name__) from error
+    return Captured(graph_module, _uses_autocast(gm))
+
+
+def fake_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any] | None, dynamic: bool = False) -> list[Any]:
+    """Fake stand-ins for the placeholders of `gm`, all of one FakeTensorMode.
+
+    Dynamo and torch.export leave them on the placeholders; else they are made from `example_inputs` (tensors and
+    plain values, in placeholder order). With `dynamic`, every dimension of theirs that is not 0 or 1 gets a symbol.
+    """
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    known = [n.meta.get("example_value", n.meta.get("val", _MISSING)) for n in placeholders]
+    if all(v is not _MISSING for v in known) and len({v.fake_mode for v in known if isinstance(v, FakeTensor)}) <= 1:
+        if not any(isinstance(v, torch.Tensor) and not isinstance(v, FakeTensor) for v in known):
+            return known
+    if example_inputs is None:
+        raise CaptureError("the graph has no fake tensors on its placeholders, and no example inputs were given")
+    if len(example_inputs) != len(placeholders):
+        raise CaptureError(f"the graph has {len(placeholders)} inputs, {len(example_inputs)} examples were given")
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+
+    def fake(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
+            return value
+        kind = DimDynamic.DUCK if dynamic else DimDynamic.STATIC
+        return mode.from_tensor(value, symbolic_context=StatelessSymbolicContext(dynamic_sizes=[kind] * value.dim()))
+
+    return [fake(v) for v in example_inputs]
+
+
+def nested_graphs(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    """The captured graphs that the higher order operators of `gm` call, depth first, `gm` itself last."""
+    for node in gm.graph.find_nodes(op="get_attr"):
+        child = _attribute(gm, node.target)
+        if isinstance(child, fx.GraphModule) and node.meta.get("captured"):
+            yield from nested_graphs(child)
+    yield gm
+
+
+_MISSING = object()
+
+
+def _mode_of(values: Sequence[Any]) -> FakeTensorMode:
+    modes = {v.fake_mode for v in values if isinstance(v, FakeTensor)}
+    if len(modes) > 1:
+        raise CaptureError("the example inputs belong to different fake tensor modes")
+    if modes:
+        return modes.pop()
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+
+
+def _mutates(node: fx.Node) -> bool:
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+
+
+def _uses_autocast(gm: fx.GraphModule) -> bool:
+    if any(torch.is_autocast_enabled(device) for device in _devices(gm)):
+        return True
+    return any(n.target is torch.amp.autocast_mode._enter_autocast for n in gm.graph.nodes)
+
+
+def _devices(gm: fx.GraphModule) -> set[str]:
+    values = (n.meta.get("example_value", n.meta.get("val")) for n in gm.graph.nodes)
+    return {"cpu"} | {v.device.type for v in values if isinstance(v, torch.Tensor)} - {"meta"}
+
+
+# --- tracing ---------------------------------------------------------------------------------------------------------
+
+
+def _trace(gm: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> fx.GraphModule:
+    """One trace of `gm` with everything it owns (parameters, buffers, constants) lifted to inputs, then put back."""
+    owned = _owned_tensors(gm)
+    fakes = [_fake_parameter(mode, t) for t in owned.values()]
+    tracer = _Capture(gm, dict(zip(owned, fakes, strict=True)))
+    state = {name: t for name, t in tracer.owned.items() if name in tracer.state_names}
+
+    def run(*flat: Any) -> Any:
+        tracer.owned = dict(zip(owned, flat, strict=False))
+        with stateless._reparametrize_module(gm, {name: tracer.owned[name] for name in state}):
+            return tracer.run(*flat[len(owned) :], enable_io_processing=False)
+
+    with tracer.contexts(mode):
+        traced = make_fx(run, _allow_non_fake_inputs=True)(*fakes, *inputs)
+    return _put_back(gm, traced, list(owned))
+
+
+def _fake_parameter(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
+    if isinstance(tensor, FakeTensor):
+        return tensor
+    return mode.from_tensor(tensor, static_shapes=True)
+
+
+def _owned_tensors(gm: fx.GraphModule) -> dict[str, torch.Tensor]:
+    owned: dict[str, torch.Tensor] = {**dict(gm.named_parameters()), **dict(gm.named_buffers())}
+    present = {id(t) for t in owned.values()}
+    for node in gm.graph.find_nodes(op="get_attr"):
+        value = _attribute(gm, node.target)
+        if isinstance(value, torch.Tensor) and id(value) not in present:
+            owned[node.target] = value
+            present.add(id(value))
+    return owned
+
+
+def _attribute(root: torch.nn.Module, path: str) -> Any:
+    value: Any = root
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _put_back(gm: fx.GraphModule, traced: fx.GraphModule, owned: Sequence[str]) -> fx.GraphModule:
+    """The traced graph over `gm`'s own attributes: lifted placeholders become get_attr again, names are restored."""
+    graph = traced.graph
+    placeholders = graph.find_nodes(op="placeholder")
+    attributes: dict[str, Any] = {}
+    for name, node in zip(owned, placeholders, strict=False):
+        if node.users:
+            with graph.inserting_before(node):
+                read = graph.get_attr(name)
+            read.meta.update(node.meta)
+            node.replace_all_uses_with(read)
+            attributes[name] = _attribute(gm, name)
+        graph.erase_node(node)
+    for source, node in zip(gm.graph.find_nodes(op="placeholder"), placeholders[len(owned) :], strict=True):
+        node.target, node.args, node.type = source.target, source.args, source.type
+        node._rename(source.name)
+        if "tensor_dict" in source.meta:
+            node.meta["tensor_dict"] = source.meta["tensor_dict"]
+    first = next((n for n in graph.nodes if n.op not in ("placeholder", "get_attr")), None)
+    for node in graph.find_nodes(op="get_attr"):
+        if node.target not in attributes:
+            attributes[node.target] = _attribute(traced, node.target)
+    if first is not None:  # placeholders come first in a graph
+        for node in reversed(graph.find_nodes(op="placeholder")):
+            node_first = next(iter(graph.nodes))
+            if node is not node_first:
+                node_first.prepend(node)
+    graph.set_codegen(gm.graph._codegen)
+    result = fx.GraphModule(attributes, graph, class_name=type(gm).__name__)
+    result.train(gm.training)
+    result.meta.update(gm.meta)
+    return result
+
+
+class _Capture(fx.Interpreter):
+    """Runs a torch-level graph on fake tensors under make_fx, keeping grad mode, autocast and opaque nodes in order."""
+
+    def __init__(self, gm: fx.GraphModule, owned: dict[str, torch.Tensor]) -> None:
+        super().__init__(gm)
+        self.owned = owned
+        self.state_names = {n for n, _ in gm.named_parameters()} | {n for n, _ in gm.named_buffers()}
+        self.grad_at_entry = torch.is_grad_enabled()
+        self.grad = _grad_modes(gm, self.grad_at_entry)
+        self.autocasts: list[Any] = []
+
+    @contextlib.contextmanager
+    def contexts(self, mode: FakeTensorMode) -> Iterator[None]:
+        """Everything the trace runs under. Grad mode is off: what is recorded must not depend on who needs gradients."""
+        with torch.no_grad(), fx.traceback.preserve_node_meta(), mode, _KeepWhole():
+            try:
+                yield
+            finally:
+                while self.autocasts:
+                    torch.amp.autocast_mode._exit_autocast(self.autocasts.pop())
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if self.grad_at_entry and not self.grad[n] and any(self.grad[u] for u in n.users):
+            result = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, result)
+        return result
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target in self.owned:
+            return self.owned[target]
+        return super().get_attr(target, args, kwargs)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if isinstance(target, HigherOrderOperator):
+            return self._opaque_call(target, args, kwargs)
+        if target is torch._C._set_grad_enabled:
+            return None
+        if target is torch.amp.autocast_mode._enter_autocast:
+            self.autocasts.append(target(*args, **kwargs))
+            return self.autocasts[-1]
+        if target is torch.amp.autocast_mode._exit_autocast:
+            if args[0] in self.autocasts:
+                self.autocasts.remove(args[0])
+        return super().call_function(target, args, kwargs)
+
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target == "requires_grad_":
+            raise CaptureError("requires_grad_() inside the graph")
+        return super().call_method(target, args, kwargs)
+
+    def _opaque_call(self, target: HigherOrderOperator, args: Any, kwargs: Any) -> Any:
+        """A higher order operator as one node. The graph it calls is captured on its own where the call is plain."""
+        tracer = _tracer()
+        captured = target.name() in _CALLS_FIRST_ARGUMENT and isinstance(args[0], fx.GraphModule)
+        if not captured and self.autocasts:
+            raise CaptureError(f"{target.name()} under autocast")
+        with disable_proxy_modes_tracing():
+            if captured:
+                result = fx.Interpreter(args[0]).run(*args[1:])
+                args = (_captured_child(args[0], args[1:]), *args[1:])
+            else:
+                known = fx.traceback.get_current_meta().get("example_value", _MISSING)
+                if known is _MISSING:
+                    raise CaptureError(f"{target.name()} without a known result")
+                result = known
+        proxy_args, proxy_kwargs = pytree.tree_map(tracer.unwrap_proxy, (_register(tracer, args, captured), kwargs))
+        proxy = tracer.create_proxy("call_function", target, proxy_args, proxy_kwargs)
+        return track_tensor_tree(result, proxy, constant=None, tracer=tracer)
+
+
+def _captured_child(child: fx.GraphModule, args: Sequence[Any]) -> fx.GraphModule:
+    return to_aten(child, list(args)).gm
+
+
+def _register(tracer: Any, args: tuple[Any, ...], captured: bool) -> tuple[Any, ...]:
+    """The arguments with each graph among them made a submodule of the traced root and read by a get_attr node."""
+
+    def read(value: Any) -> Any:
+        if not isinstance(value, fx.GraphModule):
+            return value
+        name = tracer.get_fresh_qualname("subgraph_")
+        tracer.root.register_module(name, value)
+        node = tracer.create_node("get_attr", name, (), {})
+        node.meta["captured"] = captured
+        return fx.Proxy(node, tracer)
+
+    return tuple(read(a) for a in args)
+
+
+def _tracer() -> Any:
+    mode = get_proxy_mode()
+    if mode is None:
+        raise CaptureError("not tracing")
+    return mode.tracer
+
+
+def _grad_modes(gm: fx.GraphModule, enabled: bool) -> dict[fx.Node, bool]:
+    """Whether grad mode is on where each node runs; raises where the graph turns it on inside a no_grad caller."""
+    at_entry, modes = enabled, {}
+    for node in gm.graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            enabled = bool(node.args[0])
+            if enabled and not at_entry:
+                raise CaptureError("the graph enables gradients inside a caller's no_grad")
+        modes[node] = at_entry if node.op == "output" else enabled
+    return modes
+
+
+class _KeepWhole(TorchFunctionMode):
+    """Records the functions of WHOLE as one ATen node instead of their decomposition."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        whole = WHOLE.get(func) if func.__hash__ else None
+        if whole is None or get_proxy_mode() is None:
+            return func(*args, **kwargs)
+        if whole is aten.dropout.default:
+            training = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
+            p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
+            value = kwargs.get("input", args[0] if args else None)
+            if kwargs.get("inplace") or len(args) > 3 or not training or p == 0:
+                return func(*args, **kwargs) if kwargs.get("inplace") else value
+            args, kwargs = (value, p, True), {}
+        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        if not all(isinstance(t, FakeTensor) for t in tensors):
+            return func(*args, **kwargs)  # a functorch level is active: let it decompose
+        if whole in _CAST_BY_AUTOCAST and torch.is_autocast_enabled(tensors[0].device.type):
+            dtype = torch.get_autocast_dtype(tensors[0].device.type)
+            args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: _autocast(t, dtype), (args, kwargs))
+        return record_whole(whole, args, kwargs)
+
+
+def _autocast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+
+
+def record_whole(op: OpOverload, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """Records `op` as one node of the trace in progress; its result comes from running it on the fake tensors."""
+    tracer = _tracer()
+    with disable_proxy_modes_tracing():
+        result = op(*args, **kwargs)
+    proxy_args, proxy_kwargs = pytree.tree_map(tracer.unwrap_proxy, (args, dict(kwargs)))
+    proxy = tracer.create_proxy("call_function", op, proxy_args, proxy_kwargs)
+    return track_tensor_tree(result, proxy, constant=None, tracer=tracer)
+
+
+# --- functionalisation -----------------------------------------------------------------------------------------------
+
+
+def _functionalise(gm: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> fx.GraphModule:
+    """A second trace without mutation: writes to temporaries disappear, writes to inputs become `copy_` at the end."""
+    owned = _owned_tensors(gm)
+    fakes = [_fake_parameter(mode, t) for t in owned.values()]
+    replay = _Functional(gm)
+
+    def run(*flat: Any) -> Any:
+        replay.owned = dict(zip(owned, flat, strict=False))
+        return replay.run(*flat[len(owned) :], enable_io_processing=False)
+
+    with torch.no_grad(), fx.traceback.preserve_node_meta(), mode:
+        traced = make_fx(torch.func.functionalize(run, remove="mutations"), _allow_non_fake_inputs=True)(*fakes, *inputs)
+    result = _put_back(gm, traced, list(owned))
+    result.graph.eliminate_dead_code()
+    result.recompile()
+    return result
+
+
+class _Functional(fx.Interpreter):
+    """Replays an ATen graph under functionalize; opaque nodes are unwrapped, recorded and wrapped again."""
+
+    owned: dict[str, torch.Tensor]
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target in self.owned:
+            return self.owned[target]
+        return super().get_attr(target, args, kwargs)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        opaque = isinstance(target, HigherOrderOperator)
+        if not opaque and target not in WHOLE.values():
+            return super().call_function(target, args, kwargs)
+        from torch._functorch import eager_transforms
+
+        args, kwargs = eager_transforms._unwrap_all_tensors_from_functional((args, kwargs), reapply_views=True)
+        if not opaque:
+            result = record_whole(target, args, kwargs)
+        else:
+            tracer = _tracer()
+            captured = any(a.meta.get("captured", False) for a in self._node.all_input_nodes)
+            proxy_args, proxy_kwargs = pytree.tree_map(tracer.unwrap_proxy, (_register(tracer, args, captured), kwargs))
+            proxy = tracer.create_proxy("call_function", target, proxy_args, proxy_kwargs)
+            result = track_tensor_tree(self._node.meta["val"], proxy, constant=None, tracer=tracer)
+        level = torch._C._functorch.maybe_current_level()
+        return eager_transforms._wrap_all_tensors_to_functional(result, level=level)
+
+    def run_node(self, n: fx.Node) -> Any:
+        self._node = n
+        return super().run_node(n)
+
+
+def is_getitem(node: fx.Node) -> bool:
+    """Whether the node takes one of several results apart."""
+    return node.target is operator.getitem

@@ -1,0 +1,130 @@
+"""The disk cache: what compiling made, kept under the hash of everything it was made from.
+
+Comes in: a mapping of plain values that says what an entry depends on (`key`), and an entry of plain values (JSON).
+Goes out: the entry, or None where there is none that can be trusted.
+
+* Content-addressed: the file's name is the SHA-256 of the key's parts; another version of anything is another file.
+* Atomic: an entry is written to a temporary file of its own, synced, and renamed, so that readers see all or nothing.
+* Checked: the first line holds the SHA-256 of the rest. Truncated, flipped or foreign files are removed and rebuilt.
+* Data only: JSON and source text. Nothing is unpickled.
+
+A directory that cannot be read or written costs a warning, never a failure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["DiskCache", "default_directory", "key", "source_fingerprint"]
+
+_FORMAT = "einscade-cache-1"
+
+
+def default_directory() -> Path:
+    """`EINSCADE_CACHE_DIR`, or `einscade` in the user's cache folder of this platform."""
+    if chosen := os.environ.get("EINSCADE_CACHE_DIR"):
+        return Path(chosen).expanduser()
+    if sys.platform == "darwin":
+        return Path("~/Library/Caches/einscade").expanduser()
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", "~/AppData/Local")).expanduser() / "einscade"
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "einscade"
+
+
+def key(parts: Mapping[str, Any]) -> str:
+    """The content address of an entry that depends on `parts` (JSON values) and on this package's own source."""
+    text = json.dumps({**parts, "einscade": source_fingerprint()}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@functools.cache
+def source_fingerprint() -> str:
+    """A hash over the sources of the layers that decide what an entry holds: `ir`, `passes`, `codegen`, `runtime`.
+
+    A version number alone would serve stale kernels to whoever edits a checkout.
+    """
+    root = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for layer in ("ir", "passes", "codegen", "runtime"):
+        for path in sorted((root / layer).rglob("*.py")):
+            digest.update(str(path.relative_to(root)).encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+class DiskCache:
+    """Entries in `directory`, one file each; `None` means `default_directory()` at the time of each access."""
+
+    def __init__(self, directory: str | os.PathLike[str] | None = None) -> None:
+        self._directory = None if directory is None else Path(directory)
+
+    @property
+    def directory(self) -> Path:
+        return self._directory if self._directory is not None else default_directory()
+
+    def path(self, address: str) -> Path:
+        return self.directory / address[:2] / f"{address}.json"
+
+    def get(self, address: str) -> dict[str, Any] | None:
+        """The entry at `address`; None when there is none, or when what is there was not written by `put`."""
+        path = self.path(address)
+        try:
+            raw = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            _warn_once(f"cannot read the cache {self.directory}: {error.strerror or error}; compiling again")
+            return None
+        entry = _decode(raw, address)
+        if entry is None:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        return entry
+
+    def put(self, address: str, entry: Mapping[str, Any]) -> bool:
+        """Stores `entry` (JSON values); whether that worked. The last of several writers wins, whole."""
+        path = self.path(address)
+        temporary: str | None = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(_encode(address, entry))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            return True
+        except OSError as error:
+            if temporary is not None:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+            _warn_once(f"cannot write the cache {self.directory}: {error.strerror or error}; results are not kept")
+            return False
+
+
+def _encode(address: str, entry: Mapping[str, Any]) -> bytes:
+    body = json.dumps({"address": address, "entry": entry}, sort_keys=True, indent=1).encode()
+    return f"{_FORMAT} {hashlib.sha256(body).hexdigest()}\n".encode() + body
+
+
+def _decode(raw: bytes, address: str) -> dict[str, Any] | None:
+    header, _, body = raw.partition(b"\n")
+    if header != f"{_FORMAT} {hashlib.sha256(body).hexdigest()}".encode():
+        return None
+    record = json.loads(body)
+    return record["entry"] if record["address"] == address else None
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(f"einscade: {message}", RuntimeWarning, stacklevel=4)
