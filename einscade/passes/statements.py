@@ -1,0 +1,117 @@
+"""Small steps on statements that several rewrites share: fresh names, redirected reads, products, dead code.
+
+Everything here is a pure function of frozen data; nothing decides what to rewrite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import sympy
+
+from einscade.ir import Access, Cascade, Einsum, Expr, Tensor, accesses, free_vars, var
+from einscade.ir.expr import FUNCTIONS
+from einscade.ir.verify import WORDS
+
+__all__ = [
+    "Names",
+    "factors",
+    "inlined",
+    "merge_pointwise",
+    "rank_vars",
+    "redirect",
+    "release",
+    "wide",
+    "without_unused",
+]
+
+
+class Names:
+    """Gives out names that no tensor, rank or symbol of a cascade has, each once."""
+
+    def __init__(self, cascade: Cascade) -> None:
+        self._cascade = cascade
+        self._given: set[str] = set()
+
+    def __call__(self, prefix: str) -> str:
+        cascade = self._cascade
+        taken = {*cascade.tensors, *cascade.rank_table, *cascade.symbols, *self._given, *WORDS, *FUNCTIONS}
+        name = prefix
+        for number in range(1, len(taken) + 2):
+            if name not in taken:
+                break
+            name = f"{prefix}{number}"
+        self._given.add(name)
+        return name
+
+
+def redirect(statement: Einsum, read: Callable[[Access], Expr]) -> Einsum:
+    """The statement with every access replaced by what `read` makes of it, in expression and domain."""
+    table = {a: read(a) for a in accesses(statement.expr) + accesses(statement.domain)}
+    table = {old: new for old, new in table.items() if old != new}
+    return statement.replace(expr=statement.expr.xreplace(table), domain=statement.domain.xreplace(table))
+
+
+def wide(dtype: str) -> str:
+    """The dtype to keep a partial result of this dtype in."""
+    return "f64" if dtype == "f64" else "f32"
+
+
+def inlined(access: Access, definition: Einsum) -> Expr:
+    """The value of a statement that does not reduce, at the index of an access to it."""
+    return definition.expr.xreplace(dict(zip(map(var, definition.output.ranks), access.index, strict=True)))
+
+
+def merge_pointwise(cascade: Cascade, name: str) -> Cascade:
+    """The cascade with statement `name` inlined where it does not reduce and has one user that does not either."""
+    made, users = cascade.definitions[name], tuple(cascade.users(name))
+    plain = made.reduce is None and made.scan is None and made.domain == sympy.true and name not in cascade.outputs
+    if not plain or len(users) != 1 or users[0].reduce is not None or users[0].scan is not None:
+        return cascade
+    user = redirect(users[0], lambda a: inlined(a, made) if a.tensor == name else a)
+    return cascade.replace(body=tuple(user if s == users[0] else s for s in cascade.body if s != made))
+
+
+def factors(expr: Expr) -> tuple[Expr, ...]:
+    """The factors of a product (one factor, the expression itself, where it is none)."""
+    return tuple(sympy.Mul.make_args(expr))
+
+
+def rank_vars(expr: Expr, ranks: Iterable[str]) -> frozenset[str]:
+    """Those of `ranks` whose variables occur in the expression."""
+    return free_vars(expr) & frozenset(ranks)
+
+
+def release(statement: Einsum, names: Names, cascade: Cascade) -> tuple[Einsum, ...]:
+    """Let the factors that lack the reduced ranks out of a sum: `sum(e) s * y = s * sum(e) y`.
+
+    Gives the sum of what stays (in i32 where all of it is integers of at most 8 bits) and the product with what left,
+    or the statement alone where nothing can leave.
+    """
+    if statement.reduce is None or statement.reduce.monoid != "sum" or statement.scan is not None:
+        return (statement,)
+    reduced = statement.reduce.ranks
+    staying = [f for f in factors(statement.expr) if rank_vars(f, reduced)]
+    leaving = [f for f in factors(statement.expr) if not rank_vars(f, reduced)]
+    if not staying or not leaving:
+        return (statement,)
+    narrow = all(isinstance(f, Access) and cascade.tensors[f.tensor].dtype in ("i4", "i8", "u8") for f in staying)
+    output = statement.output
+    inner = Tensor(names(f"{output.name.removesuffix('dot')}dot"), output.ranks, "i32" if narrow else output.dtype)
+    return (
+        statement.replace(output=inner, expr=sympy.Mul(*staying)),
+        Einsum(output, sympy.Mul(*leaving) * inner()),
+    )
+
+
+def without_unused(cascade: Cascade) -> Cascade:
+    """The cascade without the statements that no output depends on, and without ranks that nothing has."""
+    needed, body = set(cascade.outputs), []
+    for statement in reversed(cascade.body):
+        if statement.name in needed:
+            needed |= {a.tensor for a in statement.reads}
+            body.append(statement)
+    body.reverse()
+    used = {r for t in cascade.inputs for r in t.ranks}
+    used |= {r for s in body for r in (*s.output.ranks, *s.ranks)}
+    return cascade.replace(ranks=tuple(r for r in cascade.ranks if r.name in used), body=tuple(body))
