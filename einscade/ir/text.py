@@ -37,7 +37,7 @@ from einscade.ir.cascade import DENSE, DTYPES, MONOIDS, Cascade, Einsum, Layout,
 from einscade.ir.expr import FUNCTIONS, Access, Expr, FloorDiv, Mod, Where, ceil_div, var
 from einscade.ir.verify import WORDS, verify
 
-__all__ = ["ParseError", "parse_cascade", "parse_expr", "print_cascade", "print_expr"]
+__all__ = ["ParseError", "parse_cascade", "parse_expr", "print_cascade", "print_einsum", "print_expr"]
 
 WIDTH = 120
 WIDEST_ALIGNED = 40  # a longer left side does not push the others' `=` to the right
@@ -80,6 +80,11 @@ def print_cascade(cascade: Cascade) -> str:
     width = max((len(text) for text in left if len(text) <= WIDEST_ALIGNED), default=0)
     lines += [f"  {text:<{width}} = {_right(e)}" for text, e in zip(left, cascade.body, strict=True)]
     return "\n".join(lines)
+
+
+def print_einsum(e: Einsum) -> str:
+    """One statement in the syntax of the text form, for comments in generated code."""
+    return f"{_tensor(e.output)} = {_right(e)}"
 
 
 def print_expr(expr: Any) -> str:
@@ -157,6 +162,10 @@ def _show(node: Any, compact: bool) -> tuple[str, int]:
         return _product(node, compact)
     if isinstance(node, sympy.Pow):
         return _power(node, compact)
+    if isinstance(node, FloorDiv) and node.args[1].is_Integer and node.args[0].is_Add:
+        a, b = node.args
+        if (b - 1) in a.args and b > 1 and ceil_div(a - b + 1, b) == node:
+            return f"ceil_div({_show(a - b + 1, compact)[0]}, {b})", _ATOM
     if isinstance(node, (FloorDiv, Mod)):
         a, b = (_wrapped(a, _POWER, compact) for a in node.args)
         return f"{a} {'//' if isinstance(node, FloorDiv) else '%'} {b}", _PRODUCT
