@@ -1,8 +1,8 @@
 """Random FX graphs, of operations that are raised and of others between them: optimised = original.
 
 Every graph computes over two families of tensors, rows [2, h, n, e] and score matrices [2, h, n, n], so that
-contractions over two long ranks, normalisers, masks and reductions meet in every order, shared or dead or returned, with
-operations that nobody raises (sorting, cumulative sums, in-place updates) in the way.
+contractions over two long ranks, normalisers, masks and reductions meet in every order, shared or dead or returned,
+with operations that nobody raises (sorting, cumulative sums, in-place updates) in the way.
 """
 
 from __future__ import annotations
