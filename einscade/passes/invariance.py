@@ -15,9 +15,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import sympy
+from sympy.logic.boolalg import Boolean
 
 from einscade.ir import Access, Cascade, Einsum, Expr, Where, accesses, free_vars, var
 from einscade.passes.rewrite import NotApplicable
+from einscade.passes.terms import conjuncts
 
 __all__ = ["UNCHANGED", "Change", "propagate"]
 
@@ -47,7 +49,7 @@ def propagate(cascade: Cascade, changes: Mapping[str, Change]) -> dict[str, Chan
 
 def _change_of(statement: Einsum, cascade: Cascade, changes: Mapping[str, Change]) -> Change:
     touched = [a for a in accesses(statement.expr) if changes[a.tensor] != UNCHANGED]
-    if any(changes[a.tensor] != UNCHANGED for a in accesses(statement.domain)):
+    if any(not _same_zeros(part, changes) for part in conjuncts(statement.domain)):
         raise NotApplicable(f"the domain of {statement.name} reads a tensor that would change")
     if not touched:
         return UNCHANGED
@@ -93,6 +95,16 @@ def _difference(changed: Expr, original: Expr) -> Expr:
 def _holds_for_fiber(change: Expr, tensors: set[str], reduced: set[str]) -> bool:
     reads = {a.tensor for a in accesses(change)}
     return not reads & tensors and not reads and not free_vars(change) & reduced
+
+
+def _same_zeros(condition: Boolean, changes: Mapping[str, Change]) -> bool:
+    """Whether a condition holds as before: nothing it reads changes, or it asks if something only scaled is zero."""
+    changed = [a for a in accesses(condition) if changes[a.tensor] != UNCHANGED]
+    if not changed:
+        return True
+    zero_test = isinstance(condition, (sympy.Ne, sympy.Eq)) and set(condition.args) == {changed[0], sympy.Integer(0)}
+    change = changes[changed[0].tensor]
+    return zero_test and change.shift == 0 and bool(change.scale.is_nonzero)
 
 
 def _inside_index(access: Access, expr: Expr) -> bool:

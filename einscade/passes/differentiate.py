@@ -1,0 +1,393 @@
+"""Differentiate: reverse mode on a cascade.
+
+Comes in: a scan-free cascade (canonical, best after `defer`). Goes out: a `Gradient`: a cascade from the original
+inputs, the outputs' gradients and the *saved* tensors of the forward cascade to the inputs' gradients.
+
+What is saved and what is computed again is a decision on structure: a reduction over a rank that other statements have
+too (a row's maximum, its normaliser) costs a traversal of everything and is small, so it is saved; all else, whatever
+has two long ranks included, is computed again from the inputs. An output stands in for a saved tensor where it gives
+it back (O = N / Z: N = O * Z). The result is scan-free, so the passes that make loops apply to it as to any cascade.
+
+Maxima that only shift what they normalise have no gradient: `invariance` shows that the outputs do not see them move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import sympy
+from sympy.logic.boolalg import Boolean
+
+from einscade.ir import Access, Cascade, Einsum, Expr, FloorDiv, Mod, Rank, Reduction, Tensor, Where, var
+from einscade.passes.invariance import UNCHANGED, Change, propagate
+from einscade.passes.rewrite import NotApplicable
+from einscade.passes.statements import Names, without_unused
+from einscade.passes.terms import at, conjoin, conjuncts, depends, ordered, substitute, variables
+
+__all__ = ["Gradient", "augment", "differentiate"]
+
+FLOATS = ("f64", "f32", "f16", "bf16")
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """`cascade` reads inputs of the forward cascade, `saved` tensors of it (augment makes them outputs) and, for each
+    forward output, its gradient `cotangents[output]`; it makes `gradients[input]` for each input asked for."""
+
+    cascade: Cascade
+    saved: tuple[str, ...]
+    cotangents: Mapping[str, str]
+    gradients: Mapping[str, str]
+
+
+def augment(cascade: Cascade, saved: Iterable[str]) -> Cascade:
+    """The forward cascade with the saved tensors as further outputs."""
+    return cascade.replace(outputs=tuple(dict.fromkeys((*cascade.outputs, *saved))))
+
+
+def differentiate(cascade: Cascade, wrt: Iterable[str] | None = None) -> Gradient:
+    """Gradients of the outputs with respect to the inputs named (default: every floating input), in their dtypes.
+
+    Raises NotApplicable, with the statement, where a statement has no derivative rule (a scan, a running product, topk).
+    An input that no output depends on has no gradient in the result.
+    """
+    inputs = {t.name: t for t in cascade.inputs}
+    asked = tuple(n for n in (inputs if wrt is None else wrt) if inputs[n].dtype in FLOATS)
+    return _Reverse(cascade, asked).run()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One contribution to a tensor's gradient, over the tensor's own ranks."""
+
+    expr: Expr
+    reduce: Reduction | None
+    domain: Boolean
+
+
+class _Reverse:
+    def __init__(self, cascade: Cascade, wrt: tuple[str, ...]) -> None:
+        self.forward, self.wrt = cascade, wrt
+        self.names = Names(cascade)
+        self.ranks = list(cascade.ranks)
+        self.parts: dict[str, list[_Part]] = {}
+        self.adjoint: dict[str, Tensor] = {}
+        self.made: dict[str, Einsum] = {}
+        self.active = self._depending(wrt)
+        self.summaries = _summaries(cascade)
+
+    def run(self) -> Gradient:
+        c = self.forward
+        cotangents = {o: self.names(f"d{o}") for o in c.outputs if o in self.active and o in c.definitions}
+        seeds = tuple(Tensor(name, c.tensors[o].ranks, c.tensors[o].dtype) for o, name in cotangents.items())
+        for seed, o in zip(seeds, cotangents, strict=True):
+            self.parts.setdefault(o, []).append(_Part(seed(), None, sympy.true))
+        for statement in reversed(c.body):
+            if statement.name in self.active and self._close(statement.output):
+                self._backward(statement)
+        gradients = {}
+        for name in self.wrt:
+            if self._close(c.tensors[name]):
+                gradients[name] = self.adjoint[name].name
+        if not gradients:
+            raise NotApplicable(f"no output of {c.name} depends on {', '.join(self.wrt) or 'a floating input'}")
+        again, saved = self._recomputed()
+        kept = tuple(c.tensors[n] for n in saved)
+        everything = (*c.inputs, *kept, *seeds)
+        body = ordered([*again, *self.made.values()], [t.name for t in everything])
+        result = without_unused(
+            Cascade(f"{c.name}_gradient", tuple(self.ranks), everything, tuple(gradients.values()), body)
+        )
+        read = {a.tensor for s in result.body for a in s.reads}
+        result = result.replace(inputs=tuple(t for t in result.inputs if t.name in read or t in seeds))
+        return Gradient(result, tuple(n for n in saved if n in read), cotangents, gradients)
+
+    # -- what is needed --
+
+    def _depending(self, wrt: Iterable[str]) -> frozenset[str]:
+        """Floating tensors that a change of the inputs can reach."""
+        found = set(wrt)
+        for s in self.forward.body:
+            if any(a.tensor in found for a in _outer_accesses(s.expr)) and s.output.dtype in FLOATS:
+                found.add(s.name)
+        return frozenset(found)
+
+    def _recomputed(self) -> tuple[list[Einsum], tuple[str, ...]]:
+        """Forward statements that the gradient reads: those it computes again, and the names of those it is given."""
+        definitions = self.forward.definitions
+        again: dict[str, Einsum] = {}
+        saved: dict[str, None] = {}
+        todo = [a.tensor for s in self.made.values() for a in s.reads]
+        while todo:
+            name = todo.pop()
+            if name not in definitions or name in again or name in saved:
+                continue
+            if name in self.summaries or name in self.forward.outputs:
+                saved[name] = None
+            else:
+                again[name] = definitions[name]
+                todo += [a.tensor for a in definitions[name].reads]
+        order = [s.name for s in self.forward.body]
+        return [again[n] for n in order if n in again], tuple(n for n in order if n in saved)
+
+    # -- the chain rule --
+
+    def _close(self, tensor: Tensor) -> bool:
+        """All contributions to a tensor are known: write their sum. False where there are none."""
+        parts = self.parts.get(tensor.name, [])
+        if not parts:
+            return False
+        given = parts[0].expr
+        if len(parts) == 1 and isinstance(given, Access) and given == Access(given.tensor, *map(var, tensor.ranks)):
+            if parts[0].reduce is None and parts[0].domain == sympy.true and tensor.name in self.forward.definitions:
+                self.adjoint[tensor.name] = Tensor(given.tensor, tensor.ranks, tensor.dtype)  # the cotangent itself
+                return True
+        is_input = tensor.name not in self.forward.definitions
+        output = Tensor(self.names(f"d{tensor.name}"), tensor.ranks, tensor.dtype if is_input else "f32")
+        self.adjoint[tensor.name] = output
+        # Nobody asks for the gradient of a point that is not there, nor misses one that no part has.
+        there = self._exists(tensor.name)
+        parts = [_Part(p.expr, p.reduce, conjoin(c for c in conjuncts(p.domain) if c not in there)) for p in parts]
+        if len(parts) == 1:
+            self.made[output.name] = Einsum(output, parts[0].expr, parts[0].reduce, parts[0].domain)
+            return True
+        exist = [[c for c in self._part_exists(p) if c not in there] for p in parts]
+        common = frozenset.intersection(*map(frozenset, exist))
+        terms = []
+        for part, conditions in zip(parts, exist, strict=True):
+            expr = part.expr
+            if part.reduce is not None:
+                own = Tensor(self.names(f"d{tensor.name}p"), tensor.ranks)
+                self.made[own.name] = Einsum(own, part.expr, part.reduce, part.domain)
+                expr = own()
+            needed = conjoin(c for c in conditions if c not in common)
+            terms.append(Where(needed, expr, sympy.Integer(0)))
+        self.made[output.name] = Einsum(
+            output,
+            sympy.Add(*terms),
+            domain=conjoin(c for c in sorted(common, key=str) if c not in self._existence(sympy.Add(*terms))),
+        )
+        return True
+
+    def _backward(self, s: Einsum) -> None:
+        if s.scan is not None:
+            raise NotApplicable(f"{s.name} is a scan: differentiate before loops are made")
+        monoid = s.reduce.monoid if s.reduce else "sum"
+        if monoid in ("max", "min") and self._only_shifts(s):
+            return
+        if monoid not in ("sum", "max", "min"):
+            raise NotApplicable(f"{s.name} is a {monoid}: no derivative rule")
+        weight = self._chosen(s) if monoid != "sum" else sympy.Integer(1)
+        for access in _outer_accesses(s.expr):
+            if access.tensor not in self.active:
+                continue
+            slope = _derivative(s, access)
+            if slope == 0:
+                continue
+            slope = self._available(s, slope)
+            expr = self.adjoint[s.name]() * slope * weight
+            domain = self._where(s, expr)
+            self.parts.setdefault(access.tensor, []).append(self._scatter(s, access, expr, domain))
+
+    def _only_shifts(self, s: Einsum) -> bool:
+        """Whether no output sees this statement move: then its gradient is zero, whatever its formula gives."""
+        shift = sympy.Symbol("shift", real=True)
+        try:
+            changes = propagate(self.forward, {s.name: Change(shift=shift)})
+        except NotApplicable:
+            return False
+        return all(changes[o] == UNCHANGED for o in self.forward.outputs)
+
+    def _chosen(self, s: Einsum) -> Expr:
+        """The gradient of an extreme goes in equal parts to the points that attain it (as torch.amax has it)."""
+        chosen = Where(sympy.Eq(s.expr, s.output(), evaluate=False), sympy.Integer(1), sympy.Integer(0))
+        count = Tensor(self.names(f"{s.name}count"), s.output.ranks)
+        self.made[count.name] = Einsum(count, chosen, Reduction("sum", s.reduce.ranks if s.reduce else ()), s.domain)
+        return chosen / count()
+
+    def _available(self, s: Einsum, slope: Expr) -> Expr:
+        """The slope without what would have to be saved for it, where the statement's own output gives it back."""
+        if s.reduce is not None or s.name not in self.forward.outputs:
+            return slope
+        for access in _outer_accesses(slope):
+            if access.tensor in self.summaries and access.tensor not in self.forward.outputs:
+                rest = s.expr / access
+                if not rest.has(access) and s.output.ranks == self.forward.tensors[access.tensor].ranks:
+                    slope = slope.xreplace({access: s.output() / rest})
+        return slope
+
+    def _where(self, s: Einsum, expr: Expr) -> Boolean:
+        """The domain of a contribution: where the statement has points, less what the reads in `expr` imply."""
+        implied = self._existence(expr)
+        own = dict.fromkeys(conjuncts(s.domain))
+        for a in s.reads:
+            own |= dict.fromkeys(self._exists_at(a))
+        return conjoin(c for c in own if c not in implied)
+
+    # -- existence: the conditions under which points are there --
+
+    def _exists(self, name: str) -> tuple[Boolean, ...]:
+        s = self.made.get(name) or self.forward.definitions.get(name)
+        if s is None or name in self.summaries:
+            return ()  # given as an input, complete
+        reduced = s.reduce.ranks if s.reduce else ()
+        found = dict.fromkeys(conjuncts(s.domain))
+        found |= dict.fromkeys(self._existence(s.expr))
+        return tuple(c for c in found if not depends(c, reduced))
+
+    def _part_exists(self, part: _Part) -> tuple[Boolean, ...]:
+        reduced = part.reduce.ranks if part.reduce else ()
+        found = dict.fromkeys((*conjuncts(part.domain), *sorted(self._existence(part.expr), key=str)))
+        return tuple(c for c in found if not depends(c, reduced))
+
+    def _exists_at(self, access: Access) -> tuple[Boolean, ...]:
+        s = self.made.get(access.tensor) or self.forward.definitions.get(access.tensor)
+        return tuple(c.xreplace(at(s, access)) for c in self._exists(access.tensor)) if s else ()
+
+    def _existence(self, expr: Expr) -> frozenset[Boolean]:
+        return frozenset(c for a in _unconditional(expr) for c in self._exists_at(a))
+
+    # -- from the statement's points to the tensor's --
+
+    def _scatter(self, s: Einsum, access: Access, expr: Expr, domain: Boolean) -> _Part:
+        """The contribution, made over the statement's points, summed into the points of the tensor it belongs to."""
+        target = self.forward.tensors[access.tensor]
+        given: dict[sympy.Symbol, Expr] = {}  # the statement's variables, by those of the tensor
+        conditions: list[Boolean] = []
+        fresh = {r: f"{r}\0" for r in target.ranks}  # the tensor's own variables, kept apart until all are known
+        grouped: dict[str, tuple[str, int]] = {}
+        for rank, index in zip(target.ranks, access.index, strict=True):
+            own = sympy.Symbol(fresh[rank], integer=True, nonnegative=True)
+            unknown = [var(r) for r in s.ranks if var(r) not in given and depends(index, (r,))]
+            solved = self._solve(index, own, unknown)
+            if solved is None and isinstance(index, FloorDiv) and index.args[0] in unknown and index.args[1].is_Integer:
+                grouped[rank] = (str(index.args[0]), int(index.args[1]))
+                given[index.args[0]] = own
+            elif solved is None:
+                if self.forward.extent(rank) != 1:
+                    conditions.append(sympy.Eq(index, own, evaluate=False))
+            else:
+                given |= solved
+                for v, value in solved.items():
+                    if value != own or self.forward.extent(v.name) != self.forward.extent(rank):
+                        conditions += self._inside(v, value)
+        left = [r for r in s.ranks if var(r) not in given]
+        renames = {var(r): var(self._renamed(r, target)) for r in left}
+        plain = {sympy.Symbol(f, integer=True, nonnegative=True): var(r) for r, f in fresh.items()}
+
+        def moved(e: Expr) -> Expr:
+            return e.xreplace(given).xreplace(renames).xreplace(plain)
+
+        reduce = Reduction("sum", tuple(renames[var(r)].name for r in left)) if left else None
+        part = _Part(moved(expr), reduce, conjoin(moved(c) for c in (*conjuncts(domain), *conditions)))
+        return self._grouped(part, target, grouped) if grouped else part
+
+    def _solve(self, index: Expr, own: Expr, unknown: list[sympy.Symbol]) -> dict[sympy.Symbol, Expr] | None:
+        """Values of the unknown variables for which the index is `own`, if the index determines them."""
+        if index.has(FloorDiv) or index.has(Mod) or index.has(Access):
+            return None
+        if len(unknown) == 1:
+            slope = index.coeff(unknown[0])
+            rest = sympy.expand(index - slope * unknown[0])
+            return {unknown[0]: slope * (own - rest)} if slope in (1, -1) and not rest.has(unknown[0]) else None
+        if len(unknown) == 2:
+            for outer, inner in (unknown, unknown[::-1]):
+                size = self.forward.extent(inner.name)
+                if sympy.expand(index - outer * size - inner) == 0:
+                    return {outer: FloorDiv(own, size), inner: Mod(own, size)}
+        return None
+
+    def _inside(self, v: sympy.Symbol, value: Expr) -> list[Boolean]:
+        bounds = [sympy.Ge(value, 0), sympy.Lt(value, self.forward.extent(v.name))]
+        return [b for b in bounds if b != sympy.true]
+
+    def _renamed(self, rank: str, target: Tensor) -> str:
+        """A rank variable that is summed, under a name that the tensor's own ranks do not have."""
+        if rank not in target.ranks:
+            return rank
+        return self._new_rank(rank, self.forward.extent(rank))
+
+    def _new_rank(self, like: str, extent: Expr) -> str:
+        name = self.names(f"{like}s")
+        self.ranks.append(Rank(name, extent))
+        return name
+
+    def _grouped(self, part: _Part, target: Tensor, grouped: Mapping[str, tuple[str, int]]) -> _Part:
+        """A tensor read at `h // 4` gets the sum of a group: first for every h, then over each group."""
+        wide = {rank: self._renamed(h, target) for rank, (h, _) in grouped.items()}
+        to_wide = {var(rank): var(name) for rank, name in wide.items()}
+        ranks = tuple(wide.get(r, r) for r in target.ranks)
+        each = Tensor(self.names(f"d{target.name}e"), ranks)
+        self.made[each.name] = Einsum(each, part.expr.xreplace(to_wide), part.reduce, part.domain.xreplace(to_wide))
+        inner: list[str] = []
+        index: list[Expr] = []
+        conditions: list[Boolean] = []
+        for rank in target.ranks:
+            if rank not in grouped:
+                index.append(var(rank))
+                continue
+            size = grouped[rank][1]
+            member = self._new_rank(grouped[rank][0], sympy.Integer(size))
+            inner.append(member)
+            index.append(var(rank) * size + var(member))
+            if sympy.expand(self.forward.extent(rank) * size - self.forward.extent(grouped[rank][0])) != 0:
+                conditions.append(sympy.Lt(index[-1], self.forward.extent(grouped[rank][0])))
+        return _Part(each(*index), Reduction("sum", tuple(inner)), conjoin(conditions))
+
+
+def _summaries(cascade: Cascade) -> frozenset[str]:
+    """Reductions over a rank that another statement's tensor has: row statistics, and what only they allow."""
+    made = {r: {s.name for s in cascade.body if r in s.output.ranks} for r in cascade.rank_table}
+    found = set()
+    for s in cascade.body:
+        if s.reduce and any(a.tensor in made[r] for r in s.reduce.ranks for a in s.reads):
+            found.add(s.name)
+    return frozenset(found)
+
+
+def _outer_accesses(expr: Expr) -> tuple[Access, ...]:
+    """The accesses that are values of the expression, not those inside an index or a condition."""
+    found: dict[Access, None] = {}
+
+    def visit(e: Expr) -> None:
+        if isinstance(e, Access):
+            found[e] = None
+        elif not isinstance(e, (sympy.core.relational.Relational, sympy.logic.boolalg.BooleanFunction)):
+            for a in e.args:
+                visit(a)
+
+    visit(expr)
+    return tuple(found)
+
+
+def _unconditional(expr: Expr) -> tuple[Access, ...]:
+    """The accesses that every point of the expression reads."""
+    if isinstance(expr, Access):
+        return (expr, *(a for i in expr.index for a in _unconditional(i)))
+    args = expr.args[:1] if isinstance(expr, Where) else expr.args
+    return tuple(a for arg in args for a in _unconditional(arg))
+
+
+def _derivative(s: Einsum, access: Access) -> Expr:
+    """d expr / d access, written with the statement's own value where that occurs in it (exp' = exp)."""
+    slope = _smooth(s.expr).diff(access)
+    if s.reduce is None and s.expr.args and not variables(s.expr).isdisjoint(s.output.ranks):
+        slope = substitute(slope, {s.expr: s.output()})
+    return slope
+
+
+def _smooth(expr: Expr) -> Expr:
+    """Max, Min and abs as Where: their derivative is that of the branch taken."""
+    if isinstance(expr, Access) or not expr.args:
+        return expr
+    args = [_smooth(a) for a in expr.args]
+    if isinstance(expr, (sympy.Max, sympy.Min)):
+        result = args[0]
+        for a in args[1:]:
+            first = sympy.Gt(result, a) if isinstance(expr, sympy.Max) else sympy.Lt(result, a)
+            result = Where(first, result, a)
+        return result
+    if isinstance(expr, sympy.Abs):
+        return Where(sympy.Ge(args[0], 0), args[0], -args[0])
+    return expr.func(*args) if tuple(args) != expr.args else expr

@@ -1,0 +1,142 @@
+"""Small tools that the passes share: exponentials folded together, conjuncts, statements renamed, inlined and ordered.
+
+Comes in: expressions and statements. Goes out: new ones; nothing here decides what a pass should do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+
+import sympy
+from sympy.logic.boolalg import Boolean
+
+from einscade.ir import Access, Cascade, Einsum, Expr, Reduction, Tensor, Where, free_vars, var
+
+__all__ = [
+    "closure",
+    "conjoin",
+    "conjuncts",
+    "depends",
+    "fold",
+    "ordered",
+    "reads_outside_where",
+    "renamed",
+    "split_factors",
+    "variables",
+]
+
+variables = lru_cache(maxsize=65536)(free_vars)
+
+
+def depends(expr: Expr | Boolean, ranks: Iterable[str]) -> bool:
+    """Whether any of the rank variables occurs in the expression, indices included."""
+    return not variables(expr).isdisjoint(ranks)
+
+
+def conjuncts(domain: Boolean) -> tuple[Boolean, ...]:
+    """The parts of a domain that all must hold, in a fixed order; none for `true`."""
+    if domain == sympy.true:
+        return ()
+    return tuple(domain.args) if isinstance(domain, sympy.And) else (domain,)
+
+
+def conjoin(parts: Iterable[Boolean]) -> Boolean:
+    parts = tuple(dict.fromkeys(parts))
+    if not parts:
+        return sympy.true
+    return parts[0] if len(parts) == 1 else sympy.And(*parts)
+
+
+def renamed(statement: Einsum, names: Mapping[str, str]) -> Einsum:
+    """The same statement with rank variables renamed, in its output, its reduction, expression and domain."""
+    if not names:
+        return statement
+    sub = {var(a): var(b) for a, b in names.items()}
+    output = statement.output
+    reduce = statement.reduce
+    return Einsum(
+        Tensor(output.name, tuple(names.get(r, r) for r in output.ranks), output.dtype, output.layout),
+        statement.expr.xreplace(sub),
+        Reduction(reduce.monoid, tuple(names.get(r, r) for r in reduce.ranks), reduce.slot) if reduce else None,
+        statement.domain.xreplace(sub),
+        statement.scan,
+    )
+
+
+def split_factors(term: Expr, ranks: Iterable[str]) -> tuple[Expr, Expr]:
+    """`term == free * bound`, with every factor that lacks all of the ranks in `free`."""
+    free: list[Expr] = []
+    bound: list[Expr] = []
+    for factor in sympy.Mul.make_args(term):
+        (bound if depends(factor, ranks) else free).append(factor)
+    return sympy.Mul(*free), sympy.Mul(*bound)
+
+
+@lru_cache(maxsize=65536)
+def fold(expr: Expr) -> Expr:
+    """Exponentials of a product as one, powers of numbers as exponentials, logarithms of exponentials undone.
+
+    exp(a)*exp(b) = exp(a + b), 2**x = exp(x*log(2)), log(exp(a)*b) = a + log(b) for b > 0 (b is a sum of exponentials
+    or a product of them wherever a cascade takes its logarithm). sympy does none of these by itself.
+    """
+    if not expr.args or isinstance(expr, (Access, Boolean)):
+        return expr
+    args = tuple(fold(a) for a in expr.args)
+    if isinstance(expr, sympy.Mul):
+        powers = [a for a in args if isinstance(a, sympy.exp)]
+        if len(powers) > 1:
+            rest = [a for a in args if not isinstance(a, sympy.exp)]
+            exponent = sympy.Add(*(p.args[0] for p in powers))
+            return sympy.Mul(*rest, sympy.exp(exponent))
+    elif isinstance(expr, sympy.Pow):
+        base, exponent = args
+        if base.is_number and base.is_positive and base != sympy.E and not exponent.is_number:
+            return fold(sympy.exp(sympy.expand_mul(exponent * sympy.Float(sympy.log(base)))))
+    elif isinstance(expr, sympy.log):
+        factors = sympy.Mul.make_args(args[0])
+        exponents = [f.args[0] for f in factors if isinstance(f, sympy.exp)]
+        if exponents:
+            rest = [f for f in factors if not isinstance(f, sympy.exp)]
+            return sympy.Add(*exponents, sympy.log(sympy.Mul(*rest)))
+    return expr if args == expr.args else expr.func(*args)
+
+
+def reads_outside_where(expr: Expr) -> frozenset[Access]:
+    """The accesses an expression makes at each of its points: not those that only one branch of a Where makes."""
+    if isinstance(expr, Access):
+        return frozenset({expr}).union(*map(reads_outside_where, expr.index))
+    args = expr.args[:1] if isinstance(expr, Where) else expr.args
+    return frozenset().union(*map(reads_outside_where, args)) if args else frozenset()
+
+
+def ordered(statements: Sequence[Einsum], inputs: Iterable[str]) -> tuple[Einsum, ...]:
+    """The statements so that each follows what it reads, otherwise as they came."""
+    by_name = {s.name: s for s in statements}
+    done: dict[str, Einsum] = {}
+    known = set(inputs)
+
+    def visit(statement: Einsum) -> None:
+        if statement.name in done:
+            return
+        for access in statement.reads:
+            if access.tensor in by_name and access.tensor != statement.name and access.tensor not in known:
+                visit(by_name[access.tensor])
+        done[statement.name] = statement
+
+    for statement in statements:
+        visit(statement)
+    return tuple(done.values())
+
+
+def closure(cascade: Cascade, names: Iterable[str]) -> frozenset[str]:
+    """The names and everything they read, directly or not."""
+    seen: set[str] = set()
+    todo = list(names)
+    while todo:
+        name = todo.pop()
+        if name not in seen:
+            seen.add(name)
+            if name in cascade.definitions:
+                todo += [a.tensor for a in cascade.definitions[name].reads]
+    return frozenset(seen)

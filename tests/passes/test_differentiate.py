@@ -1,0 +1,148 @@
+"""Gradients of cascades against central differences of the reference interpreter, in float64."""
+
+from __future__ import annotations
+
+from zlib import crc32
+
+import pytest
+import torch
+
+from einscade.ir import Cascade
+from einscade.ir.interpret import infer_sizes, interpret
+from einscade.ir.text import parse_cascade
+from einscade.ir.verify import verify
+from einscade.passes.differentiate import Gradient, augment, differentiate
+from einscade.passes.rewrite import NotApplicable
+
+HEAD = "cascade c(Q[b,h,p,e], K[b,g,m,e], V[b,g,m,f]{more}) -> O[b,h,p,f]\n"
+RANKS = "  where b < 2, h < 4, g < 2, p < 5, m < 6, e < 3, f < 2{more}\n"
+SCORES = "  S[b,h,p,m] = sum(e) Q[b,h,p,e] * K[b,h // 2,m,e] * 0.7{domain}\n"
+SOFTMAX = """  G[b,h,p]   = max(m) {s}
+  W[b,h,p,m] = exp({s} - G[b,h,p])
+  Z[b,h,p]   = sum(m) W[b,h,p,m]
+"""
+DEFERRED = """  N[b,h,p,f] = sum(m) W[b,h,p,m] * V[b,h // 2,m,f]
+  O[b,h,p,f] = N[b,h,p,f] / Z[b,h,p]  if Z[b,h,p] != 0
+"""
+TEXTBOOK = "  O[b,h,p,f] = sum(m) W[b,h,p,m] * V[b,h // 2,m,f] / Z[b,h,p]\n"
+
+
+def attention(
+    *, more: str = "", ranks: str = "", domain: str = "", scores: str = "", s: str = "S[b,h,p,m]", tail: str = DEFERRED
+) -> str:
+    return (
+        HEAD.format(more=more)
+        + RANKS.format(more=ranks)
+        + SCORES.format(domain=domain)
+        + scores
+        + SOFTMAX.format(s=s)
+        + tail
+    )
+
+
+CASES = {
+    "softmax": attention(),
+    "textbook": attention(tail=TEXTBOOK),
+    "causal with empty rows": attention(domain="  if m <= p & m > 1"),
+    "softcap": attention(scores="  C[b,h,p,m] = 2.0 * tanh(S[b,h,p,m] / 2.0)\n", s="C[b,h,p,m]"),
+    "alibi slopes": attention(more=", A[h]", scores="  C[b,h,p,m] = S[b,h,p,m] + A[h] * (m - p)\n", s="C[b,h,p,m]"),
+    "relative table": attention(
+        more=", A[h,n]", ranks=", n < 10", scores="  C[b,h,p,m] = S[b,h,p,m] + A[h,m - p + 4]\n", s="C[b,h,p,m]"
+    ),
+    "bucket table": attention(
+        more=", A[n,h], I[p,m]: i64",
+        ranks=", n < 3",
+        scores="  C[b,h,p,m] = S[b,h,p,m] + A[I[p,m],h]\n",
+        s="C[b,h,p,m]",
+    ),
+    "dense bias shared by the batch": attention(
+        more=", A[h,p,m]", scores="  C[b,h,p,m] = S[b,h,p,m] + A[h,p,m]\n", s="C[b,h,p,m]"
+    ),
+    "broadcast bias": attention(
+        more=", A[n,h,p,m]", ranks=", n < 1", scores="  C[b,h,p,m] = S[b,h,p,m] + A[0,h,p,m]\n", s="C[b,h,p,m]"
+    ),
+    "talking heads": attention(
+        more=", A[h,k]",
+        ranks=", k < 4",
+        scores="  C[b,h,p,m] = sum(k) A[h,k] * S[b,k,p,m]\n",
+        s="C[b,h,p,m]",
+    ),
+    "masked by Where": attention(
+        scores="  C[b,h,p,m] = Where(m < 3, S[b,h,p,m], Max(S[b,h,p,m], 0.1))\n", s="C[b,h,p,m]"
+    ),
+    "sigmoid": HEAD.format(more="")
+    + RANKS.format(more="")
+    + SCORES.format(domain="  if m <= p")
+    + "  O[b,h,p,f] = sum(m) V[b,h // 2,m,f] / (1 + exp(-S[b,h,p,m]))\n",
+    "log-sum-exp": "cascade c(X[p,m]) -> L[p]\n  where p < 3, m < 7\n  G[p] = max(m) X[p,m]\n"
+    "  Z[p] = sum(m) exp(X[p,m] - G[p])\n  L[p] = G[p] + log(Z[p])\n",
+    "maximum itself": "cascade c(X[p,m]) -> G[p], Y[p]\n  where p < 3, m < 7\n  G[p] = max(m) X[p,m]\n  Y[p] = sum(m) X[p,m] * G[p]\n",
+    "split rank": "cascade c(X[n]) -> Y[p]\n  where n < 12, p < 3, m < 4\n  Y[p] = sum(m) X[4 * p + m] * X[4 * p + m] * m\n",
+    "two softmaxes apart": "cascade c(X[p,m], U[p,m], V[m,f], L[n]) -> O[p,f]\n  where p < 3, m < 5, f < 2, n < 1\n"
+    "  W[p,m] = exp(X[p,m])\n  Z[p] = sum(m) W[p,m]\n  A[p,m] = exp(U[p,m])\n  B[p] = sum(m) A[p,m]\n"
+    "  O[p,f] = sum(m) (W[p,m] / Z[p] - L[0] * A[p,m] / B[p]) * V[m,f]\n",
+}
+
+
+def inputs_of(cascade: Cascade, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    values = {}
+    for t in cascade.inputs:
+        shape = [int(n) for n in cascade.shape(t.name)]
+        draw = torch.randint(0, 3, shape, generator=generator) if t.dtype == "i64" else None
+        values[t.name] = torch.randn(shape, generator=generator, dtype=torch.float64) if draw is None else draw
+    return values
+
+
+def check(cascade: Cascade, values: dict[str, torch.Tensor], generator: torch.Generator) -> Gradient:
+    result = differentiate(cascade)
+    verify(result.cascade, "differentiate")
+    verify(augment(cascade, result.saved))
+    forward = interpret(augment(cascade, result.saved), values)
+    seeds = {o: torch.randn(forward[o].shape, generator=generator, dtype=torch.float64) for o in result.cotangents}
+    given = values | {n: forward[n] for n in result.saved} | {result.cotangents[o]: s for o, s in seeds.items()}
+    sizes = infer_sizes(cascade, {n: tuple(v.shape) for n, v in values.items()})
+    sizes = {s: n for s, n in sizes.items() if s in result.cascade.symbols}
+    grads = interpret(result.cascade, {t.name: given[t.name] for t in result.cascade.inputs}, sizes)
+    step = 1e-5
+    for name, gradient in result.gradients.items():
+        direction = torch.randn(values[name].shape, generator=generator, dtype=torch.float64)
+        losses = []
+        for sign in (1, -1):
+            moved = interpret(cascade, values | {name: values[name] + sign * step * direction})
+            losses.append(sum((moved[o] * s).sum() for o, s in seeds.items()))
+        numeric = (losses[0] - losses[1]) / (2 * step)
+        exact = (grads[gradient] * direction).sum()
+        assert abs(numeric - exact) <= 1e-7 * (1 + abs(numeric)), (name, float(numeric), float(exact))
+    return result
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_those_of_central_differences(name: str) -> None:
+    cascade = parse_cascade(CASES[name])
+    generator = torch.Generator().manual_seed(crc32(name.encode()))
+    result = check(cascade, inputs_of(cascade, generator), generator)
+    assert set(result.gradients) == {t.name for t in cascade.inputs if t.dtype == "f32"}
+
+
+def test_nothing_quadratic_is_saved() -> None:
+    for name, text in CASES.items():
+        cascade = parse_cascade(text)
+        for saved in differentiate(cascade).saved:
+            assert not {"p", "m"} <= set(cascade.tensors[saved].ranks), name
+
+
+def test_the_maximum_of_a_softmax_has_no_gradient() -> None:
+    result = differentiate(parse_cascade(CASES["causal with empty rows"]))
+    assert "dG" not in result.cascade.tensors
+    assert result.saved == ("G", "Z", "O")
+
+
+def test_only_what_is_asked_for() -> None:
+    result = differentiate(parse_cascade(CASES["softmax"]), wrt=["V"])
+    assert set(result.gradients) == {"V"}
+    assert "O" not in result.saved
+
+
+def test_a_cascade_of_integers_has_no_gradient() -> None:
+    with pytest.raises(NotApplicable, match="floating"):
+        differentiate(parse_cascade("cascade c(X[n]: i64) -> Y[n]: i64\n  where n < 3\n  Y[n]: i64 = X[n] + 1\n"))
