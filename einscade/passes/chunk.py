@@ -19,6 +19,7 @@ import sympy
 from sympy.logic.boolalg import Boolean
 
 from einscade.ir import Cascade, Einsum, Expr, FloorDiv, Mod, Rank, Scan, Tensor, accesses, ceil_div, free_vars, var
+from einscade.ir.intervals import Ranges, decide
 from einscade.passes.contract import Product, contract, flatten
 from einscade.passes.rewrite import NotApplicable
 from einscade.passes.statements import Names, wide, without_unused
@@ -39,6 +40,10 @@ class Chunk:
         " where phi(p,m) = r(p,p') * phi(p',m)"
     )
     exact: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"Chunk: size={self.size}; it must be at least 1")
 
     def apply(self, cascade: Cascade) -> Cascade:
         sums = [
@@ -121,7 +126,7 @@ class _Chunks:
         # The quadratic part: the same product within a chunk.
         within = Product(
             tuple(x.xreplace(at_query | at_key) for x in product.factors),
-            (*(_tidy(c.xreplace(at_query | at_key)) for c in product.conditions), query_bound, key_bound),
+            (*(_cancelled(c.xreplace(at_query | at_key)) for c in product.conditions), query_bound, key_bound),
             ranks,
             tuple(column if r == self.key else r for r in product.reduced),
         )
@@ -168,22 +173,25 @@ class _Chunks:
 
     def _check_domain(self, conditions: Sequence[Boolean], name: str) -> None:
         """All keys of earlier chunks are seen, none of later ones."""
-        query, key, apart = var(self.query), var(self.key), var("apart")
-        spans = {self.ranks[1].name: self.size, self.ranks[2].name: self.size}
-        earlier = {query: self.position, key: self.member - (apart + 1) * self.size}
-        later = {query: self.position, key: self.member + (apart + 1) * self.size}
+        apart = var("apart") * self.size  # a symbol: at least 1
+        earlier = {var(self.query): self.position, var(self.key): self.member - apart}
+        later = {var(self.query): self.position, var(self.key): self.member + apart}
         for condition in conditions:
-            if _decided(condition.xreplace(earlier), spans) is not True:
+            if decide(condition.xreplace(earlier), self.ranges) is not True:
                 raise NotApplicable(f"{name}: {condition} may hide keys of earlier chunks from a query")
-        if not any(_decided(condition.xreplace(later), spans) is False for condition in conditions):
+        if not any(decide(condition.xreplace(later), self.ranges) is False for condition in conditions):
             raise NotApplicable(f"{name}: keys after a query's chunk are not all hidden from it")
+
+    @property
+    def ranges(self) -> Ranges:
+        return {r.name: (sympy.S.Zero, r.extent - 1) for r in self.ranks}
 
 
 _POSITION, _REFERENCE = sympy.Dummy("position", integer=True), sympy.Dummy("reference", integer=True)
 
 
-def _tidy(condition: Boolean) -> Boolean:
-    """A comparison without what both sides have."""
+def _cancelled(condition: Boolean) -> Boolean:
+    """A comparison without the terms that both sides have."""
     if not isinstance(condition, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)):
         return condition
     terms = sympy.Add.make_args(sympy.expand(condition.lhs - condition.rhs))
@@ -203,23 +211,3 @@ def _collected(ratio: Expr) -> Expr:
         lambda x: isinstance(x, (sympy.Pow, sympy.exp)),
         lambda x: x.func(*x.args[:-1], sympy.expand(x.args[-1])),
     )
-
-
-def _decided(condition: Boolean, spans: dict[str, int]) -> bool | None:
-    """Whether an affine comparison holds (fails) for all values of its variables; None where neither is certain."""
-    if not isinstance(condition, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)):
-        return None
-    strict = isinstance(condition, (sympy.Lt, sympy.Gt))
-    room = sympy.expand(condition.gts - condition.lts)
-
-    def least(expr: Expr) -> Expr:
-        for name, span in spans.items():
-            end = 0 if expr.coeff(var(name)).is_nonnegative else span - 1
-            expr = expr.xreplace({var(name): sympy.Integer(end)})
-        return sympy.expand(expr)
-
-    if (least(room) - (1 if strict else 0)).is_nonnegative:
-        return True
-    if (least(-room) - (0 if strict else 1)).is_nonnegative:
-        return False
-    return None

@@ -57,12 +57,19 @@ class Quantize:
     exact: ClassVar[bool] = False
     error: ClassVar[str] = "relative Frobenius error of the outputs against the cascade before"
 
+    def __post_init__(self) -> None:
+        if self.bits not in _STORAGE:
+            raise ValueError(
+                f"Quantize: bits={self.bits}; integers are stored in {' or '.join(map(str, _STORAGE))} bits"
+            )
+        for rank, span in self.group:
+            if span < 0:
+                raise ValueError(f"Quantize: group {rank}={span}; give a number of neighbours, or 0 for all")
+
     def apply(self, cascade: Cascade) -> Cascade:
         tensor = cascade.tensors.get(self.tensor)
         if tensor is None or not all(rank in tensor.ranks for rank, _ in self.group):
             raise NotApplicable(f"no tensor {self.tensor} with ranks {', '.join(r for r, _ in self.group)}")
-        if self.bits not in _STORAGE:
-            raise NotApplicable(f"{self.bits} bits: the storage types have {' or '.join(map(str, _STORAGE))}")
         if tensor.layout.kind == "quantized":
             raise NotApplicable(f"{self.tensor} is quantized already")
         users = tuple(cascade.users(self.tensor))
