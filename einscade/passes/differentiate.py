@@ -23,7 +23,7 @@ from einscade.ir import Access, Cascade, Einsum, Expr, FloorDiv, Mod, Rank, Redu
 from einscade.passes.invariance import UNCHANGED, Change, propagate
 from einscade.passes.rewrite import NotApplicable
 from einscade.passes.statements import Names, without_unused
-from einscade.passes.terms import at, conjoin, conjuncts, depends, ordered, substitute, variables
+from einscade.passes.terms import conjoin, conjuncts, depends, ordered, variables
 
 __all__ = ["Gradient", "augment", "differentiate"]
 
@@ -49,7 +49,7 @@ def augment(cascade: Cascade, saved: Iterable[str]) -> Cascade:
 def differentiate(cascade: Cascade, wrt: Iterable[str] | None = None) -> Gradient:
     """Gradients of the outputs with respect to the inputs named (default: every floating input), in their dtypes.
 
-    Raises NotApplicable, with the statement, where a statement has no derivative rule (a scan, a running product, topk).
+    Raises NotApplicable, with the statement, where a statement has no derivative rule (scan, prod, topk).
     An input that no output depends on has no gradient in the result.
     """
     inputs = {t.name: t for t in cascade.inputs}
@@ -76,11 +76,13 @@ class _Reverse:
         self.made: dict[str, Einsum] = {}
         self.active = self._depending(wrt)
         self.summaries = _summaries(cascade)
+        self.seeds: frozenset[str] = frozenset()
 
     def run(self) -> Gradient:
         c = self.forward
         cotangents = {o: self.names(f"d{o}") for o in c.outputs if o in self.active and o in c.definitions}
         seeds = tuple(Tensor(name, c.tensors[o].ranks, c.tensors[o].dtype) for o, name in cotangents.items())
+        self.seeds = frozenset(cotangents.values())
         for seed, o in zip(seeds, cotangents, strict=True):
             self.parts.setdefault(o, []).append(_Part(seed(), None, sympy.true))
         for statement in reversed(c.body):
@@ -138,12 +140,11 @@ class _Reverse:
         parts = self.parts.get(tensor.name, [])
         if not parts:
             return False
-        given = parts[0].expr
-        if len(parts) == 1 and isinstance(given, Access) and given == Access(given.tensor, *map(var, tensor.ranks)):
-            if parts[0].reduce is None and parts[0].domain == sympy.true and tensor.name in self.forward.definitions:
-                self.adjoint[tensor.name] = Tensor(given.tensor, tensor.ranks, tensor.dtype)  # the cotangent itself
-                return True
         is_input = tensor.name not in self.forward.definitions
+        given = parts[0].expr
+        if len(parts) == 1 and not is_input and given in (Tensor(c, tensor.ranks)() for c in self.seeds):
+            self.adjoint[tensor.name] = Tensor(given.tensor, tensor.ranks, tensor.dtype)
+            return True
         output = Tensor(self.names(f"d{tensor.name}"), tensor.ranks, tensor.dtype if is_input else "f32")
         self.adjoint[tensor.name] = output
         # Nobody asks for the gradient of a point that is not there, nor misses one that no part has.
@@ -243,7 +244,10 @@ class _Reverse:
 
     def _exists_at(self, access: Access) -> tuple[Boolean, ...]:
         s = self.made.get(access.tensor) or self.forward.definitions.get(access.tensor)
-        return tuple(c.xreplace(at(s, access)) for c in self._exists(access.tensor)) if s else ()
+        if s is None:
+            return ()
+        here = dict(zip(map(var, s.output.ranks), access.index, strict=True))
+        return tuple(c.xreplace(here) for c in self._exists(access.tensor))
 
     def _existence(self, expr: Expr) -> frozenset[Boolean]:
         return frozenset(c for a in _unconditional(expr) for c in self._exists_at(a))
@@ -373,7 +377,7 @@ def _derivative(s: Einsum, access: Access) -> Expr:
     """d expr / d access, written with the statement's own value where that occurs in it (exp' = exp)."""
     slope = _smooth(s.expr).diff(access)
     if s.reduce is None and s.expr.args and not variables(s.expr).isdisjoint(s.output.ranks):
-        slope = substitute(slope, {s.expr: s.output()})
+        slope = slope.xreplace({s.expr: s.output()})
     return slope
 
 
