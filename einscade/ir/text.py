@@ -72,9 +72,7 @@ def print_cascade(cascade: Cascade) -> str:
         header = f"cascade {cascade.name}(\n    " + ",\n    ".join(inputs) + f"\n) -> {outputs}"
     lines = [header]
     if cascade.ranks:
-        ranks = [
-            f"{r.name} < {print_expr(r.extent)}" + (f" of {r.origin}" if r.origin else "") for r in cascade.ranks
-        ]
+        ranks = [f"{r.name} < {print_expr(r.extent)}" + (f" of {r.origin}" if r.origin else "") for r in cascade.ranks]
         lines.append(_filled("  where ", ranks))
     left = [_tensor(e.output) for e in cascade.body]
     width = max((len(text) for text in left if len(text) <= WIDEST_ALIGNED), default=0)

@@ -1,0 +1,504 @@
+"""Scalar expressions as torch code: which dimensions a value has, how it broadcasts, when it may be changed in place.
+
+Comes in: sympy expressions over accesses and rank variables, and a `Scope` that says what each name is at this place
+of the program. Goes out: `Value`s, code with the ranks of its dimensions. Dimensions are always in the scope's order,
+so that aligning two values only ever inserts dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import sympy
+from sympy.logic.boolalg import And, BooleanFalse, BooleanTrue, Not, Or
+
+from einscade.codegen.source import Unsupported
+from einscade.codegen.tiles import Finite
+from einscade.ir.expr import Access, Expr, FloorDiv, Mod, Round, Trunc, Where, free_vars
+
+__all__ = ["ATOM", "Name", "Range", "Scope", "Value", "number", "python", "value"]
+
+ATOM, PRODUCT, SUM, COMPARISON = 0, 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Value:
+    """`code` with dimensions `ranks`. `kind`: f (float), i (integer), b (boolean). `owned`: a fresh tensor of exactly
+    these dimensions that nothing else refers to, so that it may be changed in place."""
+
+    code: str
+    ranks: tuple[str, ...] = ()
+    kind: str = "f"
+    owned: bool = False
+    prec: int = ATOM
+
+    def tight(self, prec: int = ATOM) -> str:
+        return self.code if self.prec <= prec else f"({self.code})"
+
+
+@dataclass(frozen=True)
+class Range:
+    """What a rank runs over here: all of `size`, or `lo:hi` of it, or, with `at`, a single place."""
+
+    size: str
+    lo: str | None = None
+    hi: str | None = None
+    at: str | None = None
+
+
+@dataclass(frozen=True)
+class Name:
+    """A tensor at this place: a variable of the code whose dimensions have these ranks. `stored`: in memory, indexed
+    by whole ranks; otherwise a value of the loop, whose dimensions cover just the present tile."""
+
+    code: str
+    ranks: tuple[str, ...]
+    dtype: str
+    stored: bool
+    fresh: bool = False
+    extents: tuple[str, ...] = ()
+
+
+@dataclass
+class Scope:
+    """What names mean. `order` is the order of dimensions; `acc` the dtype computed in ("float32" or "float64");
+    `in_place` whether owned values may be overwritten; `dead` the local names whose last read is being printed."""
+
+    order: tuple[str, ...]
+    ranges: dict[str, Range]
+    names: dict[str, Name]
+    acc: str
+    in_place: bool
+    device: str
+    dead: set[str] = field(default_factory=set)
+    rank_values: Callable[[str], str] | None = None
+
+    def sort(self, ranks: Sequence[str]) -> tuple[str, ...]:
+        return tuple(sorted(dict.fromkeys(ranks), key=self.order.index))
+
+
+def number(x: Expr) -> str:
+    if x.is_Integer:
+        return str(int(x))
+    if x in (sympy.oo, -sympy.oo):
+        return "torch.inf" if x == sympy.oo else "-torch.inf"
+    if x == sympy.nan:
+        return "torch.nan"
+    return repr(float(x))
+
+
+def python(expr: Expr, names: Mapping[str, str] | None = None) -> str:
+    """A condition or bound over Python integers, as code. `names` renames variables."""
+    names = names or {}
+    if isinstance(expr, (BooleanTrue, BooleanFalse)):
+        return str(bool(expr))
+    if isinstance(expr, sympy.Symbol):
+        return names.get(expr.name, expr.name)
+    if expr.is_number:
+        return number(expr)
+    args = [python(a, names) for a in expr.args]
+    if isinstance(expr, (sympy.Max, sympy.Min)):
+        return f"{'max' if isinstance(expr, sympy.Max) else 'min'}({', '.join(args)})"
+    if isinstance(expr, FloorDiv):
+        if (up := _ceil_form(expr)) is not None:
+            return f"-(-{_wrap(python(up, names))} // {_wrap(args[1])})"
+        return f"{_wrap(args[0])} // {_wrap(args[1])}"
+    if isinstance(expr, Mod):
+        return f"{_wrap(args[0])} % {_wrap(args[1])}"
+    if isinstance(expr, sympy.Add):
+        return _difference(expr, names)
+    if isinstance(expr, sympy.Mul):
+        if expr.args[0] == -1:
+            return "-" + "*".join(map(_wrap, args[1:]))
+        return "*".join(map(_wrap, args))
+    if isinstance(expr, (And, Or)):
+        word = " and " if isinstance(expr, And) else " or "
+        return word.join(f"({a})" if isinstance(x, (And, Or)) else a for a, x in zip(args, expr.args, strict=True))
+    if isinstance(expr, Not):
+        return f"not ({args[0]})"
+    if isinstance(expr, sympy.core.relational.Relational):
+        return _compared(expr, names)
+    raise Unsupported(f"the bound {expr} cannot be computed on the host")
+
+
+def _ceil_form(expr: FloorDiv) -> Expr | None:
+    a, b = expr.args
+    return a - b + 1 if a.is_Add and not (a - b + 1).has(b) and not b.is_Integer else None
+
+
+def _wrap(code: str) -> str:
+    return (
+        code
+        if code.replace("_", "").isalnum() or (code.endswith(")") and code.startswith(("max(", "min(")))
+        else f"({code})"
+    )
+
+
+def _difference(expr: sympy.Add, names: Mapping[str, str]) -> str:
+    plus = [t for t in expr.args if not t.could_extract_minus_sign()]
+    minus = [-t for t in expr.args if t.could_extract_minus_sign()]
+    plus.sort(key=lambda t: (t.is_number, sympy.default_sort_key(t)))
+    text = " + ".join(python(t, names) for t in plus)
+    for t in minus:
+        code = python(t, names)
+        text += f" - {code if t.is_Atom or t.is_Mul else _wrap(code)}" if text else f"-{_wrap(code)}"
+    return text
+
+
+def _compared(expr: sympy.core.relational.Relational, names: Mapping[str, str]) -> str:
+    """`a <= b` with terms on the side where they are positive."""
+    difference = expr.lhs - expr.rhs
+    left = sympy.Add(*(t for t in sympy.Add.make_args(difference) if not t.could_extract_minus_sign()))
+    right = left - difference
+    return f"{python(left, names)} {expr.rel_op} {python(right, names)}"
+
+
+# -- tensors ----------------------------------------------------------------------------------------------------------
+
+
+def align(v: Value, ranks: tuple[str, ...]) -> str:
+    """Code for a value that broadcasts against dimensions `ranks` (a superset of its own, both in scope order)."""
+    if not v.ranks or v.ranks == ranks[len(ranks) - len(v.ranks) :]:
+        return v.code
+    first = ranks.index(v.ranks[0])
+    index = [":" if r in v.ranks else "None" for r in ranks[first:]]
+    kept = len(v.ranks)
+    if index[:kept] == [":"] * kept:
+        index = (["..."] if kept > 1 else [":"]) + index[kept:]
+    return f"{v.tight()}[{', '.join(index)}]"
+
+
+def value(expr: Expr, scope: Scope) -> Value:
+    """An expression as torch code on the present tile."""
+    if isinstance(expr, Access):
+        return read(expr, scope)
+    if isinstance(expr, (BooleanTrue, BooleanFalse)):
+        return Value(str(bool(expr)), kind="b")
+    if isinstance(expr, sympy.Symbol):
+        return _variable(expr.name, scope)
+    if expr.is_number and not expr.args:
+        return Value(number(expr), kind="i" if expr.is_Integer else "f", prec=SUM if expr.is_negative else ATOM)
+    if expr.is_number and isinstance(expr, sympy.Expr):
+        return Value(repr(float(expr)))
+    if isinstance(expr, sympy.Add):
+        return _add(expr, scope)
+    if isinstance(expr, sympy.Mul):
+        return _mul(expr, scope)
+    if isinstance(expr, sympy.Pow):
+        return _pow(expr, scope)
+    if isinstance(expr, (And, Or, Not)):
+        return _logic(expr, scope)
+    if isinstance(expr, sympy.core.relational.Relational):
+        return _relation(expr, scope)
+    if isinstance(expr, Where):
+        return _where(expr, scope)
+    if isinstance(expr, (sympy.Max, sympy.Min)):
+        return _extreme(expr, scope)
+    if isinstance(expr, (FloorDiv, Mod)):
+        return _integer_division(expr, scope)
+    if isinstance(expr, Finite):
+        v = value(expr.args[0], scope)
+        return Value(f"{v.tight()}.masked_fill({v.tight()}.isinf(), 0)", v.ranks, "f", True)
+    return _function(expr, scope)
+
+
+def _variable(name: str, scope: Scope) -> Value:
+    if name not in scope.ranges:
+        return Value(name, kind="i")
+    r = scope.ranges[name]
+    if r.at is not None:
+        return Value(r.at, kind="i", prec=ATOM if r.at.isidentifier() else PRODUCT)
+    assert scope.rank_values is not None
+    return Value(scope.rank_values(name), (name,), "i")
+
+
+_FUNCTIONS = {
+    sympy.exp: "exp", sympy.log: "log", sympy.tanh: "tanh", sympy.sin: "sin", sympy.cos: "cos", sympy.erf: "erf",
+    sympy.Abs: "abs", sympy.sign: "sign", sympy.floor: "floor", sympy.ceiling: "ceil", sympy.sinh: "sinh",
+    sympy.cosh: "cosh", sympy.tan: "tan", sympy.atan: "atan", sympy.asin: "asin", sympy.acos: "acos",
+    sympy.asinh: "asinh", sympy.acosh: "acosh", sympy.atanh: "atanh", sympy.erfc: "erfc", sympy.loggamma: "lgamma",
+    Round: "round", Trunc: "trunc",
+}  # fmt: skip
+
+
+def _function(expr: Expr, scope: Scope) -> Value:
+    name = _FUNCTIONS.get(expr.func)
+    if name is None:
+        raise Unsupported(f"function {expr.func.__name__} in {expr}")
+    v = value(expr.args[0], scope)
+    if not v.ranks and not _is_tensor(v):
+        v = Value(f"torch.tensor({v.code}, dtype=torch.{scope.acc}, device={scope.device})", (), "f", True)
+    return _method(v, name, scope)
+
+
+def _is_tensor(v: Value) -> bool:
+    return bool(v.ranks) or "[" in v.code or v.owned
+
+
+def _method(v: Value, name: str, scope: Scope, *args: str) -> Value:
+    in_place = "_" if v.owned and scope.in_place and v.kind == "f" else ""
+    return Value(f"{v.tight()}.{name}{in_place}({', '.join(args)})", v.ranks, "f" if v.kind != "b" else "b", True)
+
+
+def _terms(args: Sequence[Expr], scope: Scope) -> list[Value]:
+    """Operands, the one with most dimensions first (an owned one before others)."""
+    values = [value(a, scope) for a in args]
+    return sorted(values, key=lambda v: (-len(v.ranks), not v.owned))
+
+
+def _binary(a: Value, b: Value, symbol: str, method: str, scope: Scope, prec: int) -> Value:
+    ranks = scope.sort(a.ranks + b.ranks)
+    kind = "f" if "f" in (a.kind, b.kind) or symbol == "/" else "i"
+    if scope.in_place and a.owned and a.ranks == ranks and a.kind == kind == "f":
+        return Value(f"{a.tight()}.{method}_({align(b, ranks)})", ranks, kind, True)
+    left, right = Value(align(a, ranks), prec=a.prec), Value(align(b, ranks), prec=b.prec)
+    tight = prec - 1 if symbol in "-/" else prec
+    tensor = bool(ranks)
+    return Value(f"{left.tight(prec)} {symbol} {right.tight(tight)}", ranks, kind, tensor, prec)
+
+
+def _add(expr: sympy.Add, scope: Scope) -> Value:
+    constant, rest = expr.as_coeff_Add()
+    terms = [(t.could_extract_minus_sign(), t) for t in sympy.Add.make_args(rest)]
+    values = [(value(-t if negative else t, scope), negative) for negative, t in terms]
+    values.sort(key=lambda vn: (vn[1], -len(vn[0].ranks), not vn[0].owned))
+    (total, negative), others = values[0], values[1:]
+    if negative:
+        total = Value(f"-{total.tight()}", total.ranks, total.kind, bool(total.ranks), PRODUCT)
+    for v, minus in others:
+        total = _binary(total, v, "-" if minus else "+", "sub" if minus else "add", scope, SUM)
+    if constant != 0:
+        c = value(abs(constant), scope)
+        minus = bool(constant < 0)
+        total = _binary(total, c, "-" if minus else "+", "sub" if minus else "add", scope, SUM)
+    return total
+
+
+def _mul(expr: sympy.Mul, scope: Scope) -> Value:
+    coefficient, rest = expr.as_coeff_Mul()
+    above, below = [], []
+    for f in sympy.Mul.make_args(rest):
+        if f == 1:
+            continue
+        inverse = isinstance(f, sympy.Pow) and f.exp.is_number and f.exp.is_negative
+        (below if inverse else above).append(1 / f if inverse else f)
+    if coefficient.is_Rational and not coefficient.is_Integer and coefficient.p in (1, -1) and above:
+        below.append(sympy.Integer(coefficient.q))
+        coefficient = sympy.Integer(coefficient.p)
+    if not above:
+        above, coefficient = [coefficient], sympy.Integer(1)
+    values = _terms(above, scope)
+    total = values[0]
+    for v in values[1:]:
+        total = _binary(total, v, "*", "mul", scope, PRODUCT)
+    if coefficient == -1:
+        total = Value(f"-{total.tight(PRODUCT)}", total.ranks, total.kind, bool(total.ranks), PRODUCT)
+    elif coefficient != 1:
+        total = _binary(total, value(coefficient, scope), "*", "mul", scope, PRODUCT)
+    for f in below:
+        total = _binary(total, value(f, scope), "/", "div", scope, PRODUCT)
+    return total
+
+
+def _pow(expr: sympy.Pow, scope: Scope) -> Value:
+    base, exponent = expr.args
+    if base == sympy.E:
+        return _function(sympy.exp(exponent, evaluate=False), scope)
+    if exponent.is_number and exponent.is_negative:
+        if exponent == sympy.Rational(-1, 2):
+            return _method(value(base, scope), "rsqrt", scope)
+        v = value(base**-exponent, scope)
+        return Value(f"1 / {v.tight()}", v.ranks, "f", bool(v.ranks), PRODUCT)
+    v = value(base, scope)
+    if exponent == 2:
+        return _method(v, "square", scope)
+    if exponent == sympy.Rational(1, 2):
+        return _method(v, "sqrt", scope)
+    if exponent.is_number:
+        return _method(v, "pow", scope, number(exponent))
+    e = value(exponent, scope)
+    ranks = scope.sort(v.ranks + e.ranks)
+    return Value(f"torch.pow({align(v, ranks)}, {align(e, ranks)})", ranks, "f", True)
+
+
+def _logic(expr: And | Or | Not, scope: Scope) -> Value:
+    if isinstance(expr, Not):
+        v = value(expr.args[0], scope)
+        if not _is_tensor(v):
+            return Value(f"not {v.tight()}", kind="b", prec=COMPARISON)
+        return Value(f"~{v.tight()}", v.ranks, "b", True, PRODUCT)
+    parts = [value(a, scope) for a in expr.args]
+    ranks = scope.sort([r for v in parts for r in v.ranks])
+    symbol = " & " if isinstance(expr, And) else " | "
+    code = symbol.join(Value(align(v, ranks), prec=v.prec).tight() for v in parts)
+    return Value(code, ranks, "b", True, COMPARISON)
+
+
+def _relation(expr: sympy.core.relational.Relational, scope: Scope) -> Value:
+    left, right = value(expr.lhs, scope), value(expr.rhs, scope)
+    ranks = scope.sort(left.ranks + right.ranks)
+    symbol = expr.rel_op
+    a, b = (Value(align(v, ranks), prec=v.prec).tight(SUM) for v in (left, right))
+    return Value(f"{a} {symbol} {b}", ranks, "b", True, COMPARISON)
+
+
+def _where(expr: Where, scope: Scope) -> Value:
+    condition, *branches = (value(a, scope) for a in expr.args)
+    ranks = scope.sort([r for v in (condition, *branches) for r in v.ranks])
+    codes = ", ".join(align(v, ranks) for v in (condition, *branches))
+    return Value(
+        f"torch.where({codes})", ranks, "f" if any(v.kind == "f" for v in branches) else branches[0].kind, True
+    )
+
+
+def _extreme(expr: sympy.Max | sympy.Min, scope: Scope) -> Value:
+    name = "max" if isinstance(expr, sympy.Max) else "min"
+    values = _terms(expr.args, scope)
+    total = values[0]
+    for v in values[1:]:
+        if not v.ranks and not _is_tensor(v):
+            bound = "min" if name == "max" else "max"
+            total = _method(total, "clamp", scope, f"{bound}={v.code}")
+            continue
+        ranks = scope.sort(total.ranks + v.ranks)
+        kind = "f" if "f" in (total.kind, v.kind) else "i"
+        total = Value(f"torch.{name}imum({align(total, ranks)}, {align(v, ranks)})", ranks, kind, True)
+    return total
+
+
+def _integer_division(expr: FloorDiv | Mod, scope: Scope) -> Value:
+    a, b = value(expr.args[0], scope), value(expr.args[1], scope)
+    ranks = scope.sort(a.ranks + b.ranks)
+    symbol = "//" if isinstance(expr, FloorDiv) else "%"
+    left, right = Value(align(a, ranks), prec=a.prec), Value(align(b, ranks), prec=b.prec)
+    return Value(f"{left.tight(PRODUCT)} {symbol} {right.tight()}", ranks, "i", bool(ranks), PRODUCT)
+
+
+# -- reads ------------------------------------------------------------------------------------------------------------
+
+
+def read(access: Access, scope: Scope) -> Value:
+    """A tensor on the present tile: slices where an index is a rank, integer indexing where it is anything else."""
+    name = scope.names[access.tensor]
+    simple: list[str | None] = []  # the rank of a dimension that is sliced
+    taken: set[str] = set()
+    for dim, i in enumerate(access.index):
+        rank = i.name if isinstance(i, sympy.Symbol) and i.name in scope.ranges else None
+        if rank is not None and (scope.ranges[rank].at is not None or rank in taken):
+            rank = None
+        if rank is not None and not name.stored and rank != name.ranks[dim]:
+            rank = None
+        if rank is not None:
+            taken.add(rank)
+        simple.append(rank)
+    depends = [set() if r else _ranks_of(i, scope) for r, i in zip(simple, access.index, strict=True)]
+    gathered = [d for d, r in enumerate(simple) if r is None and (depends[d] or _reads_tensor(access.index[d]))]
+    shared = set().union(*(depends[d] for d in gathered)) if gathered else set()
+    gathered += [d for d, r in enumerate(simple) if r is not None and r in shared]
+    if gathered:
+        return _converted(_gather(name, access, simple, sorted(gathered), scope), name, scope)
+    return _converted(_slices(name, access, simple, scope), name, scope)
+
+
+def _ranks_of(expr: Expr, scope: Scope) -> set[str]:
+    return {n for n in free_vars(expr) if n in scope.ranges and scope.ranges[n].at is None}
+
+
+def _reads_tensor(expr: Expr) -> bool:
+    return bool(expr.has(Access))
+
+
+def _converted(v: Value, name: Name, scope: Scope) -> Value:
+    """Stored floats are computed with in the accumulation dtype, small integers as 64-bit ones."""
+    if not name.stored:
+        return v
+    if name.dtype[0] in "fb" and name.dtype != "bool":
+        same = name.dtype == {"float32": "f32", "float64": "f64"}[scope.acc]
+        cast = {"float32": "float", "float64": "double"}[scope.acc]
+        return v if same else Value(f"{v.tight()}.{cast}()", v.ranks, "f", True)
+    if name.dtype == "bool":
+        return replace(v, kind="b")
+    return replace(v, kind="i") if name.dtype == "i64" else Value(f"{v.tight()}.long()", v.ranks, "i", True)
+
+
+def _slice(name: Name, dim: int, rank: str, scope: Scope) -> str:
+    r = scope.ranges[rank]
+    if not name.stored:
+        return ":"
+    if r.lo is not None:
+        return f"{r.lo}:{r.hi}"
+    return ":" if not name.extents or name.extents[dim] == r.size else f":{r.size}"
+
+
+def _slices(name: Name, access: Access, simple: list[str | None], scope: Scope) -> Value:
+    index, ranks = [], []
+    for dim, (rank, i) in enumerate(zip(simple, access.index, strict=True)):
+        if rank is None:
+            index.append(value(i, scope).code)
+        else:
+            index.append(_slice(name, dim, rank, scope))
+            ranks.append(rank)
+    code = _indexed(name.code, index)
+    owned = not name.stored and name.fresh and access.tensor in scope.dead and code == name.code
+    kind = "b" if name.dtype == "bool" else "i" if name.dtype[0] in "iu" else "f"
+    return _ordered(Value(code, tuple(ranks), kind, owned), scope)
+
+
+def _indexed(code: str, index: list[str]) -> str:
+    while index and index[-1] == ":":
+        index = index[:-1]
+    return f"{code}[{', '.join(index)}]" if index else code
+
+
+def _ordered(v: Value, scope: Scope) -> Value:
+    order = scope.sort(v.ranks)
+    if order == v.ranks:
+        return v
+    if len(order) == 2:
+        return replace(v, code=f"{v.tight()}.mT", ranks=order)
+    places = ", ".join(str(v.ranks.index(r)) for r in order)
+    return replace(v, code=f"{v.tight()}.permute({places})", ranks=order)
+
+
+def _gather(name: Name, access: Access, simple: list[str | None], gathered: list[int], scope: Scope) -> Value:
+    """Integer indexing: sliced dimensions first, then the gathered ones, moved to the front."""
+    kept = [d for d in range(len(simple)) if d not in gathered]
+    index, kept_ranks = [], []
+    for d in range(len(simple)):
+        rank = simple[d]
+        if d in gathered:
+            index.append(":")
+        elif rank is None:
+            index.append(value(access.index[d], scope).code)
+        else:
+            index.append(_slice(name, d, rank, scope))
+            kept_ranks.append(rank)
+    code = _indexed(name.code, index)
+    dims = [d for d in range(len(simple)) if d in gathered or simple[d] is not None]  # those left after selection
+    parts = [value(access.index[d], scope) for d in gathered]
+    ranks = scope.sort([r for v in parts for r in v.ranks])
+    codes = []
+    for d, v in zip(gathered, parts, strict=True):
+        if not v.ranks:
+            codes.append(v.code if not _reads_tensor(access.index[d]) else v.code)
+            continue
+        text = align(v, ranks)
+        exact = isinstance(access.index[d], sympy.Symbol) and simple[d] is not None
+        codes.append(text if exact else f"{Value(text, prec=v.prec).tight()}.clamp(0, {_length(name, d)} - 1)")
+    if len(gathered) == 1 and kept:
+        d = gathered[0]
+        place = dims.index(d)
+        code = f"{code}[{', '.join([':'] * place + codes)}]"
+        left = [simple[x] for x in dims[:place]]
+        right = [simple[x] for x in dims[place + 1 :]]
+        result = tuple(r for r in left if r) + ranks + tuple(r for r in right if r)
+        return _ordered(Value(code, result, owned=True), scope)
+    order = [dims.index(d) for d in gathered] + [dims.index(d) for d in dims if d not in gathered]
+    if order != list(range(len(order))):
+        code = f"{code}.permute({', '.join(map(str, order))})"
+    return _ordered(Value(f"{code}[{', '.join(codes)}]", ranks + tuple(kept_ranks), owned=True), scope)
+
+
+def _length(name: Name, dim: int) -> str:
+    return f"{name.code}.shape[{dim}]"
