@@ -21,10 +21,10 @@ from sympy.logic.boolalg import And, BooleanFalse, BooleanTrue, Not, Or
 from torch import Tensor
 
 from einscade.ir.cascade import MONOIDS, Cascade, Einsum
-from einscade.ir.expr import Access, Expr, FloorDiv, Mod, Round, Trunc, Where, free_vars
+from einscade.ir.expr import Access, Expr, FloorDiv, Mod, Round, Trunc, Where, free_vars, var
 from einscade.ir.verify import CascadeError, verify
 
-__all__ = ["extents", "infer_sizes", "interpret"]
+__all__ = ["OPERATIONS", "extents", "infer_sizes", "interpret"]
 
 # Points of one slice of a grid: 32 MiB for each temporary of doubles.
 GRID_POINTS = 1 << 22
@@ -47,7 +47,8 @@ def interpret(
     stored = {t.name: _Value(_real(inputs[t.name], t.name, t.dtype)) for t in cascade.inputs}
     device = next((v.data.device for v in stored.values()), torch.device("cpu"))
     for statement in cascade.body:
-        stored[statement.name] = _Statement(statement, stored, sizes, lengths, device).run()
+        value = _Statement(statement, stored, sizes, lengths, device).run()
+        stored[statement.name] = replace(value, made_by=statement if statement.scan else None)
     return {name: stored[name].or_zero() for name in cascade.outputs}
 
 
@@ -112,12 +113,14 @@ def _real(tensor: Tensor, name: str, dtype: str) -> Tensor:
 @dataclass(frozen=True)
 class _Value:
     """Data with its masks, each broadcastable to the grid it belongs to. None: exists everywhere, outside nowhere.
-    `row` is the part of `exists` that is free of the statement's reduced ranks: it says whether the output exists."""
+    `row` is the part of `exists` that is free of the statement's reduced ranks: it says whether the output exists.
+    `made_by` is the statement of a stored scan, whose value before its first step is its initial value."""
 
     data: Tensor
     exists: Tensor | None = None
     outside: Tensor | None = None
     row: Tensor | None = None
+    made_by: Einsum | None = None
 
     def or_zero(self) -> Tensor:
         return self.data if self.exists is None else self.data.masked_fill(~self.exists, 0)
@@ -311,7 +314,7 @@ class _Statement:
             return self.logic(args, isinstance(node, Or))
         if isinstance(node, Where):
             return self.where(*args)
-        data = _OPERATIONS[node.func](*(a.data for a in args))
+        data = OPERATIONS[node.func](*(a.data for a in args))
         exists, row = _both(*(a.exists for a in args)), _both(*(a.row for a in args))
         return _Value(data, exists, _either(*(a.outside for a in args)), row)
 
@@ -353,22 +356,39 @@ class _Statement:
         values = [self.value(i) for i in indices]
         exists, outside = _both(*(v.exists for v in values)), _either(*(v.outside for v in values))
         shape = base.data.shape
+        before, axis = None, -1
+        if base.made_by is not None and base.made_by.scan is not None:
+            axis = base.made_by.output.ranks.index(base.made_by.scan.rank)
+            before = values[axis].data == -1
         if 0 in shape:
+            if before is not None and bool(before.all()):
+                return self.initial(base.made_by, node)
             nothing = torch.zeros((), dtype=base.data.dtype, device=self.device)
             return _Value(nothing, exists, torch.ones((), dtype=torch.bool, device=self.device))
         gathered = []
-        for v, n in zip(values, shape, strict=True):
+        for i, (v, n) in enumerate(zip(values, shape, strict=True)):
             index = v.data
             if index.is_floating_point():
                 index = index.nan_to_num(nan=-1.0).clamp(-1, n).to(torch.int64)
-            if index.numel() and (int(index.min()) < 0 or int(index.max()) >= n):
-                outside = _either(outside, (index < 0) | (index >= n))
+            low = -1 if i == axis else 0
+            if index.numel() and (int(index.min()) < low or int(index.max()) >= n):
+                outside = _either(outside, (index < low) | (index >= n))
             gathered.append(index.clamp(0, n - 1))
         data = base.data[tuple(gathered)] if gathered else base.data
         if base.exists is not None:
             there = base.exists[tuple(gathered)] if gathered else base.exists
+            there = there if before is None else there | before
             exists = _both(exists, there if outside is None else there | outside)
+        if before is not None and bool(before.any()):
+            data = torch.where(before, *_promoted(self.initial(base.made_by, node).data, data))
         return _Value(data, exists, outside)
+
+    def initial(self, made_by: Einsum | None, node: Access) -> _Value:
+        """What a finished scan holds before its first step, at an access that may go there."""
+        assert made_by is not None
+        assert made_by.scan is not None
+        index = dict(zip(map(var, made_by.output.ranks), node.index, strict=True))
+        return self.value(made_by.scan.init.xreplace(index))
 
 
 def _constant(node: Any) -> float | int | bool:
@@ -431,7 +451,7 @@ def _in_double(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tenso
     return lambda x: function(x.double())
 
 
-_OPERATIONS: Mapping[Any, Callable[..., Tensor]] = {
+OPERATIONS: Mapping[Any, Callable[..., Tensor]] = {
     sympy.Add: _add,
     sympy.Mul: _multiply,
     sympy.Pow: _power,
@@ -475,4 +495,3 @@ def _reduce(monoid: str, data: Tensor, axes: tuple[int, ...], identity: float | 
     for axis in sorted(axes, reverse=True):
         data = data.prod(axis) if monoid == "prod" else data.any(axis) if monoid == "any" else data.all(axis)
     return data
-

@@ -14,6 +14,7 @@ from sympy.logic.boolalg import Boolean
 from einscade.ir import Access, Cascade, Einsum, Expr, Reduction, Tensor, Where, free_vars, var
 
 __all__ = [
+    "at",
     "closure",
     "conjoin",
     "conjuncts",
@@ -23,6 +24,7 @@ __all__ = [
     "reads_outside_where",
     "renamed",
     "split_factors",
+    "substitute",
     "variables",
 ]
 
@@ -46,6 +48,16 @@ def conjoin(parts: Iterable[Boolean]) -> Boolean:
     if not parts:
         return sympy.true
     return parts[0] if len(parts) == 1 else sympy.And(*parts)
+
+
+def at(statement: Einsum, access: Access) -> dict[Expr, Expr]:
+    """The substitution that turns the statement's own rank variables into the indices it is read at."""
+    return {var(r): i for r, i in zip(statement.output.ranks, access.index, strict=True) if var(r) != i}
+
+
+def substitute(expr: Expr, values: Mapping[Access, Expr]) -> Expr:
+    """Replace whole accesses by expressions, those inside other accesses' indices included."""
+    return expr.xreplace(dict(values)) if values else expr
 
 
 def renamed(statement: Einsum, names: Mapping[str, str]) -> Einsum:

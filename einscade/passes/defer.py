@@ -1,0 +1,102 @@
+"""Defer: a factor that lacks the reduced rank leaves the reduction.
+
+Comes in: O = sum(m) W * V / Z, where Z is itself a reduction over m. Goes out: N = sum(m) W * V, O = N / Z if Z != 0:
+one pass over m less, since N no longer waits for Z. A sum of such terms is split first, (W1/Z1 - c*W2/Z2) * V into two
+sums, when their factors differ. The guard keeps an empty row what it was: a sum over nothing, 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import sympy
+from sympy.logic.boolalg import Boolean
+
+from einscade.ir import Cascade, Einsum, Expr, Tensor, Where, accesses
+from einscade.passes.rewrite import NotApplicable
+from einscade.passes.statements import Names
+from einscade.passes.terms import conjoin, depends, split_factors
+
+__all__ = ["Defer", "guards"]
+
+
+@dataclass(frozen=True)
+class Defer:
+    name: ClassVar[str] = "defer"
+    identity: ClassVar[str] = "sum(m) a * x[m] = a * sum(m) x[m]"
+    exact: ClassVar[bool] = True
+
+    def apply(self, cascade: Cascade) -> Cascade:
+        reduced_over = _reduced_over(cascade)
+        names = Names(cascade)
+        body: list[Einsum] = []
+        changed = False
+        for statement in cascade.body:
+            made = _deferred(statement, names, reduced_over)
+            changed |= len(made) > 1
+            body += made
+        if not changed:
+            raise NotApplicable("no sum has a factor that is itself reduced over the summed rank")
+        return cascade.replace(body=tuple(body))
+
+
+def _reduced_over(cascade: Cascade) -> dict[str, frozenset[str]]:
+    """For each tensor, the ranks that it, or anything it reads, reduces."""
+    found: dict[str, frozenset[str]] = {t.name: frozenset() for t in cascade.inputs}
+    for s in cascade.body:
+        own = frozenset(s.reduce.ranks) if s.reduce else frozenset()
+        found[s.name] = own.union(*(found.get(a.tensor, frozenset()) for a in s.reads))
+    return found
+
+
+def _deferred(s: Einsum, names: Names, reduced_over: dict[str, frozenset[str]]) -> list[Einsum]:
+    if s.reduce is None or s.reduce.monoid != "sum" or s.scan is not None:
+        return [s]
+    ranks = s.reduce.ranks
+
+    def waits(factor: Expr) -> bool:
+        """A factor that leaves, and for which the sum would otherwise wait a pass."""
+        return not depends(factor, ranks) and any(
+            not reduced_over[a.tensor].isdisjoint(ranks) for a in accesses(factor)
+        )
+
+    parts: dict[Expr, list[Expr]] = {}
+    for term in _terms(s.expr, waits):
+        out = [f for f in sympy.Mul.make_args(term) if waits(f)]
+        rest = sympy.Mul(*(f for f in sympy.Mul.make_args(term) if f not in out)) if out else term
+        parts.setdefault(sympy.Mul(*out), []).append(rest)
+    if set(parts) == {sympy.Integer(1)}:
+        return [s]
+    sums: list[Einsum] = []
+    total: list[tuple[Boolean, Expr]] = []
+    for factor, rests in parts.items():
+        constant, inner = split_factors(sympy.Add(*rests), ranks)
+        tensor = Tensor(names("N"), s.output.ranks, "f32")
+        sums.append(Einsum(tensor, inner, s.reduce, s.domain))
+        total.append((conjoin(guards(factor)), constant * factor * tensor()))
+    if len(total) == 1:
+        return [*sums, Einsum(s.output, total[0][1], domain=total[0][0])]
+    return [*sums, Einsum(s.output, sympy.Add(*(Where(g, t, 0) for g, t in total)))]
+
+
+def _terms(expr: Expr, waits: Callable[[Expr], bool]) -> tuple[Expr, ...]:
+    """The expression as terms of a sum, multiplied out only where that frees a factor for which it waits."""
+    if isinstance(expr, sympy.Add):
+        return tuple(t for a in expr.args for t in _terms(a, waits))
+    for factor in sympy.Mul.make_args(expr):
+        if isinstance(factor, sympy.Add) and any(waits(f) for t in factor.args for f in sympy.Mul.make_args(t)):
+            rest = sympy.Mul(*(f for f in sympy.Mul.make_args(expr) if f is not factor))
+            return tuple(t for a in factor.args for t in _terms(a * rest, waits))
+    return (expr,)
+
+
+def guards(factor: Expr) -> list[Boolean]:
+    """What must not be zero for the factor to be defined: its denominators."""
+    found = []
+    for f in sympy.Mul.make_args(factor):
+        base, exponent = f.as_base_exp()
+        if exponent.is_negative and accesses(base):
+            found.append(sympy.Ne(base, 0))
+    return found

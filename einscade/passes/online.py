@@ -1,0 +1,327 @@
+"""Online: reductions over a long rank become running values of one loop (the one-pass form of docs/architecture.md).
+
+Comes in: a cascade whose reductions over a rank m depend on each other. Goes out: m split into m1 (serial) and m0 (the
+tile, of symbolic extent), local reductions over m0, scans along m1 that correct what was accumulated when a state
+moves, and readers of the last element. The corrections are derived (`correction`), for whatever the reductions are.
+
+The states may take any path to their final values: a mean divides by the length of the prefix, not of the whole row,
+so that a running variance does not cancel.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import sympy
+from sympy.logic.boolalg import Boolean
+
+from einscade.ir import (
+    MONOIDS,
+    Access,
+    Cascade,
+    Einsum,
+    Expr,
+    Rank,
+    Reduction,
+    Scan,
+    Tensor,
+    Where,
+    accesses,
+    ceil_div,
+    var,
+)
+from einscade.passes.correction import Correction, derive, old
+from einscade.passes.fusion import Carried, Loop, common_ranks, plan_loops
+from einscade.passes.rewrite import NotApplicable
+from einscade.passes.statements import Names, without_unused
+from einscade.passes.terms import closure, conjoin, conjuncts, depends, ordered, reads_outside_where
+
+__all__ = ["Loops", "Online"]
+
+
+@dataclass(frozen=True)
+class Online:
+    name: ClassVar[str] = "online"
+    identity: ClassVar[str] = "f(x, G') = c(G, G') * f(x, G), so sum f(x, G') = c * sum f(x, G), with c derived"
+    exact: ClassVar[bool] = True
+
+    def apply(self, cascade: Cascade) -> Cascade:
+        cascade = separated(cascade)
+        plan = plan_loops(cascade)
+        if plan.refusals and not plan.joined:
+            raise NotApplicable("; ".join(plan.refusals))
+        if not plan.loops:
+            raise NotApplicable("no reduction over a long rank waits for another or for a tensor along that rank")
+        for loop in plan.loops:
+            cascade = _Emit(cascade, loop).run()
+        return cascade
+
+
+@dataclass(frozen=True)
+class Loops:
+    """What `online` left: each remaining reduction in a loop of its own, after those it reads."""
+
+    name: ClassVar[str] = "loops"
+    identity: ClassVar[str] = "sum(m) x[m] = sum(m1) sum(m0) x[m1*M0 + m0]"
+    exact: ClassVar[bool] = True
+
+    def apply(self, cascade: Cascade) -> Cascade:
+        cascade = separated(cascade)
+        plan = plan_loops(cascade, join=False)
+        if not plan.loops:
+            raise NotApplicable("every reduction over a long rank that needs a loop is in one")
+        for loop in plan.loops:
+            cascade = _Emit(cascade, loop).run()
+        return cascade
+
+
+def separated(cascade: Cascade) -> Cascade:
+    """A reduction over several ranks of what other statements compute, as one over the longest of them, then the rest:
+    keys shared by a group of query heads get their gradient per head first."""
+    body: list[Einsum] = []
+    names = Names(cascade)
+    for s in cascade.body:
+        reduced = s.reduce.ranks if s.reduce and s.reduce.monoid != "topk" and not s.scan else ()
+        made = [cascade.definitions[a.tensor] for a in s.reads if a.tensor in cascade.definitions]
+        shared = [[r for r in reduced if r in m.output.ranks] for m in made]
+        mixed = next((ranks for ranks in shared if len(ranks) > 1), None)
+        if mixed is None or s.reduce is None:
+            body.append(s)
+            continue
+        serial = max(mixed, key=lambda r: _length(cascade, r))
+        rest = tuple(r for r in reduced if r != serial)
+        kept = s.output.ranks[:-2] + rest + s.output.ranks[-2:]
+        partial = Tensor(names(f"{s.name}p"), kept, "f32")
+        body.append(Einsum(partial, s.expr, Reduction(s.reduce.monoid, (serial,)), s.domain))
+        body.append(Einsum(s.output, partial(), Reduction(s.reduce.monoid, rest)))
+    return cascade.replace(body=tuple(body))
+
+
+def _length(cascade: Cascade, rank: str) -> float:
+    extent = cascade.extent(rank)
+    return int(extent) if extent.is_Integer else math.inf
+
+
+class _Emit:
+    """Writes one loop into a cascade."""
+
+    def __init__(self, cascade: Cascade, loop: Loop) -> None:
+        self.cascade, self.loop, self.m = cascade, loop, loop.rank
+        names = self.names = Names(cascade)
+        self.m1, self.m0, tile = names(f"{self.m}1"), names(f"{self.m}0"), names(f"{self.m.upper()}0")
+        self.extent, self.tile = cascade.extent(self.m), var(tile)
+        self.steps = ceil_div(self.extent, self.tile)
+        self.index = var(self.m1) * self.tile + var(self.m0)
+        self.reductions = {c.name for c in loop.reductions}
+        tiles = {r for n in loop.along for r in cascade.tensors[n].ranks}
+        common = common_ranks(cascade, [c.name for c in loop.reductions])
+        self.common = tuple(r for r in common if r in tiles) or common
+        self.running: dict[str, Tensor] = {}
+        self.inside: dict[str, str] = {}  # statements along the rank and rows, to their names inside the loop
+        self.made: list[Einsum] = []
+        self.aux: list[tuple[Expr, Tensor]] = []
+
+    def run(self) -> Cascade:
+        c = self.cascade
+        outside = [s for s in c.body if s.name not in self.reductions]
+        live = closure(c.replace(body=tuple(outside)), c.outputs) | {
+            a.tensor for s in self._sources() for a in s.reads if a.tensor not in {*self.loop.along, *self.loop.rows}
+        }
+        live = closure(c.replace(body=tuple(outside)), live)
+        for carried in self.loop.reductions:
+            output = c.tensors[carried.name]
+            name = output.name if output.name not in c.outputs else self.names(f"{output.name}R")
+            self.running[carried.name] = Tensor(name, self._with_step(output.ranks), "f32")
+        for name in (*self.loop.along, *self.loop.rows):
+            self.inside[name] = name if name not in live else self.names(f"{name}t")
+        self.made = [self._along(c.definitions[n]) for n in self.loop.along]
+        self.made += [self._row(c.definitions[n]) for n in self.loop.rows]
+        for carried in self.loop.reductions:
+            self._carry(carried)
+        kept = [self._after(s) for s in outside if s.name in live]
+        finals = [
+            Einsum(c.tensors[n], self._final(Access(n, *map(var, c.tensors[n].ranks))))
+            for n in c.outputs
+            if n in self.reductions
+        ]
+        ranks = (*c.ranks, Rank(self.m1, self.steps, self.m), Rank(self.m0, self.tile, self.m))
+        body = ordered([*kept, *self.made, *finals], [t.name for t in c.inputs])
+        return without_unused(c.replace(ranks=ranks, body=body))
+
+    def _sources(self) -> list[Einsum]:
+        d = self.cascade.definitions
+        return [d[n] for n in (*self.loop.along, *self.loop.rows, *self.reductions)]
+
+    # -- ranks and accesses --
+
+    def _with_step(self, ranks: tuple[str, ...]) -> tuple[str, ...]:
+        """The serial rank after those that all of the loop's rows have."""
+        place = 1 + max((i for i, r in enumerate(ranks) if r in self.common), default=-1)
+        return (*ranks[:place], self.m1, *ranks[place:])
+
+    def _run_at(self, access: Access, step: Expr) -> Access:
+        """A running value, for an access to the reduction, at a step of the loop."""
+        running = self.running[access.tensor]
+        place = running.ranks.index(self.m1)
+        return Access(running.name, *access.index[:place], step, *access.index[place:])
+
+    def _final(self, access: Access) -> Access:
+        return self._run_at(access, self.steps - 1)
+
+    def _now(self, expr: Expr) -> Expr:
+        """An expression of the old cascade inside the loop: at the step's own values."""
+        values = {}
+        for a in accesses(expr):
+            if a.tensor in self.running:
+                values[a] = self._run_at(a, var(self.m1))
+            elif a.tensor in self.loop.rows:
+                ranks = self._with_step(self.cascade.tensors[a.tensor].ranks)
+                values[a] = Access(self.inside[a.tensor], *map(var, ranks))
+            elif a.tensor in self.loop.along:
+                ranks = self._split(self.cascade.tensors[a.tensor].ranks)
+                values[a] = Access(self.inside[a.tensor], *map(var, ranks))
+        return expr.xreplace(values).xreplace({var(self.m): self.index})
+
+    def _split(self, ranks: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(q for r in ranks for q in ((self.m1, self.m0) if r == self.m else (r,)))
+
+    # -- statements --
+
+    def _bounded(self, s: Einsum, domain: Boolean) -> Boolean:
+        """The domain with the end of the rank, unless a statement along the rank that is read says it already. (One
+        read inside a reduction of this statement's own says what is reduced, not that the point exists.)"""
+        own = {r for r in s.reduce.ranks if r != self.m} if s.reduce and s.name in self.loop.along else set()
+        if any(a.tensor in self.loop.along and not depends(a, own) for a in reads_outside_where(s.expr)):
+            return domain
+        return conjoin([self.index < self.extent, *conjuncts(domain)])
+
+    def _along(self, s: Einsum) -> Einsum:
+        output = Tensor(self.inside[s.name], self._split(s.output.ranks), s.output.dtype, s.output.layout)
+        return Einsum(output, self._now(s.expr), s.reduce, self._bounded(s, self._now(s.domain)))
+
+    def _row(self, s: Einsum) -> Einsum:
+        """A row statement at each step. The rank's extent in it is the length so far: any path to the end will do."""
+        output = Tensor(self.inside[s.name], self._with_step(s.output.ranks), s.output.dtype)
+        expr = self._now(self._counting(s.expr, self._count(var(self.m1) + 1)))
+        return Einsum(output, expr, domain=self._now(s.domain))
+
+    def _counting(self, expr: Expr, count: Expr) -> Expr:
+        return expr.xreplace({self.extent: count}) if self.extent.is_Symbol else expr
+
+    def _count(self, steps: Expr) -> Expr:
+        return sympy.Min(steps * self.tile, self.extent)
+
+    def _carry(self, carried: Carried) -> None:
+        s = self.cascade.definitions[carried.name]
+        assert s.reduce is not None
+        ranks = tuple(self.m0 if r == self.m else r for r in s.reduce.ranks)
+        running = self.running[s.name]
+        local = Tensor(self.names(f"{s.name}L"), running.ranks, "f32")
+        expr = self._now(s.expr)
+        domain = self._bounded(s, self._now(s.domain))
+        self.made.append(Einsum(local, expr, Reduction(s.reduce.monoid, ranks), domain))
+        self._scan(running, local, s.reduce.monoid, carried.correction, carried)
+
+    def _scan(self, running: Tensor, local: Tensor, monoid: str, correction: Correction, carried: Carried) -> None:
+        step = var(self.m1)
+        identity = MONOIDS[monoid].identity
+        before = Access(running.name, *(step - 1 if r == self.m1 else var(r) for r in running.ranks))
+        moved: Expr = before + correction.shift if correction.shift != 0 else before
+        for coefficient, moment in correction.moments:
+            moved += coefficient * self._moment(moment, carried, running)
+        moved = correction.scale * moved
+        guard = self._guard(correction, carried)
+        moved = self._before_and_now(moved, carried.states)
+        if guard:
+            moved = Where(conjoin(guard), moved, identity)
+        combined = MONOIDS[monoid].combine(moved, local())
+        self.made.append(Einsum(running, combined, scan=Scan(self.m1, identity)))
+
+    def _before_and_now(self, expr: Expr, states: tuple[Access, ...]) -> Expr:
+        """A correction with its states as the loop has them: `old` ones at the step before."""
+        values: dict[Expr, Expr] = {old(s): self._previous(s) for s in states}
+        values |= {s: self._now(s) for s in states}
+        return expr.xreplace(values)
+
+    def _previous(self, state: Access) -> Expr:
+        """A state at the step before, written out over running values (only these know what came before the first)."""
+        if state.tensor in self.running:
+            return self._run_at(state, var(self.m1) - 1)
+        row = self.cascade.definitions[state.tensor]
+        count = sympy.Max(self._count(var(self.m1)), 1)
+        expr = self._counting(row.expr, count)
+        return expr.xreplace(
+            {a: self._previous(a) for a in accesses(expr) if a.tensor in {*self.running, *self.loop.rows}}
+        )
+
+    def _guard(self, correction: Correction, carried: Carried) -> list[Boolean]:
+        """Where the correction is undefined because nothing was accumulated, the old states are not to be read."""
+        olds = {s: self._previous(s) for s in carried.states}
+        expr = correction.scale + correction.shift + sum(c for c, _ in correction.moments)
+        expr = expr.xreplace({old(s): e for s, e in olds.items()})
+        first = {a: self._identity(a) for e in olds.values() for a in accesses(e) if self._is_running(a)}
+        plain = {a: sympy.Symbol(f"x{i}", positive=True) for i, a in enumerate(accesses(expr)) if a not in first}
+        start = expr.xreplace(first).xreplace(plain).xreplace({var(self.m1): sympy.Integer(1)})
+        if not start.has(sympy.nan, sympy.zoo, sympy.oo, -sympy.oo):
+            return []
+        return [sympy.Ne(a, value) for a, value in first.items()]
+
+    def _is_running(self, a: Access) -> bool:
+        return any(a.tensor == t.name for t in self.running.values())
+
+    def _identity(self, a: Access) -> Expr:
+        name = next(n for n, t in self.running.items() if t.name == a.tensor)
+        reduce = self.cascade.definitions[name].reduce
+        assert reduce is not None
+        return MONOIDS[reduce.monoid].identity
+
+    # -- moments --
+
+    def _moment(self, moment: Expr, carried: Carried, owner: Tensor) -> Expr:
+        """The sum so far (at the step before) of a moment that a correction needs: a count in closed form, one of the
+        loop's own reductions, or one more."""
+        step = var(self.m1) - 1
+        domain = self._points(carried.name)
+        if not depends(moment, (self.m,)) and not domain and not any(moment.has(s) for s in carried.states):
+            return moment * self._count(var(self.m1))
+        for other in self.loop.reductions:
+            reduce = self.cascade.definitions[other.name].reduce
+            if other.f == moment and reduce and reduce.monoid == "sum" and self._points(other.name) == domain:
+                own = Access(other.name, *map(var, self.cascade.tensors[other.name].ranks))
+                return self._run_at(own, step)
+        for f, running in self.aux:
+            if f == moment:
+                return Access(running.name, *(step if r == self.m1 else var(r) for r in running.ranks))
+        s = self.cascade.definitions[carried.name]
+        assert s.reduce is not None
+        if s.reduce.ranks != (self.m,):
+            raise NotApplicable(f"{s.name} sums over {', '.join(s.reduce.ranks)} at once; its moments would too")
+        states = tuple(a for a in carried.states if moment.has(a))
+        kept = tuple(r for r in owner.ranks if r in self.common or r == self.m1 or depends(moment, (r,)))
+        running = Tensor(self.names(f"{s.name}A"), kept, "f32")
+        local = Tensor(self.names(f"{running.name}L"), kept, "f32")
+        self.aux.append((moment, running))
+        correction = derive(moment, "sum", states, self.m)
+        bound = self.index < self.extent
+        inside = conjoin([bound, *(self._now(c) for c in domain)])
+        self.made.append(Einsum(local, self._now(moment), Reduction("sum", (self.m0,)), inside))
+        self._scan(running, local, "sum", correction, Carried(s.name, moment, states, correction))
+        return Access(running.name, *(step if r == self.m1 else var(r) for r in running.ranks))
+
+    def _points(self, name: str) -> list[Boolean]:
+        """The conditions under which the reduction takes a point: its own and those of what it reads along the rank."""
+        s = self.cascade.definitions[name]
+        found = dict.fromkeys(conjuncts(s.domain))
+        for a in s.reads:
+            if a.tensor in self.loop.along:
+                found |= dict.fromkeys(self._points(a.tensor))
+        return list(found)
+
+    # -- outside --
+
+    def _after(self, s: Einsum) -> Einsum:
+        """A statement outside the loop, reading the last running values."""
+        values = {a: self._final(a) for a in s.reads if a.tensor in self.running}
+        return s.replace(expr=s.expr.xreplace(values), domain=s.domain.xreplace(values)) if values else s

@@ -1,0 +1,139 @@
+"""Defer and online: equal over the reals for every cascade that has a correction; a reason for one that has none."""
+
+from __future__ import annotations
+
+import pytest
+import sympy
+
+from einscade.ir import Cascade, ceil_div, var
+from einscade.ir.verify import verify
+from einscade.passes.defer import Defer
+from einscade.passes.online import Loops, Online
+from einscade.passes.rewrite import NotApplicable
+from tests.passes.cascades import ALL, ATTENTION, NO_CORRECTION, SIZES, VARIANCE, assert_equal, cascade
+
+LENGTHS = [(7, 5), (1, 1), (6, 9), (0, 3), (3, 0)]
+
+
+def rewritten(c: Cascade) -> Cascade:
+    for rewrite in (Defer(), Online(), Loops()):
+        try:
+            c = rewrite.apply(c)
+        except NotApplicable:
+            continue
+        verify(c, rewrite.name)
+    return c
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_equal_for_all_lengths_and_tiles(name: str) -> None:
+    before = cascade(ALL[name])
+    after = rewritten(before)
+    for m, p in LENGTHS:
+        sizes = {**SIZES, "M": m, "P": p}
+        assert_equal(before, after, sizes, tiles=(1, 3, 16))
+
+
+@pytest.mark.parametrize("name", sorted(set(ALL) - {"no correction"}))
+def test_one_loop_over_the_long_rank(name: str) -> None:
+    scans = {s.scan.rank for s in rewritten(cascade(ALL[name])).body if s.scan}
+    assert scans == {"m1"}
+
+
+def test_the_documented_form() -> None:
+    after = Online().apply(Defer().apply(cascade(ATTENTION)))
+    g, z = after.tensors["G"], after.tensors["Z"]
+    b, h, p, m1 = map(var, ("b", "h", "p", "m1"))
+    correction = sympy.exp(g(b, h, p, m1 - 1) - g())
+    assert after.definitions["Z"].expr == z(b, h, p, m1 - 1) * correction + after.tensors["ZL"]()
+    assert after.definitions["G"].scan is not None
+    assert after.definitions["G"].scan.init == -sympy.oo
+    assert after.definitions["O"].domain == sympy.Ne(z(b, h, p, ceil_div(var("M"), var("M0")) - 1), 0)
+    assert [r.origin for r in after.ranks if r.name in ("m1", "m0")] == ["m", "m"]
+
+
+def test_refusal_names_the_reduction_and_the_reason() -> None:
+    with pytest.raises(NotApplicable, match=r"T: sum of .*tanh.*ratio.*G depends on m"):
+        Online().apply(cascade(NO_CORRECTION))
+
+
+def test_a_median_like_dependency_is_refused() -> None:
+    count_below = """
+    cascade rank(x[b,m]: f32) -> C
+      where b < B, m < M
+      A[b] = sum(m) x[b,m]
+      C[b] = sum(m) Where(x[b,m] < A[b] / M, 1, 0)
+    """
+    with pytest.raises(NotApplicable, match=r"C: .*depends on m"):
+        Online().apply(cascade(count_below))
+
+
+def test_what_cannot_be_joined_gets_a_loop_of_its_own() -> None:
+    text = """
+    cascade two(Q[b,p,e]: f32, K[b,m,e]: f32, V[b,m,f]: f32) -> O
+      where b < B, p < P, m < M, e < 3, f < 5
+      S[b,p,m] = sum(e) Q[b,p,e] * K[b,m,e] if m <= p
+      G[b,p] = max(m) S[b,p,m]
+      O[b,p,f] = sum(m) tanh(S[b,p,m] - G[b,p]) * V[b,m,f]
+    """
+    before = cascade(text)
+    after = rewritten(before)
+    assert len({s.scan.rank for s in after.body if s.scan}) == 2
+    assert_equal(before, after, SIZES, tiles=(1, 3, 16))
+
+
+def test_mixing_heads_after_the_normaliser_takes_two_loops() -> None:
+    text = """
+    cascade talking(Q[b,h,p,e]: f32, K[b,h,m,e]: f32, V[b,h,m,f]: f32, A[h,k]: f32) -> O
+      where b < B, h < 4, k < 4, p < P, m < M, e < 3, f < 5
+      S[b,k,p,m] = sum(e) Q[b,k,p,e] * K[b,k,m,e] if m <= p
+      G[b,k,p] = max(m) S[b,k,p,m]
+      W[b,k,p,m] = exp(S[b,k,p,m] - G[b,k,p])
+      Z[b,k,p] = sum(m) W[b,k,p,m]
+      T[b,h,p,m] = sum(k) A[h,k] * W[b,k,p,m] / Z[b,k,p]
+      O[b,h,p,f] = sum(m) T[b,h,p,m] * V[b,h,m,f]
+    """
+    before = cascade(text)
+    after = rewritten(before)
+    assert len({s.scan.rank for s in after.body if s.scan}) == 2
+    assert_equal(before, after, SIZES, tiles=(1, 3, 16))
+
+
+def test_higher_moments() -> None:
+    text = """
+    cascade skew(x[b,m]: f32, w[b,m]: f32) -> T, U
+      where b < B, m < M
+      X[b] = sum(m) w[b,m] * x[b,m] if m < 6
+      N[b] = sum(m) w[b,m] if m < 6
+      mu[b] = X[b] / (N[b] + 30)
+      T[b] = sum(m) w[b,m] * (x[b,m] - mu[b])**3 if m < 6
+      G[b] = max(m) x[b,m]
+      U[b] = sum(m) exp(x[b,m] - G[b]) * (x[b,m] - mu[b])
+    """
+    before = cascade(text)
+    after = rewritten(before)
+    assert len({s.scan.rank for s in after.body if s.scan}) == 1
+    assert_equal(before, after, {"B": 2, "M": 11}, tiles=(1, 3, 16))
+
+
+def test_running_variance_does_not_cancel() -> None:
+    """In float32, with a mean a thousand times the deviation, the running form is as good as the two-pass one."""
+    import torch
+
+    x = 1000 + torch.randn(1, 4096, generator=torch.Generator().manual_seed(0))
+    after = rewritten(cascade(VARIANCE))
+    running = {s.name: torch.zeros(1) for s in after.body if s.scan}
+    tile = 64
+    names = {s.name for s in after.body}
+    assert {"X", "CA", "C"} <= names
+    for step in range(4096 // tile):
+        xs = x[:, step * tile : (step + 1) * tile]
+        old = dict(running)
+        running["X"] = old["X"] + xs.sum(1)
+        mu, before = running["X"] / ((step + 1) * tile), old["X"] / max(1, step * tile)
+        running["CA"] = (mu - before) * step * tile + old["CA"] + (mu - xs).sum(1)
+        running["C"] = (
+            (mu - before) ** 2 * step * tile + 2 * (mu - before) * old["CA"] + old["C"] + ((xs - mu) ** 2).sum(1)
+        )
+    exact = ((x.double() - x.double().mean()) ** 2).sum()
+    assert abs(running["C"].double() - exact) / exact < 1e-3
