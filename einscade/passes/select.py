@@ -2,10 +2,10 @@
 
 Comes in: a cascade with scores S[.., p, m] = sum(e) q[p] * k[m] and what is computed from them. Goes out: an estimator,
 the same scores between the means of blocks of queries and of keys (by bilinearity the mean score of the block pair),
-its top k key blocks for every query block as an index tensor, and the main cascade restricted to them: the key rank
-becomes a slot and a position in the block, m = I[.., pb, slot] * B + u, a gather where m is read. Blocks in which the
-domain has no point are never scored; within a selected block the domain holds as before. Approximate: it drops the
-blocks that are not selected. (MInference, arXiv 2407.02490; XAttention, arXiv 2503.16428; SeerAttention, 2410.13276.)
+its top k key blocks for every query block as an index tensor, and the main cascade restricted to them: the selected keys
+are a rank of their own, s, and a gather where a key is read, m = I[.., pb, s // B] * B + s % B. To everything after
+(online, splits, schedules) that is a key rank like any other. Blocks in which the domain has no point are not scored;
+within a selected block the domain holds as before. Approximate: it drops the blocks that are not selected. (MInference, arXiv 2407.02490; XAttention, arXiv 2503.16428; SeerAttention, 2410.13276.)
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ class Select:
     key_block: int = 64
     always: Boolean = sympy.false
     name: ClassVar[str] = "select"
-    identity: ClassVar[str] = "sum(m) x[m] ≈ sum(k,u) x[I[k]*B + u], I = topk(mb) mean(q in block)·mean(k in block mb)"
+    identity: ClassVar[str] = (
+        "sum(m) x[m] ≈ sum(s) x[I[s//B]*B + s%B], I = topk(mb) mean(q in block)·mean(k in block mb)"
+    )
     exact: ClassVar[bool] = False
     error: ClassVar[str] = "relative Frobenius error of the outputs against the cascade before"
 
@@ -107,12 +109,13 @@ class Select:
 
 @dataclass(frozen=True)
 class _Split:
-    """The ranks of blocks: query = block * query_block + row; key = index[.., block, slot] * key_block + column."""
+    """The ranks: query = block * query_block + row; key = key block * key_block + column in the estimator, and
+    index[.., slot] * key_block + place % key_block with slot = place // key_block in the main cascade."""
 
     options: Select
     queries: Expr
     keys: Expr
-    ranks: tuple[Rank, Rank, Rank, Rank, Rank]
+    ranks: tuple[Rank, Rank, Rank, Rank, Rank, Rank]
 
     @classmethod
     def of(cls, options: Select, cascade: Cascade) -> _Split:
@@ -120,12 +123,14 @@ class _Split:
         queries, keys = cascade.extent(query), cascade.extent(key)
         rows, columns = sympy.Integer(options.query_block), sympy.Integer(options.key_block)
         blocks = ceil_div(keys, columns)
+        kept = sympy.Min(sympy.Integer(options.keep), blocks)
         ranks = (
             Rank(names(f"{query}b"), ceil_div(queries, rows), query),
             Rank(names(f"{query}u"), rows, query),
             Rank(names(f"{key}b"), blocks, key),
-            Rank(names(f"{key}k"), sympy.Min(sympy.Integer(options.keep), blocks), key),
             Rank(names(f"{key}u"), columns, key),
+            Rank(names(f"{key}k"), kept, key),
+            Rank(names(f"{key}s"), kept * columns, key),
         )
         return cls(options, queries, keys, ranks)
 
@@ -140,18 +145,24 @@ class _Split:
     @property
     def key(self) -> Expr:
         """Of a key in a block, by the block's own number."""
-        return var(self.ranks[2].name) * self.ranks[4].extent + var(self.ranks[4].name)
+        return var(self.ranks[2].name) * self.ranks[3].extent + var(self.ranks[3].name)
+
+    def selected(self, index: Access) -> Expr:
+        """Of a selected key, by its place among them."""
+        place, columns = var(self.ranks[5].name), self.ranks[3].extent
+        at = {var(self.ranks[4].name): FloorDiv(place, columns)}
+        return index.xreplace(at) * columns + Mod(place, columns)
 
     # -- the estimator --
 
     def estimator(self, scores: Einsum, cascade: Cascade, names: Names) -> tuple[tuple[Einsum, ...], Access]:
         """Pooled operands, block scores and the index of the best; and the index as the main cascade reads it."""
-        options, (block, _, key_block, slot, _) = self.options, self.ranks
+        options, (block, row, key_block, column, slot, _) = self.options, self.ranks
         made, pooled = [], {}
         for factor in factors(scores.expr):
             for rank, blocks, inside, position in (
-                (options.query, block, self.ranks[1], self.query),
-                (options.key, key_block, self.ranks[4], self.key),
+                (options.query, block, row, self.query),
+                (options.key, key_block, column, self.key),
             ):
                 if rank in free_vars(factor):
                     mean, read = _pooled(factor, rank, blocks, inside, position, cascade, names)
@@ -170,7 +181,7 @@ class _Split:
     def _reached(self, predicate: Boolean) -> Boolean:
         """False only where a block pair has no point of the predicate."""
         points = predicate.xreplace({var(self.options.query): self.query, var(self.options.key): self.key})
-        inside = {r.name: (sympy.S.Zero, r.extent - 1) for r in (self.ranks[1], self.ranks[4])}
+        inside = {r.name: (sympy.S.Zero, r.extent - 1) for r in (self.ranks[1], self.ranks[3])}
 
         def reached(node: Boolean) -> Boolean:
             if isinstance(node, (And, Or)):
@@ -201,7 +212,7 @@ class _Split:
             raise NotApplicable(f"{statement.name} is a scan: select before the one-pass form")
         if key in statement.ranks and not free_vars(index) - {r.name for r in self.ranks} <= set(statement.ranks):
             raise NotApplicable(f"{statement.name} lacks ranks of the selection {index}")
-        at = {var(query): self.query, var(key): index * self.options.key_block + var(self.ranks[4].name)}
+        at = {var(query): self.query, var(key): self.selected(index)}
 
         def read(access: Access) -> Expr:
             if access.tensor not in region:
@@ -228,12 +239,12 @@ class _Split:
         return statement.reduce is not None and rank in statement.reduce.ranks
 
     def _parts(self, ranks: tuple[str, ...]) -> tuple[str, ...]:
-        block, row, _, slot, column = (r.name for r in self.ranks)
-        parts = {self.options.query: (block, row), self.options.key: (slot, column)}
+        block, row, *_, place = (r.name for r in self.ranks)
+        parts = {self.options.query: (block, row), self.options.key: (place,)}
         return tuple(part for r in ranks for part in parts.get(r, (r,)))
 
     def _spread(self, access: Access, ranks: tuple[str, ...]) -> Iterator[Expr]:
-        """The index of a tensor of the region, whose query and key ranks are two each now."""
+        """The index of a tensor of the region, over the new ranks."""
         for rank, index in zip(ranks, access.index, strict=True):
             if rank not in (self.options.query, self.options.key):
                 yield index
