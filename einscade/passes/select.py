@@ -2,10 +2,11 @@
 
 Comes in: a cascade with scores S[.., p, m] = sum(e) q[p] * k[m] and what is computed from them. Goes out: an estimator,
 the same scores between the means of blocks of queries and of keys (by bilinearity the mean score of the block pair),
-its top k key blocks for every query block as an index tensor, and the main cascade restricted to them: the selected keys
-are a rank of their own, s, and a gather where a key is read, m = I[.., pb, s // B] * B + s % B. To everything after
+its top k key blocks for every query block as an index tensor, and the main cascade restricted to them: the selected
+keys are a rank of their own, s, and a gather where a key is read, m = I[.., pb, s // B] * B + s % B. To everything after
 (online, splits, schedules) that is a key rank like any other. Blocks in which the domain has no point are not scored;
-within a selected block the domain holds as before. Approximate: it drops the blocks that are not selected. (MInference, arXiv 2407.02490; XAttention, arXiv 2503.16428; SeerAttention, 2410.13276.)
+within a selected block the domain holds as before. Approximate: it drops the blocks that are not selected.
+(MInference, arXiv 2407.02490; XAttention, arXiv 2503.16428; SeerAttention, arXiv 2410.13276.)
 """
 
 from __future__ import annotations
