@@ -30,7 +30,7 @@ class CausalAttention(nn.Module):
         scores = q @ k.transpose(-1, -2) / self.head**0.5
         causal = torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
         weights = scores.masked_fill(~causal, float("-inf")).softmax(-1)
-        return self.out((weights @ v).transpose(1, 2).reshape(b, n, -1))
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
 
 
 class CrossAttention(nn.Module):
@@ -43,7 +43,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, memory: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         def split(t: torch.Tensor) -> torch.Tensor:
-            return t.view(*t.shape[:2], self.heads, self.head).transpose(1, 2)
+            return t.unflatten(-1, (self.heads, self.head)).transpose(1, 2)
 
         scores = torch.matmul(split(self.q(x)), split(self.k(memory)).transpose(2, 3)) * self.head**-0.5
         if bias is not None:
