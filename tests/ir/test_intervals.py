@@ -14,7 +14,17 @@ from einscade.ir import FloorDiv, Mod, Where, ceil_div, var
 from einscade.ir.intervals import bounds, decide, simplify
 from einscade.ir.text import parse_expr, print_expr
 
-EXTENTS = {"b": "B", "h": "H", "p": "P", "m": "M", "g": "8", "r": "4", "m1": "ceil_div(M, M0)", "m0": "M0", "x": "2*H*P"}
+EXTENTS = {
+    "b": "B",
+    "h": "H",
+    "p": "P",
+    "m": "M",
+    "g": "8",
+    "r": "4",
+    "m1": "ceil_div(M, M0)",
+    "m0": "M0",
+    "x": "2*H*P",
+}
 RANGES = {name: (sympy.Integer(0), parse_expr(extent) - 1) for name, extent in EXTENTS.items()}
 
 
