@@ -1,6 +1,6 @@
 """Loop programs: which Einsums share a loop, and what runs before, in and after it.
 
-Comes in: a verified cascade. Goes out: a `LoopProgram`, the cascade's statements arranged in *nests* in execution order:
+Comes in: a verified cascade. Goes out: a `LoopProgram`, the cascade's statements arranged in *nests*, in order:
 
 * a `SerialNest` is one loop along a serial rank `t` (the rank that scans run along), repeated for every point of its
   grid ranks, which are independent of each other and may be tiled. The tile rank `u` is the other part of the rank
@@ -389,7 +389,7 @@ def _order(cascade: Cascade, nests: list[SerialNest], owner: Mapping[str, list[i
         graph.add_edges_from((makers[name], i) for name in nest.inputs if name in makers and makers[name] != i)
     for e in flats:
         graph.add_edges_from((makers[a.tensor], e.name) for a in e.reads if a.tensor in makers and a.tensor != e.name)
-    ordered: list[Nest | Einsum] = []
+    ordered: list[SerialNest | Einsum] = []
     for key in nx.lexicographical_topological_sort(graph, key=lambda k: unit[k]):
         ordered.append(nests[key] if isinstance(key, int) else cascade.definitions[key])
     return _group_flat(cascade, ordered)

@@ -1,10 +1,24 @@
-"""Schedules: the tile sizes and launch parameters of a loop program. (Candidates and their cost model: `candidates`.)"""
+"""Schedules: the tile sizes and launch parameters of a loop program, and which of them are worth trying.
+
+Comes in: a `LoopProgram`, the target it will run on, and the sizes it will run at. Goes out: `Schedule`s, best guess
+first. The search space is declared in `TARGETS`; what cannot fit on chip is dropped and the rest ordered by a model of
+its time (operations over the matrix unit's rate, masked work and per-tile overhead included) before anything compiles.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from math import ceil
 
-__all__ = ["Schedule"]
+import sympy
+
+from einscade.codegen.loops import LoopProgram, SerialNest, is_long
+from einscade.ir.cascade import Cascade, Einsum
+from einscade.ir.expr import Access, Expr, free_vars, var
+
+__all__ = ["TARGETS", "Schedule", "Target", "candidates", "target_of"]
 
 
 @dataclass(frozen=True)
@@ -15,7 +29,7 @@ class Schedule:
         without one is a batch dimension (torch) or one point a program (Triton).
     warps, stages: a Triton program's warps, and the depth of its loop's software pipeline.
     out_order: for an output, its ranks in memory order, outermost first; outputs not named are in rank order.
-    target: what the kernel is compiled for, "cuda:90", "hip:gfx942", "cpu".
+    target: what the kernel is compiled for: a key of `TARGETS`.
     descriptors: read tiles through tensor descriptors (TMA) where strides allow.
     """
 
@@ -28,3 +42,281 @@ class Schedule:
 
     def tile(self, name: str) -> int | None:
         return dict(self.tiles).get(name)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A machine to generate for. `shared`: bytes of shared memory a program may use (the cache to stay in, on a CPU);
+    `registers`: 32-bit registers a thread may use; `units`: multiprocessors or cores; `rate`: multiply-adds a second
+    of one unit's matrix hardware in 16 bits, all units together; `bandwidth`: bytes a second from memory; `overhead`:
+    seconds an iteration of the serial loop costs beyond its arithmetic."""
+
+    name: str
+    shared: int
+    registers: int
+    units: int
+    rate: float
+    bandwidth: float
+    overhead: float
+    warp: int = 32
+    descriptors: bool = False
+
+
+TARGETS: Mapping[str, Target] = {
+    t.name: t
+    for t in (
+        Target("cpu", 5 << 20, 0, 2, 8e10, 2e10, 1e-4),
+        Target("cuda:80", 163 << 10, 255, 108, 1.2e14, 1.5e12, 3e-7),
+        Target("cuda:86", 99 << 10, 255, 84, 7e13, 7e11, 3e-7),
+        Target("cuda:89", 99 << 10, 255, 128, 1.5e14, 9e11, 3e-7),
+        Target("cuda:90", 227 << 10, 255, 132, 4e14, 4e12, 3e-7, descriptors=True),
+        Target("cuda:100", 227 << 10, 255, 148, 8e14, 7e12, 3e-7, descriptors=True),
+        Target("cuda:120", 99 << 10, 255, 170, 2e14, 1.7e12, 3e-7, descriptors=True),
+        Target("hip:gfx90a", 64 << 10, 512, 110, 1.5e14, 1.6e12, 5e-7, warp=64),
+        Target("hip:gfx942", 64 << 10, 512, 304, 5e14, 5e12, 5e-7, warp=64),
+        Target("hip:gfx950", 160 << 10, 512, 256, 1e15, 8e12, 5e-7, warp=64),
+    )
+}
+
+
+def target_of(device: object) -> str:
+    """The target of a torch device: a key of `TARGETS`, the nearest older architecture where it has no entry.
+
+    Raises ValueError for a device that nothing is generated for.
+    """
+    import torch
+
+    device = torch.device(device) if isinstance(device, (str, int)) else device
+    assert isinstance(device, torch.device)
+    if device.type != "cuda":
+        if device.type in ("cpu", "meta"):
+            return "cpu"
+        raise ValueError(f"device {device}: kernels are generated for cpu and cuda devices")
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        name = f"hip:{properties.gcnArchName.split(':')[0]}"
+        return name if name in TARGETS else "hip:gfx90a"
+    capability = properties.major * 10 + properties.minor
+    known = sorted(int(name.split(":")[1]) for name in TARGETS if name.startswith("cuda:"))
+    older = [c for c in known if c <= capability]
+    if not older:
+        raise ValueError(f"{properties.name} has compute capability {capability / 10}; 8.0 is the least supported")
+    return f"cuda:{older[-1]}"
+
+
+def candidates(program: LoopProgram, target: str, sizes: Mapping[str, int]) -> tuple[Schedule, ...]:
+    """Schedules for the program on a target (a key of `TARGETS`) at these sizes, best guess first; at least one.
+
+    `sizes` gives the cascade's length symbols; one that is missing counts as long.
+    """
+    machine = TARGETS.get(target)
+    if machine is None:
+        raise ValueError(f"target {target!r} is not one of {', '.join(TARGETS)}")
+    lengths = _Lengths(program.cascade, sizes)
+    space = _cpu_space(program, lengths) if machine.name == "cpu" else _gpu_space(program, machine, lengths)
+    scored = []
+    for schedule in space:
+        costs = [_cost(program.cascade, nest, schedule, machine, lengths) for nest in program.serial_nests]
+        if all(c is not None for c in costs):
+            scored.append((sum(c for c in costs if c is not None), schedule))
+    scored.sort(key=lambda pair: pair[0])
+    return tuple(s for _, s in scored) or (next(iter(space)),)
+
+
+def tile_symbols(program: LoopProgram) -> tuple[str, ...]:
+    """The symbols that a schedule gives a value: the extents of the serial nests' tile ranks."""
+    found: dict[str, None] = {}
+    for nest in program.serial_nests:
+        if nest.tile is not None and isinstance(extent := program.cascade.extent(nest.tile), sympy.Symbol):
+            found[extent.name] = None
+    return tuple(found)
+
+
+def tiled_ranks(program: LoopProgram, lengths: _Lengths) -> tuple[str, ...]:
+    """Of each nest the grid rank that is tiled: one whose points share what the loop reads, so that a tile is read
+    once for all of them; the longest of those. None where no grid rank is long."""
+    found: dict[str, None] = {}
+    for nest in program.serial_nests:
+        long = [r for r in nest.grid if is_long(program.cascade, r)]
+        moving = {r for t, index in moving_inputs(nest) for r in free_vars(Access("_", *index))}
+        sharing = [r for r in long if r not in moving]
+        if long:
+            found[max(sharing or long, key=lengths.rank)] = None
+    return tuple(found)
+
+
+def moving_inputs(nest: SerialNest) -> tuple[tuple[str, tuple[Expr, ...]], ...]:
+    """Inputs of the nest whose index moves with the loop, with that index."""
+    reads = [a for e in nest.body for a in e.reads if a.tensor in nest.inputs]
+    moves = {nest.serial, nest.tile}
+    return tuple(dict.fromkeys((a.tensor, a.index) for a in reads if moves & free_vars(Access("_", *a.index))))
+
+
+# -- the spaces -------------------------------------------------------------------------------------------------------
+
+
+def _cpu_space(program: LoopProgram, lengths: _Lengths) -> list[Schedule]:
+    """Square-ish tiles; batch ranks one at a time once they alone would fill the cache."""
+    symbols, ranks = tile_symbols(program), tiled_ranks(program, lengths)
+    space = []
+    for p, m in product((256, 128, 64), (512, 256, 128)):
+        tiles = {**dict.fromkeys(symbols, m), **dict.fromkeys(ranks, p)}
+        for nest in program.serial_nests:
+            points = lengths.points(nest, tiles)
+            for r in nest.grid:  # outermost first
+                if points * 4 <= TARGETS["cpu"].shared or r in tiles:
+                    continue
+                whole = lengths.rank(r)
+                keep = max(1, whole * TARGETS["cpu"].shared // (points * 4)) if whole else 1
+                tiles[r] = keep
+                points = points * keep // max(1, whole)
+        space.append(Schedule(tuple(sorted(tiles.items()))))
+    return space
+
+
+def _gpu_space(program: LoopProgram, machine: Target, lengths: _Lengths) -> list[Schedule]:
+    symbols, ranks = tile_symbols(program), tiled_ranks(program, lengths)
+    space = []
+    for p, m, warps, stages in product((128, 64, 32, 16), (128, 64, 32, 16), (4, 8), (2, 3, 4)):
+        tiles = {**dict.fromkeys(symbols, m), **dict.fromkeys(ranks, p)}
+        space.append(Schedule(tuple(sorted(tiles.items())), warps, stages, (), machine.name, machine.descriptors))
+    return space
+
+
+# -- the model --------------------------------------------------------------------------------------------------------
+
+
+class _Lengths:
+    """Extents as numbers; a symbol without a size counts as 4096."""
+
+    def __init__(self, cascade: Cascade, sizes: Mapping[str, int]) -> None:
+        self.cascade, self.sizes = cascade, sizes
+
+    def number(self, expr: Expr, tiles: Mapping[str, int]) -> int:
+        known = {var(n): sympy.Integer(v) for n, v in {**self.sizes, **tiles}.items()}
+        expr = expr.xreplace(known)
+        expr = expr.xreplace({s: sympy.Integer(4096) for s in expr.free_symbols})
+        return max(0, int(expr))
+
+    def rank(self, rank: str, tiles: Mapping[str, int] | None = None) -> int:
+        return self.number(self.cascade.extent(rank), tiles or {})
+
+    def in_tile(self, nest: SerialNest, rank: str, tiles: Mapping[str, int]) -> int:
+        if rank == nest.serial:
+            return 1
+        whole = self.rank(rank, tiles)
+        return min(whole, tiles[rank]) if rank in tiles and rank in nest.grid else whole
+
+    def points(self, nest: SerialNest, tiles: Mapping[str, int]) -> int:
+        """The largest value of the loop: elements of a tile over all of its ranks."""
+        most = 1
+        for e in nest.body:
+            n = 1
+            for r in e.output.ranks:
+                n *= self.in_tile(nest, r, tiles)
+            most = max(most, n)
+        return most
+
+
+def _bytes(dtype: str) -> int:
+    return {"f64": 8, "i64": 8, "f32": 4, "i32": 4, "f16": 2, "bf16": 2, "i16": 2}.get(dtype, 1)
+
+
+def _power(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _contractions(nest: SerialNest) -> list[Einsum]:
+    return [e for e in nest.body if e.reduce and e.reduce.monoid == "sum" and not e.scan]
+
+
+def _cost(cascade: Cascade, nest: SerialNest, schedule: Schedule, machine: Target, lengths: _Lengths) -> float | None:
+    """Seconds by the model, or None where a tile does not fit on chip."""
+    tiles = dict(schedule.tiles)
+    if machine.name != "cpu" and not _fits(cascade, nest, schedule, machine, lengths):
+        return None
+    iterations = lengths.rank(nest.serial, tiles)
+    programs = 1.0
+    for r in nest.grid:
+        whole = lengths.rank(r, tiles)
+        tile = tiles.get(r) or (whole if machine.name == "cpu" else 1)
+        programs *= ceil(whole / max(1, tile))
+    work = 0.0  # multiply-adds of one iteration
+    for e in _contractions(nest):
+        n = 1.0
+        for r in e.ranks:
+            n *= _tile_points(cascade, nest, r, tiles, lengths, machine)
+        work += n
+    visited = 1.0
+    if _has_edge(nest):  # half of the tiles, and those across the edge in full
+        rows = max((tiles[r] for r in nest.grid if r in tiles and is_long(cascade, r)), default=1)
+        step = lengths.rank(nest.tile, tiles) if nest.tile else 1
+        columns = 0 if machine.name == "cpu" else step  # the torch emitter cuts the last tile short
+        visited = min(1.0, 0.5 + 0.5 * (rows + columns) / max(1, iterations * step))
+    waves = ceil(programs / machine.units) if machine.name != "cpu" else programs
+    share = machine.rate / machine.units if machine.name != "cpu" else machine.rate
+    return waves * iterations * visited * (work / (share * _efficiency(schedule, machine)) + machine.overhead)
+
+
+def _tile_points(
+    cascade: Cascade, nest: SerialNest, rank: str, tiles: Mapping[str, int], lengths: _Lengths, machine: Target
+) -> int:
+    if machine.name != "cpu" and rank in nest.grid:
+        return tiles.get(rank, 1)
+    return lengths.in_tile(nest, rank, tiles)
+
+
+def _has_edge(nest: SerialNest) -> bool:
+    """Whether the domain compares a grid rank with the loop's."""
+    return any(
+        set(nest.grid) & free_vars(c) and nest.serial in free_vars(c)
+        for e in nest.body
+        for c in sympy.And.make_args(e.domain)
+    )
+
+
+def _efficiency(schedule: Schedule, machine: Target) -> float:
+    """How well tiles of this shape feed the matrix unit: small ones reload operands."""
+    if machine.name == "cpu":
+        return 1.0
+    sizes = list(dict(schedule.tiles).values())
+    least, most = min(sizes, default=64), max(sizes, default=64)
+    return min(1.0, 0.55 + 0.25 * (least >= 64) + 0.2 * (most >= 128)) * (1.0 if schedule.warps == 4 else 0.97)
+
+
+def _fits(cascade: Cascade, nest: SerialNest, schedule: Schedule, machine: Target, lengths: _Lengths) -> bool:
+    """Shared memory for the pipelined tiles, registers for running values and the scores of one tile."""
+    tiles = dict(schedule.tiles)
+
+    def elements(ranks: tuple[str, ...]) -> int:
+        n = 1
+        for r in ranks:
+            if r == nest.serial or (r in nest.grid and r not in tiles):
+                continue
+            n *= _power(tiles[r] if r in tiles else lengths.in_tile(nest, r, tiles))
+        return n
+
+    shared = 0
+    moving = moving_inputs(nest)
+    for tensor, index in moving:
+        ranks = tuple(dict.fromkeys(r for r in cascade.rank_table if r in free_vars(Access("_", *index))))
+        shared += schedule.stages * elements(ranks) * _bytes(cascade.tensors[tensor].dtype)
+    still = {a.tensor for e in nest.body for a in e.reads if a.tensor in nest.inputs} - {t for t, _ in moving}
+    for tensor in still:
+        ranks = cascade.tensors[tensor].ranks
+        if len(ranks) > 1:
+            shared += elements(tuple(r for r in ranks if r in nest.grid or not is_long(cascade, r))) * _bytes(
+                cascade.tensors[tensor].dtype
+            )
+    if shared > machine.shared:
+        return False
+    scans = sum(elements(e.output.ranks) for e in nest.scans)
+    scores = max((elements(e.output.ranks) for e in nest.body if nest.tile in e.output.ranks), default=0)
+    wide = sum(1 for e in _contractions(nest) if nest.tile in e.output.ranks)
+    threads = schedule.warps * machine.warp
+    return (scans + scores * max(1, wide) * 1.25) / threads <= machine.registers - 40
+
+
+def with_order(schedule: Schedule, out_order: tuple[tuple[str, tuple[str, ...]], ...]) -> Schedule:
+    """The schedule with outputs in another memory order."""
+    return replace(schedule, out_order=out_order)

@@ -32,7 +32,7 @@ from einscade.codegen.tiles import (
     tile_loop,
     with_fills,
 )
-from einscade.codegen.torch_values import Name, Range, Scope, Value, align, number, python, value
+from einscade.codegen.torch_values import COMPARISON, Name, Range, Scope, Value, align, number, python, value
 from einscade.ir.cascade import MONOIDS, Cascade, Einsum
 from einscade.ir.expr import Access, Expr, Where, accesses, free_vars, var
 from einscade.ir.text import print_einsum
@@ -137,6 +137,14 @@ class _Module:
 
     def group(self, rank: str) -> Group | None:
         return next((g for g in self.groups if g.rank == rank), None)
+
+    def tile(self, rank: str) -> int | None:
+        """The tile of a grid rank; one of a rank that was split into groups is a tile of whole groups."""
+        for g in self.groups:
+            if rank == g.outer:
+                whole = self.schedule.tile(g.rank)
+                return None if whole is None else max(1, whole // g.size)
+        return self.schedule.tile(rank)
 
     def extent(self, rank: str) -> str:
         return self.size(self.cascade.extent(rank))
@@ -261,23 +269,28 @@ class _Writer:
         """`amax` refuses an empty dimension; a whole rank may be empty."""
         whole = [r for r in s.reduced if self.scope.ranges[r].lo is None and not self.scope.ranges[r].size.isdigit()]
         if whole and operand.kind == "f":
-            dim = operand.ranks.index(whole[0])
-            empty = number(MONOIDS[s.monoid or ""].identity)
-            pad = ", ".join(["0, 0"] * (len(operand.ranks) - 1 - dim) + ["0, 1"])
-            code = f"torch.nn.functional.pad({operand.code}, ({pad}), value={empty.replace('torch.inf', 'float(' + repr('inf') + ')')})"
-            operand = Value(code, operand.ranks, "f", True)
+            name = operand.code
+            if not name.isidentifier():
+                name = "terms"
+                self.out(f"{name} = {operand.code}")
+            shape = ", ".join(self.length(r) for r in rest) + ("," if len(rest) == 1 else "")
+            empty = f"{name}.new_full(({shape}), {number(s.identity or sympy.oo)})"
+            some = " and ".join(self.scope.ranges[r].size for r in whole)
+            return Value(f"{name}.{method}({which}) if {some} else {empty}", rest, "f", True, COMPARISON)
         return Value(f"{operand.tight()}.{method}({which})", rest, operand.kind, True)
 
     def topk(self, s: Statement) -> Value:
         e = s.source
-        assert e is not None and e.reduce is not None and e.reduce.slot is not None
+        assert e is not None
+        assert e.reduce is not None
+        assert e.reduce.slot is not None
         operand = value(s.expr, self.scope)
         if s.keep != sympy.true:
             operand = self.masked(operand, s.keep, -sympy.oo)
         full = self.scope.sort(tuple(r for r in s.ranks if r != e.reduce.slot) + s.reduced)
         dim = full.index(s.reduced[0]) - len(full)
-        code = f"torch.sort({Value(align(operand, full), prec=operand.prec).code}, dim={dim}, descending=True, stable=True).indices"
-        code = f"{code}.narrow({dim}, 0, {self.length(e.reduce.slot)})"
+        code = f"torch.sort({align(operand, full)}, dim={dim}, descending=True, stable=True).indices"
+        code += f".narrow({dim}, 0, {self.length(e.reduce.slot)})"
         kept = tuple(e.reduce.slot if r == s.reduced[0] else r for r in full)
         order = self.scope.sort(kept)
         if order != kept:
@@ -460,7 +473,8 @@ class _FlatWriter(_Writer):
 
     def write_scan(self, s: Statement) -> None:
         e = s.source
-        assert e is not None and e.scan is not None
+        assert e is not None
+        assert e.scan is not None
         code, rank = self.module.code(s.name), e.scan.rank
         ranks = self.scope.sort(tuple(r for r in s.ranks if r != rank))
         init = value(e.scan.init, self.scope)
@@ -503,7 +517,8 @@ class _SerialWriter(_Writer):
         used = [r for s in loop.statements for r in s.iterated]
         tail = [r for r in dict.fromkeys(used) if r not in grid and r not in loop.coordinates]
         super().__init__(module, (*grid, *loop.coordinates, *tail))
-        self.tiled = [r for r in grid if module.schedule.tile(r) is not None]
+        self.tile_of = {r: n for r in grid if (n := module.tile(r)) is not None}
+        self.tiled = list(self.tile_of)
         for r in (*grid, *tail):
             size = module.extent(r)
             self.scope.ranges[r] = Range(size, f"{r}_lo", f"{r}_hi") if r in self.tiled else Range(size)
@@ -521,7 +536,7 @@ class _SerialWriter(_Writer):
             self.module.allocate(name, zeros=name in made_in_body)
         depth = self.out.depth
         for r in self.tiled:
-            size, tile = self.scope.ranges[r].size, self.module.schedule.tile(r)
+            size, tile = self.scope.ranges[r].size, self.tile_of[r]
             self.out(f"for {r}_lo in range(0, {size}, {tile}):")
             self.out.depth += 1
             self.out(f"{r}_hi = min({r}_lo + {tile}, {size})")

@@ -43,8 +43,9 @@ class Finite(sympy.Function):
 @dataclass(frozen=True)
 class Statement:
     """One step on a tile. `ranks` are those of the value (coordinates among them); `source` is the Einsum it
-    implements, None for helpers. `keep`: the points that exist. `mask_operand`: a reduction must itself replace missing points (where `keep` fails) by its identity. `row`: the points of the
-    result that exist; `fill`: the constant to put at the others, None if none is needed."""
+    implements, None for helpers. `keep`: the points iterated over that exist; `row`: those of the result that do.
+    `mask_operand`: a reduction must itself replace the missing points of its operand by its identity. `fill`: the
+    constant to put at the missing points of the result, None if none is needed."""
 
     name: str
     ranks: tuple[str, ...]
@@ -65,6 +66,11 @@ class Statement:
     def reads(self) -> tuple[Access, ...]:
         return tuple(dict.fromkeys(accesses(self.expr) + accesses(self.keep)))
 
+    @property
+    def identity(self) -> Expr | None:
+        """What the reduction gives over nothing; None for a statement that reduces nothing, and for topk."""
+        return MONOIDS[self.monoid].identity if self.monoid is not None and self.monoid in MONOIDS else None
+
 
 @dataclass(frozen=True)
 class State:
@@ -79,8 +85,8 @@ class State:
 @dataclass(frozen=True)
 class TileLoop:
     """`inner` pairs each rank that runs within an iteration with its coordinate; all coordinates run over the same
-    `lo <= x < hi`, where `lo = serial * step` and `hi = min(lo + step, limit)` (no limit: None). `domain` is where any point of the body
-    exists; `skippable` says that an iteration without one changes no state and may be left out."""
+    `lo <= x < hi`, where `lo = serial * step` and `hi = min(lo + step, limit)` (no limit: None). `domain` is where any
+    point of the body exists; `skippable` says that an iteration without one changes no state and may be left out."""
 
     nest: SerialNest
     inner: tuple[tuple[str, str], ...]
@@ -324,8 +330,8 @@ class _Builder:
             return False
         empty: dict[str, Expr] = {}
         for s in body:
-            if s.monoid in MONOIDS and inner & set(s.reduced):
-                empty[s.name] = MONOIDS[s.monoid].identity
+            if s.identity is not None and inner & set(s.reduced):
+                empty[s.name] = s.identity
         for state in self.states.values():
             update = next(s for s in body if s.name == state.new)
             unchanged = {
@@ -401,21 +407,27 @@ def _reads_any(expr: sympy.Basic, names: Iterable[str]) -> bool:
 
 def with_fills(statements: list[Statement]) -> list[Statement]:
     """Decide where masks are applied: at a value (`fill`, where `row` fails) if a reduction reads it, else at the
-    reduction's operand (`mask_operand`, where `keep` fails)."""
-    missing: dict[str, Expr] = {}
+    reduction's operand (`mask_operand`, where `keep` fails). A reduction needs no mask where each condition of its
+    own is one of a tensor that it reads, whose fill makes the operand the identity."""
+    missing: dict[str, dict[Boolean, Expr]] = {}  # by tensor: its value where a condition of its points fails
     result: list[Statement] = []
     for i, s in enumerate(statements):
-        value = missing_value(s.expr, missing)
-        if s.monoid in MONOIDS and s.keep != s.row:
-            s = replace(s, mask_operand=value != MONOIDS[s.monoid].identity)
-            value = None
-        if s.row != sympy.true:
-            value = value if s.monoid is None else None
+        rows = conjuncts(s.row)
+        aligned = {
+            t.name for t in result if all(a.index == tuple(map(var, t.ranks)) for a in s.reads if a.tensor == t.name)
+        }
+        known = {
+            c: missing_value(s.expr, {n: v[c] for n, v in missing.items() if c in v and n in aligned})
+            for c in conjuncts(s.keep)
+        }
+        values = {c: v for c in rows if s.monoid is None and (v := known.get(c)) is not None}
+        if (identity := s.identity) is not None:
+            s = replace(s, mask_operand=any(v != identity for c, v in known.items() if c not in rows))
+        if rows:
             wanted = _wanted(s, statements[i + 1 :])
-            if wanted is not None and value != wanted:
-                s, value = replace(s, fill=wanted), wanted
-            if value is not None:
-                missing[s.name] = value
+            if wanted is not None and any(values.get(c) != wanted for c in rows):
+                s, values = replace(s, fill=wanted), dict.fromkeys(rows, wanted)
+        missing[s.name] = values
         result.append(s)
     return result
 
@@ -423,8 +435,9 @@ def with_fills(statements: list[Statement]) -> list[Statement]:
 def _wanted(s: Statement, later: list[Statement]) -> Expr | None:
     """The identity of the first reduction that would be right if this value's missing points were at it."""
     for user in later:
-        if user.monoid in MONOIDS and any(a.tensor == s.name for a in user.reads):
-            identity = MONOIDS[user.monoid].identity
-            if missing_value(user.expr, {s.name: identity}) == identity and user.keep == s.row:
+        identity = user.identity
+        if identity is not None and any(a.tensor == s.name for a in user.reads):
+            covered = set(conjuncts(s.row)) <= set(conjuncts(user.keep))
+            if covered and missing_value(user.expr, {s.name: identity}) == identity:
                 return identity
     return None

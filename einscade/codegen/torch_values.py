@@ -17,7 +17,7 @@ from einscade.codegen.source import Unsupported
 from einscade.codegen.tiles import Finite
 from einscade.ir.expr import Access, Expr, FloorDiv, Mod, Round, Trunc, Where, free_vars
 
-__all__ = ["ATOM", "Name", "Range", "Scope", "Value", "number", "python", "value"]
+__all__ = ["ATOM", "COMPARISON", "Name", "Range", "Scope", "Value", "number", "python", "value"]
 
 ATOM, PRODUCT, SUM, COMPARISON = 0, 1, 2, 3
 
@@ -277,7 +277,8 @@ def _add(expr: sympy.Add, scope: Scope) -> Value:
 
 def _mul(expr: sympy.Mul, scope: Scope) -> Value:
     coefficient, rest = expr.as_coeff_Mul()
-    above, below = [], []
+    above: list[Expr] = []
+    below: list[Expr] = []
     for f in sympy.Mul.make_args(rest):
         if f == 1:
             continue
@@ -481,7 +482,7 @@ def _gather(name: Name, access: Access, simple: list[str | None], gathered: list
     codes = []
     for d, v in zip(gathered, parts, strict=True):
         if not v.ranks:
-            codes.append(v.code if not _reads_tensor(access.index[d]) else v.code)
+            codes.append(v.code)
             continue
         text = align(v, ranks)
         exact = isinstance(access.index[d], sympy.Symbol) and simple[d] is not None
