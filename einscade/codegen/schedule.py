@@ -1,8 +1,9 @@
 """Schedules: the tile sizes and launch parameters of a loop program, and which of them are worth trying.
 
-Comes in: a `LoopProgram`, the target it will run on, and the sizes it will run at. Goes out: `Schedule`s, best guess
-first. The search space is declared in `TARGETS`; what cannot fit on chip is dropped and the rest ordered by a model of
-its time (operations over the matrix unit's rate, masked work and per-tile overhead included) before anything compiles.
+Comes in: a `LoopProgram`, the `Device` it will run on, and the sizes it will run at. Goes out: `Schedule`s, best guess
+first. The search space is `_cpu_space` or `_gpu_space`; what cannot fit on chip is dropped and the rest ordered by a
+model of its time (operations over the matrix unit's rate, masked work and a tile's overhead included) before anything
+compiles.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import sympy
 
 from einscade.codegen.loops import LoopProgram, SerialNest, is_long
 from einscade.ir.cascade import Cascade, Einsum
+from einscade.ir.device import Device
 from einscade.ir.expr import Access, Expr, free_vars, var
 
-__all__ = ["TARGETS", "Schedule", "Target", "candidates", "target_of"]
+__all__ = ["Schedule", "candidates", "has_descriptors", "target_of", "tile_symbols", "with_order"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Schedule:
         without one is a batch dimension (torch) or one point a program (Triton).
     warps, stages: a Triton program's warps, and the depth of its loop's software pipeline.
     out_order: for an output, its ranks in memory order, outermost first; outputs not named are in rank order.
-    target: what the kernel is compiled for: a key of `TARGETS`.
+    target: what the kernel is compiled for: "cuda:90", "hip:94", "cpu" (kind and compute capability).
     descriptors: read tiles through tensor descriptors (TMA) where strides allow.
     """
 
@@ -44,83 +46,30 @@ class Schedule:
         return dict(self.tiles).get(name)
 
 
-@dataclass(frozen=True)
-class Target:
-    """A machine to generate for. `shared`: bytes of shared memory a program may use (the cache to stay in, on a CPU);
-    `registers`: 32-bit registers a thread may use; `units`: multiprocessors or cores; `rate`: multiply-adds a second
-    of one unit's matrix hardware in 16 bits, all units together; `bandwidth`: bytes a second from memory; `overhead`:
-    seconds an iteration of the serial loop costs beyond its arithmetic."""
-
-    name: str
-    shared: int
-    registers: int
-    units: int
-    rate: float
-    bandwidth: float
-    overhead: float
-    warp: int = 32
-    descriptors: bool = False
-
-
-TARGETS: Mapping[str, Target] = {
-    t.name: t
-    for t in (
-        Target("cpu", 5 << 20, 0, 2, 8e10, 2e10, 1e-4),
-        Target("cuda:80", 163 << 10, 255, 108, 1.2e14, 1.5e12, 3e-7),
-        Target("cuda:86", 99 << 10, 255, 84, 7e13, 7e11, 3e-7),
-        Target("cuda:89", 99 << 10, 255, 128, 1.5e14, 9e11, 3e-7),
-        Target("cuda:90", 227 << 10, 255, 132, 4e14, 4e12, 3e-7, descriptors=True),
-        Target("cuda:100", 227 << 10, 255, 148, 8e14, 7e12, 3e-7, descriptors=True),
-        Target("cuda:120", 99 << 10, 255, 170, 2e14, 1.7e12, 3e-7, descriptors=True),
-        Target("hip:gfx90a", 64 << 10, 512, 110, 1.5e14, 1.6e12, 5e-7, warp=64),
-        Target("hip:gfx942", 64 << 10, 512, 304, 5e14, 5e12, 5e-7, warp=64),
-        Target("hip:gfx950", 160 << 10, 512, 256, 1e15, 8e12, 5e-7, warp=64),
-    )
-}
-
-
-def target_of(device: object) -> str:
-    """The target of a torch device: a key of `TARGETS`, the nearest older architecture where it has no entry.
-
-    Raises ValueError for a device that nothing is generated for.
-    """
-    import torch
-
-    device = torch.device(device) if isinstance(device, (str, int)) else device
-    assert isinstance(device, torch.device)
-    if device.type != "cuda":
-        if device.type in ("cpu", "meta"):
-            return "cpu"
-        raise ValueError(f"device {device}: kernels are generated for cpu and cuda devices")
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        name = f"hip:{properties.gcnArchName.split(':')[0]}"
-        return name if name in TARGETS else "hip:gfx90a"
-    capability = properties.major * 10 + properties.minor
-    known = sorted(int(name.split(":")[1]) for name in TARGETS if name.startswith("cuda:"))
-    older = [c for c in known if c <= capability]
-    if not older:
-        raise ValueError(f"{properties.name} has compute capability {capability / 10}; 8.0 is the least supported")
-    return f"cuda:{older[-1]}"
-
-
-def candidates(program: LoopProgram, target: str, sizes: Mapping[str, int]) -> tuple[Schedule, ...]:
-    """Schedules for the program on a target (a key of `TARGETS`) at these sizes, best guess first; at least one.
+def candidates(program: LoopProgram, device: Device, sizes: Mapping[str, int]) -> tuple[Schedule, ...]:
+    """Schedules for the program on a device at these sizes, best guess first; at least one.
 
     `sizes` gives the cascade's length symbols; one that is missing counts as long.
     """
-    machine = TARGETS.get(target)
-    if machine is None:
-        raise ValueError(f"target {target!r} is not one of {', '.join(TARGETS)}")
     lengths = _Lengths(program.cascade, sizes)
-    space = _cpu_space(program, lengths) if machine.name == "cpu" else _gpu_space(program, machine, lengths)
+    space = (_cpu_space if device.kind == "cpu" else _gpu_space)(program, device, lengths)
     scored = []
     for schedule in space:
-        costs = [_cost(program.cascade, nest, schedule, machine, lengths) for nest in program.serial_nests]
+        costs = [_cost(program.cascade, nest, schedule, device, lengths) for nest in program.serial_nests]
         if all(c is not None for c in costs):
             scored.append((sum(c for c in costs if c is not None), schedule))
     scored.sort(key=lambda pair: pair[0])
     return tuple(s for _, s in scored) or (next(iter(space)),)
+
+
+def target_of(device: Device) -> str:
+    """A device as a schedule's target."""
+    return "cpu" if device.kind == "cpu" else f"{device.kind}:{device.capability[0]}{device.capability[1]}"
+
+
+def has_descriptors(device: Device) -> bool:
+    """Whether the device's copy engine reads tiles through tensor descriptors."""
+    return device.kind == "cuda" and device.capability >= (9, 0)
 
 
 def tile_symbols(program: LoopProgram) -> tuple[str, ...]:
@@ -155,31 +104,34 @@ def moving_inputs(nest: SerialNest) -> tuple[tuple[str, tuple[Expr, ...]], ...]:
 # -- the spaces -------------------------------------------------------------------------------------------------------
 
 
-def _cpu_space(program: LoopProgram, lengths: _Lengths) -> list[Schedule]:
+def _cpu_space(program: LoopProgram, device: Device, lengths: _Lengths) -> list[Schedule]:
     """Square-ish tiles; batch ranks one at a time once they alone would fill the cache."""
     symbols, ranks = tile_symbols(program), tiled_ranks(program, lengths)
+    cache = 2.4 * device.shared * device.processors
     space = []
     for p, m in product((256, 128, 64), (512, 256, 128)):
         tiles = {**dict.fromkeys(symbols, m), **dict.fromkeys(ranks, p)}
         for nest in program.serial_nests:
             points = lengths.points(nest, tiles)
             for r in nest.grid:  # outermost first
-                if points * 4 <= TARGETS["cpu"].shared or r in tiles:
+                if points * 4 <= cache or r in tiles:
                     continue
                 whole = lengths.rank(r)
-                keep = max(1, whole * TARGETS["cpu"].shared // (points * 4)) if whole else 1
+                keep = max(1, int(whole * cache / (points * 4)))
                 tiles[r] = keep
                 points = points * keep // max(1, whole)
         space.append(Schedule(tuple(sorted(tiles.items()))))
     return space
 
 
-def _gpu_space(program: LoopProgram, machine: Target, lengths: _Lengths) -> list[Schedule]:
+def _gpu_space(program: LoopProgram, device: Device, lengths: _Lengths) -> list[Schedule]:
     symbols, ranks = tile_symbols(program), tiled_ranks(program, lengths)
     space = []
     for p, m, warps, stages in product((128, 64, 32, 16), (128, 64, 32, 16), (4, 8), (2, 3, 4)):
         tiles = {**dict.fromkeys(symbols, m), **dict.fromkeys(ranks, p)}
-        space.append(Schedule(tuple(sorted(tiles.items())), warps, stages, (), machine.name, machine.descriptors))
+        space.append(
+            Schedule(tuple(sorted(tiles.items())), warps, stages, (), target_of(device), has_descriptors(device))
+        )
     return space
 
 
@@ -230,38 +182,41 @@ def _contractions(nest: SerialNest) -> list[Einsum]:
     return [e for e in nest.body if e.reduce and e.reduce.monoid == "sum" and not e.scan]
 
 
-def _cost(cascade: Cascade, nest: SerialNest, schedule: Schedule, machine: Target, lengths: _Lengths) -> float | None:
+def _cost(cascade: Cascade, nest: SerialNest, schedule: Schedule, device: Device, lengths: _Lengths) -> float | None:
     """Seconds by the model, or None where a tile does not fit on chip."""
     tiles = dict(schedule.tiles)
-    if machine.name != "cpu" and not _fits(cascade, nest, schedule, machine, lengths):
+    if device.kind != "cpu" and not _fits(cascade, nest, schedule, device, lengths):
         return None
     iterations = lengths.rank(nest.serial, tiles)
     programs = 1.0
     for r in nest.grid:
         whole = lengths.rank(r, tiles)
-        tile = tiles.get(r) or (whole if machine.name == "cpu" else 1)
+        tile = tiles.get(r) or (whole if device.kind == "cpu" else 1)
         programs *= ceil(whole / max(1, tile))
     work = 0.0  # multiply-adds of one iteration
     for e in _contractions(nest):
         n = 1.0
         for r in e.ranks:
-            n *= _tile_points(cascade, nest, r, tiles, lengths, machine)
+            n *= _tile_points(cascade, nest, r, tiles, lengths, device)
         work += n
     visited = 1.0
     if _has_edge(nest):  # half of the tiles, and those across the edge in full
         rows = max((tiles[r] for r in nest.grid if r in tiles and is_long(cascade, r)), default=1)
         step = lengths.rank(nest.tile, tiles) if nest.tile else 1
-        columns = 0 if machine.name == "cpu" else step  # the torch emitter cuts the last tile short
+        columns = 0 if device.kind == "cpu" else step  # the torch emitter cuts the last tile short
         visited = min(1.0, 0.5 + 0.5 * (rows + columns) / max(1, iterations * step))
-    waves = ceil(programs / machine.units) if machine.name != "cpu" else programs
-    share = machine.rate / machine.units if machine.name != "cpu" else machine.rate
-    return waves * iterations * visited * (work / (share * _efficiency(schedule, machine)) + machine.overhead)
+    waves = ceil(programs / device.processors) if device.kind != "cpu" else programs
+    dtype = next((t.dtype for t in cascade.inputs if t.dtype[0] in "fb" and t.dtype != "bool"), "f32")
+    rate = device.matrix_rate(dtype) / 2 * _efficiency(schedule, device)
+    share = rate / device.processors if device.kind != "cpu" else rate
+    overhead = 1e-4 if device.kind == "cpu" else 3e-7
+    return waves * iterations * visited * (work / share + overhead)
 
 
 def _tile_points(
-    cascade: Cascade, nest: SerialNest, rank: str, tiles: Mapping[str, int], lengths: _Lengths, machine: Target
+    cascade: Cascade, nest: SerialNest, rank: str, tiles: Mapping[str, int], lengths: _Lengths, device: Device
 ) -> int:
-    if machine.name != "cpu" and rank in nest.grid:
+    if device.kind != "cpu" and rank in nest.grid:
         return tiles.get(rank, 1)
     return lengths.in_tile(nest, rank, tiles)
 
@@ -275,16 +230,16 @@ def _has_edge(nest: SerialNest) -> bool:
     )
 
 
-def _efficiency(schedule: Schedule, machine: Target) -> float:
+def _efficiency(schedule: Schedule, device: Device) -> float:
     """How well tiles of this shape feed the matrix unit: small ones reload operands."""
-    if machine.name == "cpu":
+    if device.kind == "cpu":
         return 1.0
     sizes = list(dict(schedule.tiles).values())
     least, most = min(sizes, default=64), max(sizes, default=64)
     return min(1.0, 0.55 + 0.25 * (least >= 64) + 0.2 * (most >= 128)) * (1.0 if schedule.warps == 4 else 0.97)
 
 
-def _fits(cascade: Cascade, nest: SerialNest, schedule: Schedule, machine: Target, lengths: _Lengths) -> bool:
+def _fits(cascade: Cascade, nest: SerialNest, schedule: Schedule, device: Device, lengths: _Lengths) -> bool:
     """Shared memory for the pipelined tiles, registers for running values and the scores of one tile."""
     tiles = dict(schedule.tiles)
 
@@ -308,13 +263,13 @@ def _fits(cascade: Cascade, nest: SerialNest, schedule: Schedule, machine: Targe
             shared += elements(tuple(r for r in ranks if r in nest.grid or not is_long(cascade, r))) * _bytes(
                 cascade.tensors[tensor].dtype
             )
-    if shared > machine.shared:
+    if shared > device.shared:
         return False
     scans = sum(elements(e.output.ranks) for e in nest.scans)
     scores = max((elements(e.output.ranks) for e in nest.body if nest.tile in e.output.ranks), default=0)
     wide = sum(1 for e in _contractions(nest) if nest.tile in e.output.ranks)
-    threads = schedule.warps * machine.warp
-    return (scans + scores * max(1, wide) * 1.25) / threads <= machine.registers - 40
+    threads = schedule.warps * (64 if device.kind == "hip" else 32)
+    return (scans + scores * max(1, wide) * 1.25) / threads <= (472 if device.kind == "hip" else 215)
 
 
 def with_order(schedule: Schedule, out_order: tuple[tuple[str, tuple[str, ...]], ...]) -> Schedule:
