@@ -103,12 +103,12 @@ class _Chunks:
         query, key = var(self.query), var(self.key)
         both = [x for x in product.factors if {self.query, self.key} <= free_vars(x)]
         coupled = [c for c in product.conditions if {self.query, self.key} <= free_vars(c)]
-        self._check_domain(coupled, output.name)
         phi = sympy.Mul(*both)
+        ratio = self._ratio(phi)
+        self._check_domain(coupled, output.name)
         # The references: the last position of this chunk, and of the one before, each within the sequence where a
         # tensor is read there (beyond it, the state is not read, or nothing yet).
         last, before = self.chunk * self.size + self.size - 1, self.chunk * self.size - 1
-        ratio = self._ratio(phi)
         earlier = _placed(ratio, _REFERENCE, before, sympy.Max(before, 0))
         here = earlier.xreplace({_POSITION: self.position})
         carried = _placed(earlier, _POSITION, last, sympy.Min(last, self.queries - 1))

@@ -31,7 +31,7 @@ from einscade.ir import (
     var,
 )
 from einscade.passes.rewrite import NotApplicable
-from einscade.passes.statements import Names, merge_pointwise, redirect, release
+from einscade.passes.statements import Names, merge_pointwise, redirect, release, wide
 
 __all__ = ["Quantize"]
 
@@ -102,8 +102,8 @@ class Quantize:
                 kept.append(blocks[rank].name)
             elif spans.get(rank) != 0:
                 kept.append(rank)
-        largest = Tensor(names(f"{self.tensor}max"), tuple(kept), "f32")
-        scale = Tensor(names(f"{self.tensor}scale"), tuple(kept), "f32")
+        largest = Tensor(names(f"{self.tensor}max"), tuple(kept), wide(tensor.dtype))
+        scale = Tensor(names(f"{self.tensor}scale"), tuple(kept), wide(tensor.dtype))
         group = ",".join(f"{rank}:{span or '*'}" for rank, span in self.group)
         layout = Layout("quantized", (("bits", self.bits), ("group", group), ("scales", scale.name)))
         integers = Tensor(names(f"{self.tensor}int"), tensor.ranks, _STORAGE[self.bits], layout)

@@ -37,7 +37,7 @@ from einscade.ir import (
 )
 from einscade.ir.intervals import bounds
 from einscade.passes.rewrite import NotApplicable
-from einscade.passes.statements import Names, factors, redirect
+from einscade.passes.statements import Names, factors, redirect, wide
 from einscade.passes.terms import closure
 
 __all__ = ["Select"]
@@ -170,7 +170,7 @@ class _Split:
                     made.append(mean)
                     pooled[factor] = read
         ranks = tuple({options.query: block.name, options.key: key_block.name}.get(r, r) for r in scores.output.ranks)
-        estimate = Tensor(names("E"), ranks, "f32")
+        estimate = Tensor(names("E"), ranks, wide(scores.output.dtype))
         index = Tensor(names("I"), (*(r for r in ranks if r != key_block.name), slot.name), "i32")
         best = Where(self._reached(options.always), sympy.oo, estimate())
         made += (
@@ -273,7 +273,7 @@ def _pooled(
         raise NotApplicable(f"{factor} is not read at {rank} itself, so a block of it has no mean")
     (axis,) = axes
     own, extent = tensor.ranks[axis], cascade.extent(tensor.ranks[axis])
-    mean = Tensor(names(f"{tensor.name}mean"), tuple(blocks.name if r == own else r for r in tensor.ranks), "f32")
+    mean = Tensor(names(f"{tensor.name}mean"), tuple(blocks.name if r == own else r for r in tensor.ranks), wide(tensor.dtype))
     count = sympy.Min(inside.extent, extent - var(blocks.name) * inside.extent)
     member = tensor(*(position if r == own else var(r) for r in tensor.ranks))
     made = Einsum(mean, member / count, Reduction("sum", (inside.name,)), position < extent)

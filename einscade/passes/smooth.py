@@ -16,6 +16,7 @@ import sympy
 from einscade.ir import Access, Cascade, Einsum, Reduction, Tensor, accesses, free_vars, var
 from einscade.passes.invariance import UNCHANGED, Change, propagate
 from einscade.passes.rewrite import NotApplicable
+from einscade.passes.statements import wide
 
 __all__ = ["Smooth"]
 
@@ -44,8 +45,8 @@ class Smooth:
                 raise NotApplicable(f"the output {output} depends on a shift of {', '.join(u.name for u in users)}")
 
         kept = tensor.ranks[:axis] + tensor.ranks[axis + 1 :]
-        mean = Tensor(cascade.fresh(f"{self.tensor}mean"), kept, "f32")
-        centred = Tensor(cascade.fresh(f"{self.tensor}centred"), tensor.ranks, "f32")
+        mean = Tensor(cascade.fresh(f"{self.tensor}mean"), kept, wide(tensor.dtype))
+        centred = Tensor(cascade.fresh(f"{self.tensor}centred"), tensor.ranks, wide(tensor.dtype))
         count = sympy.Max(cascade.extent(self.rank), 1)  # no points, no quotient by zero
         made = (
             Einsum(mean, tensor() / count, Reduction("sum", (self.rank,))),
