@@ -119,7 +119,7 @@ FAMILIES: Mapping[str, Family] = {
     "phi3": Family(),
     "gemma2": Family({"sliding_window": 8, "query_pre_attn_scalar": 16}),
     "gemma3_text": Family({"sliding_window": 8, "query_pre_attn_scalar": 16, "sliding_window_pattern": 2}),
-    "t5": Family(),
+    "t5": Family({"decoder_start_token_id": 0}),
     "bart": Family(),
     "m2m_100": Family(),
     "whisper": Family({"max_source_positions": 50, "max_target_positions": 64, "num_mel_bins": 16}),
