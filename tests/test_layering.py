@@ -65,18 +65,19 @@ def test_ir_and_passes_import_little(path: Path) -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=_name)
 def test_files_are_short_or_say_why(path: Path) -> None:
-    """A file over the limit must contain the word "lines" with its reason in its docstring."""
+    """A file over the limit must say in its docstring why it has more than "600 lines"."""
     text = path.read_text(encoding="utf-8")
     count = len(text.splitlines())
     doc = ast.get_docstring(ast.parse(text)) or ""
-    assert count <= LIMIT or "lines" in doc, (
+    assert count <= LIMIT or "600 lines" in doc, (
         f"{_name(path)} has {count} lines; split it, or say in its docstring why not"
     )
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=_name)
 def test_files_say_what_they_are(path: Path) -> None:
-    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), f"{_name(path)} has no module docstring"
+    text = path.read_text(encoding="utf-8")
+    assert not text or ast.get_docstring(ast.parse(text)), f"{_name(path)} has no module docstring"
 
 
 def test_the_checks_see_what_they_check(tmp_path: Path) -> None:

@@ -13,20 +13,39 @@ from einscade.ir.cascade import (
     Scan,
     Tensor,
 )
-from einscade.ir.expr import Access, Expr, FloorDiv, Mod, Round, Trunc, Where, accesses, ceil_div, const, free_vars, var
+from einscade.ir.expr import (
+    FUNCTIONS,
+    Access,
+    Expr,
+    FloorDiv,
+    Mod,
+    Round,
+    Trunc,
+    Where,
+    accesses,
+    ceil_div,
+    const,
+    free_vars,
+    var,
+)
+from einscade.ir.text import ParseError, parse_cascade, parse_expr, print_cascade, print_expr
+from einscade.ir.verify import CascadeError, verify
 
 __all__ = [
     "DENSE",
     "DTYPES",
+    "FUNCTIONS",
     "MONOIDS",
     "Access",
     "Cascade",
+    "CascadeError",
     "Einsum",
     "Expr",
     "FloorDiv",
     "Layout",
     "Mod",
     "Monoid",
+    "ParseError",
     "Rank",
     "Reduction",
     "Round",
@@ -38,5 +57,10 @@ __all__ = [
     "ceil_div",
     "const",
     "free_vars",
+    "parse_cascade",
+    "parse_expr",
+    "print_cascade",
+    "print_expr",
     "var",
+    "verify",
 ]
