@@ -17,7 +17,7 @@ from sympy.logic.boolalg import Boolean
 from einscade.ir import Cascade, Einsum, Expr, Tensor, Where, accesses
 from einscade.passes.rewrite import NotApplicable
 from einscade.passes.statements import Names
-from einscade.passes.terms import conjoin, depends, split_factors
+from einscade.passes.terms import conjoin, depends, reduced_over, split_factors
 
 __all__ = ["Defer", "guards"]
 
@@ -29,12 +29,12 @@ class Defer:
     exact: ClassVar[bool] = True
 
     def apply(self, cascade: Cascade) -> Cascade:
-        reduced_over = _reduced_over(cascade)
+        over = reduced_over(cascade)
         names = Names(cascade)
         body: list[Einsum] = []
         changed = False
         for statement in cascade.body:
-            made = _deferred(statement, names, reduced_over)
+            made = _deferred(statement, names, over)
             changed |= len(made) > 1
             body += made
         if not changed:
@@ -42,25 +42,14 @@ class Defer:
         return cascade.replace(body=tuple(body))
 
 
-def _reduced_over(cascade: Cascade) -> dict[str, frozenset[str]]:
-    """For each tensor, the ranks that it, or anything it reads, reduces."""
-    found: dict[str, frozenset[str]] = {t.name: frozenset() for t in cascade.inputs}
-    for s in cascade.body:
-        own = frozenset(s.reduce.ranks) if s.reduce else frozenset()
-        found[s.name] = own.union(*(found.get(a.tensor, frozenset()) for a in s.reads))
-    return found
-
-
-def _deferred(s: Einsum, names: Names, reduced_over: dict[str, frozenset[str]]) -> list[Einsum]:
+def _deferred(s: Einsum, names: Names, over: dict[str, frozenset[str]]) -> list[Einsum]:
     if s.reduce is None or s.reduce.monoid != "sum" or s.scan is not None:
         return [s]
     ranks = s.reduce.ranks
 
     def waits(factor: Expr) -> bool:
         """A factor that leaves, and for which the sum would otherwise wait a pass."""
-        return not depends(factor, ranks) and any(
-            not reduced_over[a.tensor].isdisjoint(ranks) for a in accesses(factor)
-        )
+        return not depends(factor, ranks) and any(not over[a.tensor].isdisjoint(ranks) for a in accesses(factor))
 
     parts: dict[Expr, list[Expr]] = {}
     for term in _terms(s.expr, waits):

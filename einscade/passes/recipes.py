@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 
+from einscade.passes.canonicalise import Canonicalise
 from einscade.passes.defer import Defer
 from einscade.passes.online import Loops, Online
 from einscade.passes.rewrite import Rewrite
@@ -15,7 +16,7 @@ from einscade.passes.rewrite import Rewrite
 __all__ = ["RECIPES", "recipe"]
 
 RECIPES: Mapping[str, tuple[Rewrite, ...]] = {
-    "exact": (Defer(), Online(), Loops()),
+    "exact": (Canonicalise(), Defer(), Online(), Loops()),
 }
 
 

@@ -5,6 +5,7 @@ Comes in: expressions and statements. Goes out: new ones; nothing here decides w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
@@ -22,6 +23,7 @@ __all__ = [
     "fold",
     "ordered",
     "reads_outside_where",
+    "reduced_over",
     "renamed",
     "split_factors",
     "substitute",
@@ -104,7 +106,7 @@ def fold(expr: Expr) -> Expr:
     elif isinstance(expr, sympy.Pow):
         base, exponent = args
         if base.is_number and base.is_positive and base != sympy.E and not exponent.is_number:
-            return fold(sympy.exp(sympy.expand_mul(exponent * sympy.Float(sympy.log(base)))))
+            return fold(sympy.exp(sympy.expand_mul(exponent * sympy.Float(math.log(float(base))))))
     elif isinstance(expr, sympy.log):
         factors = sympy.Mul.make_args(args[0])
         exponents = [f.args[0] for f in factors if isinstance(f, sympy.exp)]
@@ -152,3 +154,12 @@ def closure(cascade: Cascade, names: Iterable[str]) -> frozenset[str]:
             if name in cascade.definitions:
                 todo += [a.tensor for a in cascade.definitions[name].reads]
     return frozenset(seen)
+
+
+def reduced_over(cascade: Cascade) -> dict[str, frozenset[str]]:
+    """For each tensor, the ranks that it, or anything it reads, reduces."""
+    found: dict[str, frozenset[str]] = {t.name: frozenset() for t in cascade.inputs}
+    for s in cascade.body:
+        own = frozenset(s.reduce.ranks) if s.reduce else frozenset()
+        found[s.name] = own.union(*(found.get(a.tensor, frozenset()) for a in s.reads))
+    return found

@@ -1,0 +1,234 @@
+"""Pointwise statements written out where they are read, one name for one thing, one statement for one value.
+
+Comes in: a cascade of any granularity. Goes out: one whose statements are reductions (and outputs), whose ranks agree
+between a statement and its readers wherever they can, and in which nothing is computed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import sympy
+
+from einscade.ir import Access, Cascade, Einsum, Expr, Rank, Tensor, accesses, var
+from einscade.passes.normalise import normal, predicate
+from einscade.passes.statements import Names, without_unused
+from einscade.passes.terms import at, conjoin, conjuncts, depends, reads_outside_where, renamed, variables
+
+__all__ = ["aligned", "deduplicated", "inlined", "shaped", "specialised"]
+
+# A tensor read at more distinct places than this is computed whole rather than once per place.
+PLACES = 4
+
+
+def inlined(cascade: Cascade) -> Cascade:
+    """Pointwise statements disappear into their readers, their domains with them; expressions take normal form."""
+    written: dict[str, Einsum] = {}
+    body = []
+    for s in cascade.body:
+        s = _written_out(s, written, cascade)
+        if s.reduce is None and s.scan is None and _may_inline(s, cascade, written):
+            written[s.name] = s
+            if s.name not in cascade.outputs:
+                continue
+        body.append(s)
+    return without_unused(cascade.replace(body=tuple(body)))
+
+
+def _written_out(s: Einsum, written: Mapping[str, Einsum], cascade: Cascade) -> Einsum:
+    domain = list(conjuncts(s.domain))
+    everywhere = reads_outside_where(s.expr)
+    values: dict[Access, Expr] = {}
+
+    def value(a: Access) -> Expr | None:
+        made = written.get(a.tensor)
+        if made is None or (made.domain != sympy.true and a not in everywhere):
+            return None
+        index = tuple(_replaced(i, value) for i in a.index)
+        place = at(made, a.at(*index))
+        domain.extend(c.xreplace(place) for c in conjuncts(made.domain))
+        return made.expr.xreplace(place)
+
+    for a in accesses(s.expr):
+        if (v := value(a)) is not None:
+            values[a] = v
+    expr = normal(s.expr.xreplace(values) if values else s.expr)
+    in_domain = {}
+    for a in accesses(s.domain):
+        if a.tensor in written and written[a.tensor].domain == sympy.true:
+            in_domain[a] = written[a.tensor].expr.xreplace(at(written[a.tensor], a))
+    parts = [p for c in domain for p in conjuncts(predicate(c.xreplace(in_domain)))]
+    return s.replace(expr=expr, domain=conjoin(parts))
+
+
+def _replaced(expr: Expr, value: object) -> Expr:
+    found = {a: v for a in accesses(expr) if (v := value(a)) is not None}  # type: ignore[operator]
+    return expr.xreplace(found) if found else expr
+
+
+def _may_inline(s: Einsum, cascade: Cascade, written: Mapping[str, Einsum]) -> bool:
+    """Not what a contraction would compute again for every point of the ranks it lacks: a feature map, a rotation."""
+    if isinstance(s.expr, Access) or all(
+        isinstance(f.as_base_exp()[0], Access) or f.is_number for f in sympy.Mul.make_args(s.expr)
+    ):
+        return True
+    if any(a.tensor in cascade.definitions for a in accesses(s.expr)):
+        return True
+    for user in cascade.users(s.name):
+        if user.reduce is None or user.reduce.monoid != "sum":
+            continue
+        for term in sympy.Add.make_args(user.expr):
+            factors = sympy.Mul.make_args(term)
+            for a in factors:
+                if isinstance(a, Access) and a.tensor == s.name and len(factors) > 1:
+                    lacking = set(user.ranks) - variables(a)
+                    if depends(a, user.reduce.ranks) and lacking:
+                        return False
+    return True
+
+
+def specialised(cascade: Cascade) -> Cascade:
+    """A statement read at places that are no plain variables (every second head) becomes one statement per place."""
+    names = Names(cascade)
+    body = list(cascade.body)
+    ranks = {r.name: r for r in cascade.ranks}
+    for s in reversed(cascade.body):
+        s = next(x for x in body if x.name == s.name)
+        if s.reduce is None or s.scan is not None or s.reduce.monoid == "topk" or s.name in cascade.outputs:
+            continue
+        places = dict.fromkeys(a.index for t in body for a in t.reads if a.tensor == s.name)
+        if all(_plain(p) for p in places) or len(places) > PLACES or not all(_simple(p) for p in places):
+            continue
+        made: list[Einsum] = []
+        calls: dict[Access, Access] = {}
+        for place in places:
+            output = Tensor(
+                names(s.name), tuple(v for i in place for v in sorted(variables(i) & set(ranks))), s.output.dtype
+            )
+            if set(output.ranks) & set(s.reduce.ranks):
+                break
+            sub = {var(r): i for r, i in zip(s.output.ranks, place, strict=True)}
+            made.append(Einsum(output, s.expr.xreplace(sub), s.reduce, s.domain.xreplace(sub)))
+            calls[Access(s.name, *place)] = output()
+        else:
+            index = body.index(s)
+            body[index : index + 1] = made
+            body = [t.replace(expr=t.expr.xreplace(calls), domain=t.domain.xreplace(calls)) for t in body]
+    return cascade.replace(body=tuple(body))
+
+
+def shaped(cascade: Cascade) -> Cascade:
+    """Inputs shaped by the ranks they are read at, wherever each read of a dimension is at the same one."""
+    inputs = []
+    for t in cascade.inputs:
+        reads = [a for s in cascade.body for a in s.reads if a.tensor == t.name]
+        ranks = list(t.ranks)
+        for place, own in enumerate(t.ranks):
+            found = {a.index[place] for a in reads}
+            name = next(iter(found)).name if len(found) == 1 and next(iter(found)).is_Symbol else own
+            known = cascade.rank_table.get(name)
+            if known is not None and name not in ranks and known.extent == cascade.extent(own):
+                ranks[place] = name
+        inputs.append(Tensor(t.name, tuple(ranks), t.dtype, t.layout))
+    return without_unused(cascade.replace(inputs=tuple(inputs)))
+
+
+def _plain(place: Iterable[Expr]) -> bool:
+    place = tuple(place)
+    return all(i.is_Symbol for i in place) and len(set(place)) == len(place)
+
+
+def _simple(place: Iterable[Expr]) -> bool:
+    """Each index a constant, a variable or a multiple of one plus a constant, and no variable in two of them."""
+    seen: list[Expr] = []
+    for i in place:
+        if i.is_Integer:
+            continue
+        constant, rest = i.as_coeff_Add()
+        coefficient, variable = rest.as_coeff_Mul()
+        if not (variable.is_Symbol and constant.is_Integer and coefficient.is_Integer) or variable in seen:
+            return False
+        seen.append(variable)
+    return True
+
+
+def aligned(cascade: Cascade) -> Cascade:
+    """Ranks named so that statements are read at their own variables. A statement takes the names of its first reader;
+    a later reader's reduced ranks take those of what it reads."""
+    extents = {r.name: r.extent for r in cascade.ranks}
+    names = Names(cascade)
+    bound: dict[str, tuple[str, ...]] = {}
+    usual: dict[tuple[str, int], list[str]] = {}
+    done: dict[str, Einsum] = {}
+    new_ranks: list[Rank] = []
+
+    for s in reversed(cascade.body):
+        mapping: dict[str, str] = {}
+        if s.name in bound and s.scan is None:
+            mapping = dict(zip(s.output.ranks, bound[s.name], strict=True))
+        reduced = s.reduce.ranks if s.reduce else ()
+        taken = set(mapping.values()) | (set(s.output.ranks) if not mapping else set())
+        for r in reduced:
+            target = next(
+                (c for c in _candidates(s, r, bound, usual) if c not in taken and extents[c] == extents[r]), r
+            )
+            if target in taken:
+                target = names(r)
+                extents[target] = extents[r]
+                new_ranks.append(Rank(target, extents[r], cascade.rank_table[r].origin))
+            mapping[r] = target
+            taken.add(target)
+        s = renamed(s, {a: b for a, b in mapping.items() if a != b})
+        done[s.name] = s
+        for a in s.reads:
+            made = a.tensor in cascade.definitions and a.tensor not in cascade.outputs
+            if made and a.tensor not in bound and _plain(a.index):
+                place = tuple(i.name for i in a.index)
+                if all(extents[i] == extents[r] for i, r in zip(place, cascade.tensors[a.tensor].ranks, strict=True)):
+                    bound[a.tensor] = place
+            for place, i in enumerate(a.index):
+                if i.is_Symbol and s.reduce and i.name in s.reduce.ranks:
+                    usual.setdefault((a.tensor, place), []).append(i.name)
+    body = tuple(done[s.name] for s in cascade.body)
+    return without_unused(cascade.replace(ranks=(*cascade.ranks, *new_ranks), body=body))
+
+
+def _candidates(
+    s: Einsum, rank: str, bound: Mapping[str, tuple[str, ...]], usual: Mapping[tuple[str, int], list[str]]
+) -> Iterable[str]:
+    """Names for a reduced rank: what the statements read call it, then what other reductions of the same inputs do."""
+    places = [(a.tensor, i) for a in s.reads for i, x in enumerate(a.index) if x == var(rank)]
+    for tensor, i in places:
+        if tensor in bound:
+            yield bound[tensor][i]
+    for place in places:
+        yield from usual.get(place, ())
+
+
+def deduplicated(cascade: Cascade) -> Cascade:
+    """One statement per value: equal right hand sides, and inputs passed on, are read under one name."""
+    seen: dict[tuple[object, ...], Tensor] = {}
+    alias: dict[str, Tensor] = {}
+    body = []
+    for s in cascade.body:
+        calls = {
+            a: Access(alias[a.tensor].name, *_permuted(a, cascade.tensors[a.tensor], alias[a.tensor]))
+            for a in s.reads
+            if a.tensor in alias
+        }
+        if calls:
+            s = s.replace(expr=normal(s.expr.xreplace(calls)), domain=s.domain.xreplace(calls))
+        reduce = (s.reduce.monoid, frozenset(s.reduce.ranks)) if s.reduce else None
+        key = (frozenset(s.output.ranks), s.expr, frozenset(conjuncts(s.domain)), reduce, s.output.dtype == "bool")
+        topk = s.reduce is not None and s.reduce.monoid == "topk"
+        if key in seen and s.scan is None and not topk and s.name not in cascade.outputs:
+            alias[s.name] = seen[key]
+            continue
+        seen.setdefault(key, s.output)
+        body.append(s)
+    return cascade.replace(body=tuple(body))
+
+
+def _permuted(access: Access, was: Tensor, now: Tensor) -> list[Expr]:
+    index = dict(zip(was.ranks, access.index, strict=True))
+    return [index[r] for r in now.ranks]

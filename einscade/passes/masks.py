@@ -1,0 +1,133 @@
+"""Masks become domains: a choice whose other branch is the monoid's identity says which points are reduced.
+
+Comes in: a cascade of reductions, its masks spelled as `Where(c, s, -oo)` within a score, as fills with a very negative
+number, as products with 0 and 1. Goes out: the conditions as conjuncts of the reductions' domains; a condition on the
+row alone leaves the reduction instead, `sum(m) Where(c, x, 0) = Where(c, sum(m) x, 0)`.
+
+A finite fill counts as -oo where the sum cannot tell: below half of float32's lowest, or up to -1e4 where exp of it
+is 0 in every float format and each row keeps a point (`m <= p` keeps m = p), so that its maximum is no fill. A row that
+keeps none is 0, as everywhere in a cascade.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import sympy
+from sympy.logic.boolalg import Boolean
+
+from einscade.ir import MONOIDS, Access, Cascade, Einsum, Expr, Tensor, Where, accesses, var
+from einscade.ir.intervals import decide, rank_ranges
+from einscade.passes.normalise import limit, normal, predicate
+from einscade.passes.statements import Names
+from einscade.passes.terms import conjoin, conjuncts, depends
+
+__all__ = ["masks_to_domains"]
+
+LOWEST = -(2.0 - 2.0**-23) * 2.0**127 / 2
+MODERATE = -1e4
+
+
+def masks_to_domains(cascade: Cascade) -> Cascade:
+    names = Names(cascade)
+    body: list[Einsum] = []
+    rows: dict[str, tuple[Einsum, Boolean, Expr]] = {}
+    for s in cascade.body:
+        calls: dict[Expr, Expr] = {}
+        for a in accesses(s.expr):
+            if a.tensor in rows:
+                made, condition, identity = rows[a.tensor]
+                place = dict(zip(map(var, made.output.ranks), a.index, strict=True))
+                calls[a] = Where(condition.xreplace(place), a, identity)
+        if calls:
+            s = s.replace(expr=normal(s.expr.xreplace(calls)))
+        if s.reduce is None or s.reduce.monoid not in ("sum", "max", "min") or s.scan is not None:
+            body.append(_as_domain(s) if s.name in cascade.outputs else s)
+            continue
+        s, row = _hoisted(s, cascade)
+        if row != sympy.true:
+            identity = MONOIDS[s.reduce.monoid].identity if s.reduce else sympy.Integer(0)
+            if s.name in cascade.outputs:
+                inner = Tensor(names(f"{s.name}m"), s.output.ranks, "f32")
+                body.append(s.replace(output=inner))
+                body.append(_as_domain(Einsum(s.output, Where(row, inner(), identity))))
+                continue
+            rows[s.name] = (s, row, identity)
+        body.append(s)
+    return cascade.replace(body=tuple(body))
+
+
+def _as_domain(s: Einsum) -> Einsum:
+    """An output's `Where(c, x, 0)` as `x if c`: its missing points are 0."""
+    while isinstance(s.expr, Where) and s.expr.args[2] == 0 and s.scan is None and s.reduce is None:
+        condition, kept, _ = s.expr.args
+        s = s.replace(expr=kept, domain=conjoin([*conjuncts(s.domain), *conjuncts(condition)]))
+    return s
+
+
+def _hoisted(s: Einsum, cascade: Cascade) -> tuple[Einsum, Boolean]:
+    """The reduction with every choice that its monoid ignores in its domain, and the condition on its rows."""
+    assert s.reduce is not None
+    identity = MONOIDS[s.reduce.monoid].identity
+    rows: list[Boolean] = []
+    for _ in range(len(s.expr.atoms(Where)) + 1):
+        found = _ignored(s, identity, cascade)
+        if found is None:
+            break
+        condition, kept = found
+        inside = [c for c in conjuncts(condition) if depends(c, s.reduce.ranks)]
+        rows += [c for c in conjuncts(condition) if c not in inside]
+        s = s.replace(expr=kept, domain=conjoin([*conjuncts(s.domain), *inside]))
+    return s, conjoin(rows)
+
+
+def _ignored(s: Einsum, identity: Expr, cascade: Cascade) -> tuple[Boolean, Expr] | None:
+    """A choice in the expression one branch of which turns all of it into the identity: the condition, what is left."""
+    choices = sorted(s.expr.atoms(Where), key=sympy.default_sort_key)
+    for choice in sorted(choices, key=lambda w: sum(v.has(w) for v in choices)):
+        condition, a, b = choice.args
+        for holds, fails, when in ((a, b, condition), (b, a, predicate(sympy.Not(condition)))):
+            fails = fails.xreplace(dict.fromkeys(_fills(fails, s, when, cascade), -sympy.oo))
+            if limit(s.expr.xreplace({choice: fails})) == identity:
+                holding = dict.fromkeys((when, *conjuncts(when)), sympy.true)
+                return when, normal(s.expr.xreplace({choice: holds}).xreplace(holding))
+    return None
+
+
+def _fills(branch: Expr, s: Einsum, kept: Boolean, cascade: Cascade) -> tuple[Expr, ...]:
+    """The numbers in a branch that count as -oo here."""
+    assert s.reduce is not None
+    if s.reduce.monoid != "sum":
+        return ()
+    numbers = [n for n in branch.atoms(sympy.Number) if n.is_finite and n < 0]
+    found = [n for n in numbers if n <= LOWEST]
+    rest = [n for n in numbers if LOWEST < n <= MODERATE]
+    if rest and _keeps_a_point([*conjuncts(s.domain), *conjuncts(kept)], s.reduce.ranks, cascade):
+        found += rest
+    return tuple(found)
+
+
+def _keeps_a_point(conditions: Iterable[Boolean], reduced: tuple[str, ...], cascade: Cascade) -> bool:
+    """Whether every row provably has a point at which all conditions hold."""
+    conditions = [c for c in conditions if depends(c, reduced)]
+    if len(reduced) != 1 or any(c.has(Access) for c in conditions):
+        return False
+    rank = reduced[0]
+    ranges = rank_ranges(cascade)
+    m, last = var(rank), cascade.extent(rank) - 1
+    candidates: dict[Expr, None] = {sympy.Integer(0): None, last: None}
+    for c in conditions:
+        for comparison in c.atoms(sympy.Le, sympy.Ge):
+            difference = comparison.gts - comparison.lts
+            slope = difference.coeff(m)
+            if slope in (1, -1) and m not in (difference - slope * m).free_symbols:
+                candidates[sympy.expand(-(difference - slope * m) / slope)] = None
+    rows = {r: v for r, v in ranges.items() if r != rank}
+    return any(
+        all(_surely(c, rows) for c in (w >= 0, w <= last, *(c.xreplace({m: w}) for c in conditions)))
+        for w in candidates
+    )
+
+
+def _surely(condition: Boolean, ranges: object) -> bool:
+    return condition == sympy.true or decide(condition, ranges) is True  # type: ignore[arg-type]

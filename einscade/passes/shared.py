@@ -1,0 +1,287 @@
+"""What several statements compute gets a statement; constants and conditions move to where they cost least.
+
+Comes in: a cascade of reductions with everything pointwise written out. Goes out: the same with shared scores and
+weights as statements of their own, constants inside the contractions they scale, and each condition on the innermost
+statement that all of its readers agree on.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import sympy
+from sympy.logic.boolalg import Boolean
+
+from einscade.ir import Access, Cascade, Einsum, Expr, Tensor, accesses, var
+from einscade.passes.normalise import normal
+from einscade.passes.statements import Names
+from einscade.passes.terms import (
+    conjoin,
+    conjuncts,
+    depends,
+    reads_outside_where,
+    reduced_over,
+    split_factors,
+    variables,
+)
+
+__all__ = ["constants_folded", "domains_sunk", "factors_out", "shared"]
+
+
+def factors_out(cascade: Cascade) -> Cascade:
+    """Factors that lack the summed ranks leave contractions of inputs: a scale on q, on k, or on q·k is one on q·k.
+    (A factor that waits for a reduction over the same rank is left for `defer`, which shows what it saves.)"""
+    over = reduced_over(cascade)
+    names = Names(cascade)
+    body: list[Einsum] = []
+    left: dict[str, Expr] = {}
+    for s in cascade.body:
+        calls = {}
+        for a in accesses(s.expr):
+            if a.tensor in left:
+                ranks = cascade.tensors[a.tensor].ranks
+                place = dict(zip(map(var, ranks), a.index, strict=True))
+                calls[a] = left[a.tensor].xreplace(place) * a
+        if calls:
+            s = s.replace(expr=normal(s.expr.xreplace(calls)))
+        if s.reduce is None or s.reduce.monoid != "sum" or s.scan is not None or isinstance(s.expr, sympy.Add):
+            body.append(s)
+            continue
+        reduced = set(s.reduce.ranks)
+        free, bound = split_factors(s.expr, s.reduce.ranks)
+        waiting = [f for f in sympy.Mul.make_args(free) if any(over[a.tensor] & reduced for a in accesses(f))]
+        leaving = sympy.Mul(*(f for f in sympy.Mul.make_args(free) if f not in waiting))
+        if leaving == 1 or bound == 1:
+            body.append(s)
+            continue
+        inner = s.replace(expr=bound * sympy.Mul(*waiting))
+        if s.name in cascade.outputs:
+            inner = inner.replace(output=Tensor(names(f"{s.name}c"), s.output.ranks, "f32"))
+            body += [inner, Einsum(s.output, leaving * inner.output())]
+        else:
+            left[s.name] = leaving
+            body.append(inner)
+    return cascade.replace(body=tuple(body))
+
+
+def shared(cascade: Cascade) -> Cascade:
+    """Statements for the exponents under a sum (scores) and for whatever else more than one reduction computes."""
+    names = Names(cascade)
+    cascade = _rows(_scores(cascade, names), names)
+    while (found := _repeated(cascade)) is not None:
+        expr, users = found
+        first = next(s for s in cascade.body if s.name in users)
+        ranks = tuple(r for r in first.ranks if depends(expr, (r,)))
+        cascade = _extracted(cascade, expr, users, Tensor(names("W"), ranks, "f32"), first)
+    return cascade
+
+
+def _scores(cascade: Cascade, names: Names) -> Cascade:
+    """What a maximum reduces and exponentials shift is one statement, even where it is a single access scaled."""
+    for s in cascade.body:
+        if s.reduce is None or s.reduce.monoid != "max" or isinstance(s.expr, Access):
+            continue
+        users = []
+        for t in cascade.body:
+            if t.reduce and t.reduce.ranks == s.reduce.ranks and _contains_terms(t.expr, s.expr):
+                users.append(t.name)
+        if len(users) > 1:
+            ranks = tuple(r for r in s.ranks if depends(s.expr, (r,)))
+            cascade = _extracted(cascade, s.expr, users, Tensor(names("T"), ranks, "f32"), s)
+    return cascade
+
+
+def _rows(cascade: Cascade, names: Names) -> Cascade:
+    """What a reduction computes of other reductions without its rank, inside a function of that rank (a mean, in
+    (x - mean)**2), is a statement of the row."""
+    body: list[Einsum] = []
+    made: dict[Expr, Tensor] = {}
+
+    def replaced(expr: Expr, s: Einsum) -> Expr:
+        assert s.reduce is not None
+        if isinstance(expr, Access) or not expr.args or not depends(expr, s.reduce.ranks):
+            return expr
+        free = [
+            a for a in expr.args if not depends(a, s.reduce.ranks) and not a.is_number and isinstance(a, sympy.Expr)
+        ]
+        own = expr.func(*free) if isinstance(expr, (sympy.Add, sympy.Max, sympy.Min)) and free else None
+        moving = own is not None and any(a.tensor in cascade.definitions for a in accesses(own))
+        if own is None or not moving or isinstance(own.as_coeff_Mul()[1], Access):
+            return expr.func(*(replaced(a, s) for a in expr.args))
+        number, own = own.as_coeff_Mul()
+        if own not in made:
+            ranks = tuple(r for r in s.output.ranks if depends(own, (r,)))
+            made[own] = Tensor(names("T"), ranks, "f32")
+            body.append(Einsum(made[own], own))
+        rest = [replaced(a, s) for a in expr.args if a not in free]
+        return expr.func(number * made[own](), *rest)
+
+    for s in cascade.body:
+        if s.reduce is not None and s.scan is None:
+            s = s.replace(expr=sympy.Mul(*(replaced(f, s) for f in sympy.Mul.make_args(s.expr))))
+        body.append(s)
+    return cascade.replace(body=tuple(body))
+
+
+def _contains_terms(expr: Expr, part: Expr) -> bool:
+    return expr == part or any(_covers(a, part) for a in expr.atoms(sympy.Add)) or expr.has(part)
+
+
+def _covers(total: Expr, part: Expr) -> bool:
+    return set(sympy.Add.make_args(part)) <= set(total.args)
+
+
+def _extracted(cascade: Cascade, expr: Expr, users: list[str], output: Tensor, first: Einsum) -> Cascade:
+    """The expression as a statement before its first user, with the conditions that all users have in common."""
+    access = output()
+    common = [c for c in conjuncts(first.domain) if variables(c) <= {*output.ranks, *cascade.symbols}]
+    for name in users:
+        user = cascade.definitions[name]
+        reduced = user.reduce.ranks if user.reduce else ()
+        common = [c for c in common if c in conjuncts(user.domain) and depends(c, reduced)]
+    body: list[Einsum] = []
+    for s in cascade.body:
+        if s.name == first.name:
+            body.append(Einsum(output, expr, domain=conjoin(common)))
+        if s.name in users:
+            s = s.replace(
+                expr=_replaced(s.expr, expr, access),
+                domain=conjoin(c for c in conjuncts(s.domain) if c not in common),
+            )
+        body.append(s)
+    return cascade.replace(body=tuple(body))
+
+
+def _replaced(expr: Expr, part: Expr, by: Expr) -> Expr:
+    values: dict[Expr, Expr] = {part: by}
+    for total in expr.atoms(sympy.Add):
+        if isinstance(part, sympy.Add) and total != part and _covers(total, part):
+            rest = [t for t in total.args if t not in part.args]
+            values[total] = sympy.Add(by, *rest)
+    return expr.xreplace(values)
+
+
+def _repeated(cascade: Cascade) -> tuple[Expr, list[str]] | None:
+    """The largest expression over a reduced and another rank that two reductions both compute."""
+    users: dict[Expr, list[str]] = {}
+    for s in cascade.body:
+        if s.reduce is None:
+            continue
+        seen = {
+            node
+            for node in sympy.preorder_traversal(s.expr)
+            if not isinstance(node, Access)
+            and getattr(node, "is_extended_real", None) is not False
+            and isinstance(node, sympy.Expr)
+            and node.args
+            and any(a.tensor in cascade.definitions for a in accesses(node))
+            and depends(node, s.reduce.ranks)
+        }
+        for node in seen:
+            users.setdefault(node, []).append(s.name)
+    many = [(e, u) for e, u in users.items() if len(u) > 1 and _worth(e)]
+    if not many:
+        return None
+    return max(many, key=lambda pair: (sympy.count_ops(pair[0]), sympy.default_sort_key(pair[0])))
+
+
+def _worth(expr: Expr) -> bool:
+    """More than a constant times an access, or a power of it."""
+    rest = expr.as_coeff_Mul()[1]
+    return not isinstance(rest, Access) and not (isinstance(rest, sympy.Pow) and isinstance(rest.base, Access))
+
+
+def constants_folded(cascade: Cascade) -> Cascade:
+    """A constant that every reader multiplies a contraction by goes into the contraction; what is left a mere alias
+    of a contraction becomes the contraction."""
+    for s in reversed(cascade.body):
+        if s.reduce is None or s.reduce.monoid != "sum" or s.name in cascade.outputs or s.scan is not None:
+            continue
+        coefficients: set[Expr] = set()
+        for user in cascade.users(s.name):
+            coefficients |= _coefficients(user.expr, s.name)
+            if any(a.tensor == s.name for a in accesses(user.domain)):
+                coefficients.add(sympy.Integer(1))
+        if len(coefficients) == 1 and (c := abs(coefficients.pop())) not in (0, 1):
+            body = tuple(
+                t.replace(expr=c * t.expr) if t.name == s.name else t.replace(expr=_divided(t.expr, s.name, c))
+                for t in cascade.body
+            )
+            cascade = cascade.replace(body=body)
+    return _without_aliases(cascade)
+
+
+def _coefficients(expr: Expr, name: str) -> set[Expr]:
+    """The constants that accesses to a tensor are multiplied by, wherever they occur."""
+    if isinstance(expr, Access):
+        found: set[Expr] = {sympy.Integer(1)} if expr.tensor == name else set()
+        return found.union(*(_coefficients(i, name) for i in expr.index))
+    if isinstance(expr, sympy.Mul) and any(isinstance(f, Access) and f.tensor == name for f in expr.args):
+        own = expr.as_coeff_Mul()[0]
+        return {own}.union(
+            *(_coefficients(f, name) for f in expr.args if not (isinstance(f, Access) and f.tensor == name))
+        )
+    return set().union(*(_coefficients(a, name) for a in expr.args)) if expr.args else set()
+
+
+def _divided(expr: Expr, name: str, c: Expr) -> Expr:
+    if not expr.args or isinstance(expr, Access):
+        return expr
+    if isinstance(expr, sympy.Mul) and any(isinstance(f, Access) and f.tensor == name for f in expr.args):
+        number, rest = expr.as_coeff_Mul()
+        return normal(number / c) * sympy.Mul(*(_divided(f, name, c) for f in sympy.Mul.make_args(rest)))
+    args = tuple(_divided(a, name, c) for a in expr.args)
+    return expr if args == expr.args else expr.func(*args)
+
+
+def _without_aliases(cascade: Cascade) -> Cascade:
+    """A statement that only reads another at its own ranks, and is its only reader, is merged with it."""
+    readers = Counter(a.tensor for s in cascade.body for a in s.reads)
+    body = list(cascade.body)
+    for s in cascade.body:
+        if s.reduce is not None or s.scan is not None or not isinstance(s.expr, Access):
+            continue
+        made = next((t for t in body if t.name == s.expr.tensor), None)
+        if made is None or made.name in cascade.outputs or readers[made.name] != 1 or accesses(s.domain):
+            continue
+        if s.expr != made.output() or set(s.output.ranks) != set(made.output.ranks) or made.scan is not None:
+            continue
+        body.remove(made)
+        merged = made.replace(output=s.output, domain=conjoin([*conjuncts(made.domain), *conjuncts(s.domain)]))
+        body[body.index(s)] = merged
+    return cascade.replace(body=tuple(body))
+
+
+def domains_sunk(cascade: Cascade) -> Cascade:
+    """A condition that every reader of a statement has, moved to the statement: outside it, nothing is computed."""
+    for name in [s.name for s in reversed(cascade.body)]:
+        s = cascade.definitions[name]
+        if name in cascade.outputs or s.scan is not None:
+            continue
+        users = list(cascade.users(name))
+        common: list[Boolean] | None = None
+        for user in users:
+            reads = [a for a in reads_outside_where(user.expr) if a.tensor == name]
+            inner = set(user.reduce.ranks) if user.reduce else set()
+            plain = all(a == s.output() for a in user.reads if a.tensor == name) and reads
+            own = [
+                c
+                for c in conjuncts(user.domain)
+                if variables(c) <= {*s.output.ranks, *cascade.symbols}
+                and not any(a.tensor == name for a in accesses(c))
+                and (depends(c, inner) or not inner & set(s.output.ranks) or user.reduce is None)
+            ]
+            mine = own if plain else []
+            common = mine if common is None else [c for c in common if c in mine]
+        if not common:
+            continue
+        moved = set(common)
+        body = []
+        for t in cascade.body:
+            if t.name == name:
+                t = t.replace(domain=conjoin([*conjuncts(t.domain), *common]))
+            elif t in users:
+                t = t.replace(domain=conjoin(c for c in conjuncts(t.domain) if c not in moved))
+            body.append(t)
+        cascade = cascade.replace(body=tuple(body))
+    return cascade
