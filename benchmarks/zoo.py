@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -351,8 +352,9 @@ def _error(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> tuple[fl
     """The largest absolute difference, and the largest absolute value for scale. NaN anywhere counts as infinite."""
     if len(expected) != len(actual) or not expected:
         raise ValueError(f"the original returned {len(expected)} tensors, the optimised model {len(actual)}")
-    worst = max(float((a.double() - b.double()).abs().max()) for a, b in zip(expected, actual, strict=True))
-    return (worst if worst == worst else float("inf")), max(float(e.abs().max()) for e in expected)
+    differences = [(a.double() - b.double()).abs().max() for a, b in zip(expected, actual, strict=True)]
+    worst = float(torch.stack(differences).max())  # unlike Python's max, NaN whenever there is one
+    return (float("inf") if math.isnan(worst) else worst), max(float(e.abs().max()) for e in expected)
 
 
 def _child(connection: Any, name: str, attention: str, inner: str) -> None:

@@ -1,0 +1,114 @@
+"""The benchmarks' own tools: what they measure is what happens, and nothing is recorded of an uncommitted tree."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import cpu_model, record, zoo
+from benchmarks.measure import interleaved_medians, peak_extra_memory
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/clear_refs is Linux's")
+
+
+@linux
+@pytest.mark.parametrize("mebibytes", [16, 96])
+def test_peak_memory_of_a_temporary(mebibytes: int) -> None:
+    """A tensor that is freed before the call returns counts, and so does it the second time."""
+    call = lambda: float(torch.ones(mebibytes * 2**18).sum())  # noqa: E731
+    call()
+    for _ in range(2):
+        assert abs(peak_extra_memory(call) / 2**20 - mebibytes) < 4
+
+
+def test_calls_take_turns() -> None:
+    order: list[str] = []
+    medians = interleaved_medians({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=3, warmup=1)
+    assert order == ["a", "b"] * 4
+    assert [len(times) for _, times in medians.values()] == [3, 3]
+    with pytest.raises(ValueError, match="repeats=0"):
+        interleaved_medians({}, repeats=0)
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    def git(*arguments: str) -> None:
+        subprocess.run(("git", "-c", "user.name=t", "-c", "user.email=t@t", *arguments), cwd=tmp_path, check=True)
+
+    (tmp_path / "code.py").write_text("x = 1\n")
+    git("init", "-q")
+    git("add", "code.py")
+    git("commit", "-qm", "one")
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "benchmarks" / "results")
+    return tmp_path
+
+
+def test_figures_are_recorded_under_their_commit(repository: Path) -> None:
+    env = record.environment()
+    path = record.write("some", {"ratio": 0.5}, env)
+    kept = json.loads(path.read_text())
+    assert kept["figures"] == {"ratio": 0.5}
+    assert len(kept["environment"]["commit"]) == 40
+    record.write("some", {"ratio": 0.4}, env)  # other results do not make the tree dirty
+
+
+def test_a_dirty_tree_records_nothing(repository: Path) -> None:
+    env = record.environment()
+    (repository / "code.py").write_text("x = 2\n")
+    with pytest.raises(record.DirtyTreeError, match=r"code\.py"):
+        record.write("some", {}, env)
+    assert not record.RESULTS.exists()
+
+
+def test_figures_of_another_commit_are_not_recorded(repository: Path) -> None:
+    with pytest.raises(record.DirtyTreeError, match="measure again"):
+        record.write("some", {}, record.environment() | {"commit": "0" * 40})
+
+
+def test_the_table_tells_what_is_missed() -> None:
+    table = cpu_model._table({"import_s": 0.1, "cold_s": 21.0}).splitlines()
+    assert table[1].endswith("ok")
+    assert table[2].endswith("MISSED")
+
+
+@pytest.mark.parametrize(
+    ("change", "ok"),
+    [
+        ({}, True),
+        ({"found": 1}, False),
+        ({"rewritten": 1}, False),
+        ({"stray": 1}, False),
+        ({"error": 2e-4}, False),
+        ({"error": float("nan")}, False),
+        ({"true": 0, "found": 0, "rewritten": 0}, True),
+        ({"true": None}, False),
+    ],
+)
+def test_a_row_of_the_zoo_holds_only_if_all_of_it_does(change: dict[str, float | None], ok: bool) -> None:
+    good = {"true": 2, "found": 2, "rewritten": 2, "stray": 0, "error": 1e-6}
+    assert zoo.Row("some", "eager", **(good | change)).ok is ok
+
+
+def test_a_crash_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zoo, "run", lambda *_: __import__("os")._exit(7))
+    assert "exit code 7" in zoo.run_apart("some", "eager", "eager", timeout=60).note
+
+
+def test_a_hang_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zoo, "run", lambda *_: __import__("time").sleep(60))
+    assert "no result" in zoo.run_apart("some", "eager", "eager", timeout=0.5).note
+
+
+def test_nan_is_an_infinite_error() -> None:
+    """Wherever it stands among the outputs."""
+    good, bad = torch.ones(3), torch.tensor([1.0, float("nan"), 1.0])
+    for actual in ([bad, good], [good, bad]):
+        assert zoo._error([good, good], actual)[0] == float("inf")
+    with pytest.raises(ValueError, match="returned 1 tensors"):
+        zoo._error([good], [good, good])
