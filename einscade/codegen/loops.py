@@ -82,7 +82,7 @@ def plan(cascade: Cascade) -> LoopProgram:
     owner: dict[str, list[int]] = {}
     nests: list[SerialNest] = []
     for serial, names in loops:
-        nest = _serial_nest(cascade, serial, names)
+        nest = _serial_nest(cascade, serial, names, _elsewhere(loops, names))
         for e in nest.einsums:
             owner.setdefault(e.name, []).append(len(nests))
         nests.append(nest)
@@ -200,7 +200,12 @@ def _tile_rank(cascade: Cascade, serial: str, body: Iterable[Einsum]) -> str | N
 # -- one loop's nest --------------------------------------------------------------------------------------------------
 
 
-def _serial_nest(cascade: Cascade, serial: str, names: frozenset[str]) -> SerialNest:
+def _elsewhere(loops: Iterable[tuple[str, frozenset[str]]], names: frozenset[str]) -> frozenset[str]:
+    """The Einsums in the bodies of the other loops."""
+    return frozenset().union(*(other for _, other in loops)) - names
+
+
+def _serial_nest(cascade: Cascade, serial: str, names: frozenset[str], elsewhere: frozenset[str]) -> SerialNest:
     body = [e for e in cascade.body if e.name in names]
     tile = _tile_rank(cascade, serial, body)
     grid = _grid(cascade, serial, tile, body)
@@ -209,8 +214,8 @@ def _serial_nest(cascade: Cascade, serial: str, names: frozenset[str]) -> Serial
         repeated = {e.name for e in body if e.reduce and not e.scan and not long_grid & set(e.output.ranks)}
         inside = {a.tensor for e in body for a in e.reads}
         body = [e for e in body if e.name not in repeated or not inside or _reads_any(e, names)]
-    epilogue = _epilogue(cascade, serial, tile, grid, body)
-    prologue = _prologue(cascade, grid, long_grid, body, epilogue)
+    epilogue = _epilogue(cascade, serial, tile, grid, body, elsewhere)
+    prologue = _prologue(cascade, grid, long_grid, body, epilogue, elsewhere)
     members = {e.name for e in (*prologue, *body, *epilogue)}
     made = {e.name: e for e in (*prologue, *body, *epilogue)}
     read_outside = _reads(e for e in cascade.body if e.name not in members) | set(cascade.outputs)
@@ -261,7 +266,12 @@ def _grid(cascade: Cascade, serial: str, tile: str | None, body: list[Einsum]) -
 
 
 def _epilogue(
-    cascade: Cascade, serial: str, tile: str | None, grid: tuple[str, ...], body: list[Einsum]
+    cascade: Cascade,
+    serial: str,
+    tile: str | None,
+    grid: tuple[str, ...],
+    body: list[Einsum],
+    elsewhere: frozenset[str],
 ) -> list[Einsum]:
     """What can follow the loop on the same tile: statements over the grid that read its last values, and those alone
     or with tensors that do not wait for anything else made from this loop."""
@@ -279,6 +289,7 @@ def _epilogue(
         fits = (
             serial not in e.ranks
             and tile not in e.ranks
+            and e.name not in elsewhere
             and not e.scan
             and set(grid) <= set(e.output.ranks)
             and all(a.tensor in members for a in from_loop)
@@ -299,9 +310,14 @@ def _reads_last(cascade: Cascade, access: Access, serial: str) -> bool:
 
 
 def _prologue(
-    cascade: Cascade, grid: tuple[str, ...], long_grid: set[str], body: list[Einsum], epilogue: list[Einsum]
+    cascade: Cascade,
+    grid: tuple[str, ...],
+    long_grid: set[str],
+    body: list[Einsum],
+    epilogue: list[Einsum],
+    elsewhere: frozenset[str],
 ) -> list[Einsum]:
-    """What only this loop reads and a grid tile can make for itself."""
+    """What only this loop reads and a grid tile can make for itself, another loop's running values not among it."""
     members = {e.name for e in (*body, *epilogue)}
     found: list[Einsum] = []
     if not long_grid:
@@ -318,7 +334,8 @@ def _prologue(
             and long_grid <= set(e.output.ranks)
             and not any(is_long(cascade, r) for r in e.ranks if r not in grid)
             and all(_aligned(cascade, a, r) for u in users for a in u.reads if a.tensor == e.name for r in grid)
-            and all(a.tensor not in members for a in e.reads)
+            and all(a.tensor not in members and a.tensor not in elsewhere for a in e.reads)
+            and e.name not in elsewhere
         )
         if fits:
             found.insert(0, e)
@@ -334,8 +351,9 @@ def _materialise_last(cascade: Cascade) -> Cascade:
     is written to memory. (A copy that an epilogue could have done itself stays unused by it and is not made.)"""
     for serial in _serial_ranks(cascade):
         last = cascade.extent(serial) - 1
-        for names in [n for s, n in _loops(cascade) if s == serial]:
-            nest = _serial_nest(cascade, serial, names)
+        loops = _loops(cascade)
+        for names in [n for s, n in loops if s == serial]:
+            nest = _serial_nest(cascade, serial, names, _elsewhere(loops, names))
             members = {e.name for e in nest.einsums}
             for scan in nest.scans:
                 position = scan.output.ranks.index(serial)
@@ -349,7 +367,8 @@ def _materialise_last(cascade: Cascade) -> Cascade:
 
 def _copy_last(cascade: Cascade, scan: Einsum, position: int, users: set[str]) -> Cascade:
     ranks = scan.output.ranks[:position] + scan.output.ranks[position + 1 :]
-    copy = Tensor(cascade.fresh(f"{scan.name}_last"), ranks, scan.output.dtype)
+    dtype = "f64" if any(t.dtype == "f64" for t in cascade.inputs) else scan.output.dtype  # as precise as the loop is
+    copy = Tensor(cascade.fresh(f"{scan.name}_last"), ranks, dtype)
     last = cascade.extent(scan.output.ranks[position]) - 1
     index = [*map(var, ranks)]
     index.insert(position, last)

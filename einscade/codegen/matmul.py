@@ -106,11 +106,14 @@ def _matrix(v: Value, batch: tuple[str, ...], first: tuple[str, ...], second: tu
     """The operand as batch dimensions and one matrix dimension each for `first` and `second`."""
     wanted = batch + first + second
     code = v.tight()
-    if v.ranks != wanted:
-        if v.ranks[:-2] == wanted[:-2] and v.ranks[-2:] == wanted[:-3:-1]:
+    own = tuple(r for r in wanted if r in v.ranks)  # a batch dimension it lacks is one that the other operand has
+    if v.ranks != own:
+        if v.ranks[:-2] == own[:-2] and v.ranks[-2:] == own[:-3:-1]:
             code += ".mT"
         else:
-            code += f".permute({', '.join(str(v.ranks.index(r)) for r in wanted)})"
+            code += f".permute({', '.join(str(v.ranks.index(r)) for r in own)})"
+    if own != wanted:
+        code += f"[{', '.join(':' if r in own else 'None' for r in wanted)}]"
     code += _joined(len(batch) + len(first), second) + _joined(len(batch), first)
     return Value(code, wanted, "f", v.owned, 0 if code != v.code else v.prec)
 
