@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,7 +32,9 @@ from torch.nn.utils import stateless
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-__all__ = ["CaptureError", "Captured", "fake_inputs", "nested_graphs", "to_aten"]
+from einscade.compiler.messages import first_line
+
+__all__ = ["CaptureError", "Captured", "fake_inputs", "made_fake", "nested_graphs", "to_aten"]
 
 aten = torch.ops.aten
 
@@ -74,8 +75,7 @@ def to_aten(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     except CaptureError:
         raise
     except Exception as error:
-        text = str(error).strip().split("\n")[0]
-        raise CaptureError(f"{type(error).__name__}: {text}" if text else type(error).__name__) from error
+        raise CaptureError(first_line(error)) from error
     return Captured(graph_module, _uses_autocast(gm))
 
 
@@ -94,17 +94,24 @@ def fake_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any] | None, dynami
         raise CaptureError("the graph has no fake tensors on its placeholders, and no example inputs were given")
     if len(example_inputs) != len(placeholders):
         raise CaptureError(f"the graph has {len(placeholders)} inputs, {len(example_inputs)} examples were given")
+    return made_fake(example_inputs, dynamic)
+
+
+def made_fake(values: Sequence[Any], dynamic: bool = False) -> list[Any]:
+    """Fake tensors of a new mode for tensors, other values as they are; `dynamic` as in `fake_inputs`."""
+    from torch._dynamo.source import ConstantSource
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    kind = DimDynamic.DUCK if dynamic else DimDynamic.STATIC
 
-    def fake(value: Any) -> Any:
+    def fake(position: int, value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
             return value
-        kind = DimDynamic.DUCK if dynamic else DimDynamic.STATIC
-        return mode.from_tensor(value, symbolic_context=StatelessSymbolicContext(dynamic_sizes=[kind] * value.dim()))
+        context = StatelessSymbolicContext(dynamic_sizes=[kind] * value.dim())
+        return mode.from_tensor(value, symbolic_context=context, source=ConstantSource(f"input_{position}"))
 
-    return [fake(v) for v in example_inputs]
+    return [fake(i, v) for i, v in enumerate(values)]
 
 
 def nested_graphs(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
@@ -385,7 +392,9 @@ def _functionalise(gm: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMo
         return replay.run(*flat[len(owned) :], enable_io_processing=False)
 
     with torch.no_grad(), fx.traceback.preserve_node_meta(), mode:
-        traced = make_fx(torch.func.functionalize(run, remove="mutations"), _allow_non_fake_inputs=True)(*fakes, *inputs)
+        traced = make_fx(torch.func.functionalize(run, remove="mutations"), _allow_non_fake_inputs=True)(
+            *fakes, *inputs
+        )
     result = _put_back(gm, traced, list(owned))
     result.graph.eliminate_dead_code()
     result.recompile()
@@ -424,7 +433,3 @@ class _Functional(fx.Interpreter):
         self._node = n
         return super().run_node(n)
 
-
-def is_getitem(node: fx.Node) -> bool:
-    """Whether the node takes one of several results apart."""
-    return node.target is operator.getitem

@@ -1,0 +1,179 @@
+"""From one graph to something to call: capture, rewrite, and the compiler for the rest.
+
+Comes in: a torch-level graph with its example inputs, as Dynamo hands them to a backend. Goes out: a callable for it.
+If anything stops the rewriting, the graph goes to the inner compiler as it came, the report says why, and one warning
+is given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import shutil
+import sys
+import weakref
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from einscade.compiler.capture import CaptureError, Captured, fake_inputs, to_aten
+from einscade.compiler.messages import first_line, warn_once
+from einscade.compiler.report import REWRITTEN, Report
+from einscade.compiler.rewrite import rewrite
+from einscade.runtime import progress
+
+__all__ = ["RewrittenGraph", "compile_graph", "default_inner", "inner_compile", "rewritten"]
+
+aten = torch.ops.aten
+
+
+def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], recipe: str, inner: str, report: Report) -> Any:
+    """What runs in place of `gm`. `report` learns what was done."""
+    constants = _constants(gm, example_inputs)
+    weights = _weights(gm, example_inputs)
+    try:
+        found = rewritten(gm, fake_inputs(gm, example_inputs), recipe, report, constants, weights)
+    except CaptureError as stop:
+        report.add((), f"not captured: {stop}")
+        warn_once(f"a graph is left as it was: {stop}")
+        found = None
+    finally:
+        progress.finish()
+    if found is None:
+        return inner_compile(gm, example_inputs, inner, autocast=False)
+    compiled = inner_compile(found.captured.gm, example_inputs, inner, found.captured.autocast)
+    return _while_constant(compiled, gm, found.relied_on, example_inputs)
+
+
+@dataclass(frozen=True)
+class RewrittenGraph:
+    """A captured graph with operators in it. `relied_on`: the inputs and attributes, by name, that it is special to."""
+
+    captured: Captured
+    relied_on: frozenset[str]
+
+
+def rewritten(
+    gm: fx.GraphModule,
+    fakes: Sequence[Any],
+    recipe: str,
+    report: Report,
+    constants: dict[str, torch.Tensor],
+    weights: set[str],
+) -> RewrittenGraph | None:
+    """The captured and rewritten graph; None where nothing in it was rewritten. Raises CaptureError."""
+    captured = to_aten(gm, fakes)
+    written = {n.args[0].name for n in captured.gm.graph.find_nodes(op="call_function", target=aten.copy_.default)}
+    known = {name: value for name, value in constants.items() if name not in written}
+    try:
+        result = rewrite(captured.gm, recipe, known, weights)
+    except Exception as error:  # whatever goes wrong here must not cost the user their model
+        raise CaptureError(f"internal error, {first_line(error)}") from error
+    report.add(result.sites)
+    if not any(s.status == REWRITTEN for s in result.sites):
+        return None
+    return RewrittenGraph(captured, result.relied_on)
+
+
+def inner_compile(gm: fx.GraphModule, example_inputs: Sequence[Any], inner: str, autocast: bool) -> Callable[..., Any]:
+    """The graph by one of the inner compilers. `autocast`: its casts are explicit, so none may be added."""
+    if inner == "eager":
+        compiled: Callable[..., Any] = gm.forward
+    else:
+        with _no_autocast(autocast):
+            if inner == "inductor":
+                from torch._inductor.compile_fx import compile_fx
+
+                compiled = compile_fx(gm, list(example_inputs))
+            else:
+                from torch._dynamo.backends.debugging import aot_eager
+
+                compiled = aot_eager(gm, list(example_inputs))
+    if not autocast:
+        return compiled
+
+    @functools.wraps(compiled)
+    def without_autocast(*args: Any) -> Any:
+        with _no_autocast(True):
+            return compiled(*args)
+
+    return without_autocast
+
+
+def _no_autocast(disable: bool) -> Any:
+    return torch._C._DisableAutocast() if disable else contextlib.nullcontext()
+
+
+def default_inner(model: nn.Module) -> str:
+    """ "inductor" where its code can be compiled for the model's device, else "aot_eager"."""
+    device = next((t.device.type for t in (*model.parameters(), *model.buffers())), "cpu")
+    if device == "cpu":
+        return "inductor" if _cpp_compiler() else "aot_eager"
+    return "inductor" if _triton() and _cpp_compiler() else "aot_eager"
+
+
+@functools.cache
+def _cpp_compiler() -> bool:
+    """Whether Inductor would find a C++ compiler."""
+    from torch._inductor import config
+
+    chosen = config.cpp.cxx
+    names = [c for c in (chosen if isinstance(chosen, (tuple, list)) else (chosen,)) if c]
+    if sys.platform == "win32":
+        names.append("cl")
+    return any(shutil.which(str(name)) for name in [*names, "g++", "clang++"])
+
+
+@functools.cache
+def _triton() -> bool:
+    from torch.utils._triton import has_triton
+
+    return bool(has_triton())
+
+
+# --- what the graph may rely on --------------------------------------------------------------------------------------
+
+
+def _weights(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> set[str]:
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    return {n.name for n, v in zip(placeholders, example_inputs, strict=True) if isinstance(v, nn.Parameter)}
+
+
+def _constants(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """Buffers and other tensors of modules among the inputs: masks and tables that a domain may come from."""
+    found = {}
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
+        if type(value) is torch.Tensor and _belongs_to_module(node):
+            if not value.requires_grad and not value.is_inference() and value.device.type != "meta":
+                found[node.name] = value
+    return found
+
+
+def _belongs_to_module(node: fx.Node) -> bool:
+    """Whether Dynamo took the input from a module rather than from the call's arguments."""
+    source = getattr(node, "_dynamo_source", None)
+    name = getattr(source, "name", "")
+    text = name() if callable(name) else str(name)
+    return "_buffers[" in text or text.startswith("L['self']")
+
+
+def _while_constant(
+    compiled: Callable[..., Any], original: fx.GraphModule, relied_on: Collection[str], inputs: Sequence[Any]
+) -> Callable[..., Any]:
+    """`compiled` while the tensors that it was specialised on are what they were, unwritten; else the original graph."""
+    names = [str(n.target) for n in original.graph.find_nodes(op="placeholder")]
+    watched = [(i, weakref.ref(inputs[i]), inputs[i]._version) for i, name in enumerate(names) if name in relied_on]
+    if not watched:
+        return compiled
+
+    def run(*args: Any) -> Any:
+        for i, tensor, version in watched:
+            if args[i] is not tensor() or args[i]._version != version:
+                warn_once("a buffer that a graph was specialised on has changed; that graph runs unoptimised from now on")
+                return original.forward(*args)
+        return compiled(*args)
+
+    return run

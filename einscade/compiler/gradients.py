@@ -1,0 +1,135 @@
+"""How a program is differentiated: which forward runs, what it saves, and what computes the gradients.
+
+Comes in: a program and which inputs need gradients. Goes out: a `Gradient`. There are two strategies:
+
+* *differentiated cascade*: the cascade (as it is before the rewrites that make loops) is differentiated; the forward
+  program also returns the small tensors that the gradient reads (a row's normaliser), and the gradient is a program
+  of its own, compiled like any other: no quadratic intermediate is stored.
+* *recomputation*: where a statement has no derivative rule, backward runs the cascade's flat form again under autograd,
+  one Einsum after another, and needs the memory that the original graph needed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from einscade.ir.cascade import Cascade
+from einscade.passes.differentiate import augment, differentiate
+from einscade.passes.pipeline import run
+from einscade.passes.rewrite import NotApplicable
+from einscade.runtime.program import DTYPES, MemoryOrder, Program
+
+__all__ = ["Gradient", "gradient", "scan_free"]
+
+DIFFERENTIATED, RECOMPUTED = "differentiated cascade", "recomputation of the flat form"
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """`forward` is the program that runs forward, of whose outputs the first `results` are the original's, and those at
+    `saved` are kept. `backward` makes the gradients of the inputs at `wrt`; None: recomputation, because of `reason`."""
+
+    forward: str
+    results: int
+    inputs: tuple[str, ...]
+    saved: tuple[int, ...] = ()
+    saved_names: tuple[str, ...] = ()
+    backward: Program | None = None
+    cotangents: tuple[str | None, ...] = ()
+    wrt: tuple[int, ...] = ()
+    reason: str | None = None
+    symbols: tuple[str, ...] = ()
+    forward_symbols: tuple[str, ...] = ()
+
+    @property
+    def strategy(self) -> str:
+        return RECOMPUTED if self.backward is None else DIFFERENTIATED
+
+    def forward_sizes(self, sizes: Sequence[Any]) -> list[Any]:
+        """The sizes that `forward` takes, from those of the original program: a rewrite may have dropped a symbol."""
+        known = dict(zip(self.symbols, sizes, strict=True))
+        return [known[s] for s in self.forward_symbols]
+
+    def run(
+        self,
+        inputs: Sequence[Tensor],
+        saved: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+        needed: Sequence[bool],
+        sizes: Sequence[Any],
+        shapes: Sequence[tuple[Sequence[Any], torch.dtype]],
+    ) -> list[Tensor | None]:
+        """The gradient of every input, None where not needed or zero. `shapes` are those of the forward's results."""
+        if self.backward is None:
+            found = iter(torch.ops.einscade.cascade_backward(inputs, gradients, needed, sizes, self.forward))
+            return [next(found) if wanted else None for wanted in needed]
+        values: dict[str, Tensor] = dict(zip(self.inputs, inputs, strict=True))
+        values.update(zip(self.saved_names, saved, strict=True))
+        for name, value, (shape, dtype) in zip(self.cotangents, gradients, shapes, strict=True):
+            if name is not None:
+                zeros = functools.partial(inputs[0].new_zeros, shape, dtype=dtype)
+                values[name] = zeros() if value is None else value
+        backward = self.backward.cascade
+        known = dict(zip(self.symbols, sizes, strict=True))
+        results = torch.ops.einscade.cascade(
+            [values[t.name] for t in backward.inputs], [known[s] for s in backward.symbols], self.backward.text
+        )
+        made = dict(zip(self.wrt, results, strict=True))
+        return [made.get(i) if wanted else None for i, wanted in enumerate(needed)]
+
+
+def scan_free(cascade: Cascade, recipe: str) -> Cascade:
+    """The cascade after the recipe's rewrites up to the first that makes loops."""
+    for step in run(cascade, recipe).steps:
+        if any(e.scan for e in step.after.body):
+            break
+        cascade = step.after
+    return cascade
+
+
+def gradient(program: Program, needed: Sequence[bool]) -> Gradient:
+    """The strategy for `program` when the inputs at which `needed` is true require gradients."""
+    cascade = program.cascade
+    names = tuple(t.name for t in cascade.inputs)
+    symbols = cascade.symbols
+    recomputed = Gradient(program.text, len(cascade.outputs), names, symbols=symbols, forward_symbols=symbols)
+    wrt = [i for i, wanted in enumerate(needed) if wanted and DTYPES[cascade.inputs[i].dtype].is_floating_point]
+    try:
+        base = scan_free(cascade, program.recipe)
+        reverse = differentiate(base, [base.inputs[i].name for i in wrt])
+    except NotApplicable as reason:
+        return replace(recomputed, reason=str(reason))
+    forward = augment(base, reverse.saved)
+    order = _renamed_order(program, base)
+    index = {name: i for i, name in enumerate(forward.outputs)}
+    positions = {t.name: i for i, t in enumerate(base.inputs)}
+    outputs = {out: positions[name] for name, out in reverse.gradients.items()}
+    return Gradient(
+        forward=Program(program.recipe, forward, order).text,
+        results=len(cascade.outputs),
+        inputs=tuple(t.name for t in base.inputs),
+        saved=tuple(index[name] for name in reverse.saved),
+        saved_names=reverse.saved,
+        backward=Program(program.recipe, reverse.cascade),
+        cotangents=tuple(reverse.cotangents.get(name) for name in base.outputs),
+        wrt=tuple(outputs[out] for out in reverse.cascade.outputs),
+        symbols=cascade.symbols,
+        forward_symbols=forward.symbols,
+    )
+
+
+def _renamed_order(program: Program, base: Cascade) -> MemoryOrder:
+    """The program's memory orders in the names that outputs and ranks have in `base`."""
+    orders = []
+    for name, new in zip(program.cascade.outputs, base.outputs, strict=True):
+        ranks = dict(program.out_order).get(name)
+        if ranks is not None:
+            names = dict(zip(program.cascade.tensors[name].ranks, base.tensors[new].ranks, strict=True))
+            orders.append((new, tuple(names[r] for r in ranks)))
+    return tuple(orders)

@@ -1,0 +1,213 @@
+"""Regions back into the graph, each as one operator.
+
+Comes in: a functional ATen graph and its `Region`s. Goes out: the graph, changed in place, with
+`torch.ops.einscade.cascade` where regions were, and for each region whether that was possible, or why not.
+
+The operator stores each output in the memory order in which the graph reads it, so that the permutation and the reshape
+that follow it are views.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from einscade.compiler import operators
+from einscade.compiler.regions import Output, Region
+from einscade.runtime import device as machine
+from einscade.runtime.program import DTYPES, MemoryOrder, Program
+
+__all__ = ["Unlowerable", "lower", "program_of"]
+
+aten = torch.ops.aten
+
+
+class Unlowerable(Exception):
+    """A region has a cascade, but the operator cannot stand in its place; the message says why."""
+
+
+def program_of(region: Region, recipe: str) -> Program:
+    """The program of a region that has a cascade."""
+    assert region.cascade is not None
+    return Program(recipe, region.cascade, _memory_order(region))
+
+
+def lower(gm: fx.GraphModule, region: Region, program: Program) -> fx.Node:
+    """Puts the operator for `region` into the graph and takes the region out; the operator's node.
+
+    The caller recompiles the graph module when all regions are in. Raises Unlowerable, the graph unchanged.
+    """
+    assert region.cascade is not None
+    position = {n: i for i, n in enumerate(gm.graph.nodes)}
+    _check(region)
+    before = _place(region, position)
+    made: list[fx.Node] = []
+    sizes = _Sizes(gm, before, position, made)
+    try:
+        with gm.graph.inserting_before(before):
+            symbols = [sizes.of(region.sizes[s]) for s in region.cascade.symbols]
+            node = gm.graph.call_function(operators.cascade, (list(region.inputs), symbols, program.text))
+            made.append(node)
+            results = [_output(gm, node, i, output, region, sizes, made) for i, output in enumerate(region.outputs)]
+    except Unlowerable:
+        for n in reversed(made):
+            gm.graph.erase_node(n)
+        raise
+    _describe(node, made, region)
+    for output, result in zip(region.outputs, results, strict=True):
+        output.node.replace_all_uses_with(result)
+    for n in sorted(region.nodes, key=position.__getitem__, reverse=True):
+        if not n.users:
+            gm.graph.erase_node(n)
+    return node
+
+
+def _memory_order(region: Region) -> MemoryOrder:
+    assert region.cascade is not None
+    orders = []
+    for name, output in zip(region.cascade.outputs, region.outputs, strict=True):
+        ranks = region.cascade.tensors[name].ranks
+        order = tuple(ranks[i] for i in output.permute)
+        if order != ranks:
+            orders.append((name, order))
+    return tuple(orders)
+
+
+def _check(region: Region) -> None:
+    assert region.cascade is not None
+    devices = {n.meta["val"].device for n in region.inputs}
+    if len(devices) != 1:
+        raise Unlowerable(f"its inputs are on different devices: {', '.join(sorted(map(str, devices)))}")
+    if not machine.supported(device := devices.pop()):
+        raise Unlowerable(f"no kernels are generated for {device.type} devices, only for cpu and cuda")
+    for node, tensor in zip(region.inputs, region.cascade.inputs, strict=True):
+        if node.meta["val"].dtype != DTYPES.get(tensor.dtype):
+            raise Unlowerable(f"input {node.name} is {node.meta['val'].dtype}, which the cascade has as {tensor.dtype}")
+
+
+def _place(region: Region, position: Mapping[fx.Node, int]) -> fx.Node:
+    """The first node that reads a result from outside, if everything that the region reads comes before it."""
+    inside = set(region.nodes)
+    users = [u for o in region.outputs for u in o.node.users if u not in inside]
+    if not users:
+        raise Unlowerable("nothing reads its result")
+    first = min(users, key=position.__getitem__)
+    held = [n for n in region.sizes.values() if isinstance(n, fx.Node)]
+    for source in (*region.inputs, *held):
+        if source in inside:
+            raise Unlowerable(f"it reads {source.name}, which is part of it")
+        if position[source] >= position[first]:
+            raise Unlowerable(f"{first.name} reads its result before its input {source.name} is made")
+    return first
+
+
+def _output(
+    gm: fx.GraphModule, node: fx.Node, index: int, output: Output, region: Region, sizes: _Sizes, made: list[fx.Node]
+) -> fx.Node:
+    value = output.node.meta["val"]
+    result = gm.graph.call_function(operator.getitem, (node, index))
+    made.append(result)
+    if tuple(output.permute) != tuple(range(len(output.permute))):
+        result = gm.graph.call_function(aten.permute.default, (result, list(output.permute)))
+        made.append(result)
+    assert region.cascade is not None
+    if len(output.permute) != value.dim() or not _same_extents(region, index, output, value):
+        result = gm.graph.call_function(aten.reshape.default, (result, [sizes.of(n) for n in value.shape]))
+        made.append(result)
+    return result
+
+
+def _same_extents(region: Region, index: int, output: Output, value: torch.Tensor) -> bool:
+    """Whether the permuted output has the node's shape already, dimension by dimension (constants and bare symbols)."""
+    assert region.cascade is not None
+    ranks = region.cascade.tensors[region.cascade.outputs[index]].ranks
+    for axis, size in zip(output.permute, value.shape, strict=True):
+        extent = region.cascade.extent(ranks[axis])
+        known: Any = int(extent) if extent.is_Integer else region.sizes.get(extent.name) if extent.is_Symbol else None
+        if isinstance(known, fx.Node):
+            known = known.meta.get("val")
+        if known is None or str(known) != str(size):
+            return False
+    return True
+
+
+def _describe(node: fx.Node, made: Sequence[fx.Node], region: Region) -> None:
+    """The new nodes say where they come from as the old ones did; fake values are theirs."""
+    source = region.outputs[0].node
+    for n in made:
+        for name in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+            if name in source.meta and name not in n.meta:
+                n.meta[name] = source.meta[name]
+        if "val" in n.meta:
+            continue
+        args, kwargs = fx.node.map_arg((n.args, n.kwargs), lambda a: a.meta["val"])
+        mode = region.inputs[0].meta["val"].fake_mode
+        with mode, torch.no_grad():
+            n.meta["val"] = n.target(*args, **kwargs)  # type: ignore[operator]
+
+
+class _Sizes:
+    """Sizes as arguments of nodes: numbers stay, symbols become the node that holds them, or are read off a tensor."""
+
+    def __init__(
+        self, gm: fx.GraphModule, before: fx.Node, position: Mapping[fx.Node, int], made: list[fx.Node]
+    ) -> None:
+        self.gm, self.made = gm, made
+        self.earlier = [n for n in position if position[n] < position[before]]
+        self.known: dict[sympy.Expr, fx.Node] = {}
+
+    def of(self, size: int | torch.SymInt | fx.Node) -> int | fx.Node:
+        if isinstance(size, (int, fx.Node)):
+            return size
+        if size.node.expr.is_Integer:
+            return int(size.node.expr)
+        return self.symbolic(size.node.expr)
+
+    def symbolic(self, expr: sympy.Expr) -> Any:
+        if expr.is_Integer:
+            return int(expr)
+        if expr not in self.known:
+            self.known[expr] = self.found(expr) or self.computed(expr)
+        return self.known[expr]
+
+    def found(self, expr: sympy.Expr) -> fx.Node | None:
+        for n in self.earlier:
+            value = n.meta.get("val")
+            if isinstance(value, torch.SymInt) and value.node.expr == expr:
+                return n
+        for n in self.earlier:
+            value = n.meta.get("val")
+            if not isinstance(value, torch.Tensor):
+                continue
+            for axis, length in enumerate(value.shape):
+                if isinstance(length, torch.SymInt) and length.node.expr == expr:
+                    node = self.gm.graph.call_function(aten.sym_size.int, (n, axis))
+                    node.meta["val"] = length
+                    self.made.append(node)
+                    return node
+        return None
+
+    def computed(self, expr: sympy.Expr) -> fx.Node:
+        """An expression that no tensor has as a size, from those that one has."""
+        operation = next((op for kind, op in _ARITHMETIC.items() if type(expr).__name__ == kind), None)
+        if operation is None or not expr.args:
+            raise Unlowerable(f"no tensor has the size {expr}")
+        result = self.symbolic(expr.args[0])
+        for argument in expr.args[1:]:
+            right = self.symbolic(argument)
+            values = [a.meta["val"] if isinstance(a, fx.Node) else a for a in (result, right)]
+            result = self.gm.graph.call_function(operation, (result, right))
+            result.meta["val"] = operation(*values)
+            self.made.append(result)
+        return result
+
+
+_ARITHMETIC = {
+    "Add": operator.add, "Mul": operator.mul, "FloorDiv": operator.floordiv, "Mod": operator.mod,
+    "PythonMod": operator.mod, "Max": torch.sym_max, "Min": torch.sym_min,
+}  # fmt: skip

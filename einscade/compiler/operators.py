@@ -1,0 +1,125 @@
+"""`torch.ops.einscade.cascade`: any cascade as one operator of a graph.
+
+    einscade::cascade(Tensor[] inputs, SymInt[] sizes, str program) -> Tensor[]
+
+`inputs` in cascade order, `sizes` in the order of `cascade.symbols`, `program` as `runtime.program` writes it. The
+operator is functional: fresh outputs, with the strides that the program's memory order says. Fake tensors get shapes
+from the cascade's extents; gradients come from another program (`gradients`), run by the same operator; where there is
+none, from `einscade::cascade_backward`, which recomputes the cascade in its flat form under autograd.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from einscade.compiler.gradients import Gradient, gradient
+from einscade.runtime.kernels import kernel_for, recompute_gradients
+from einscade.runtime.program import parse_program
+
+__all__ = ["cascade", "cascade_backward", "gradient_of"]
+
+_library = torch.library.Library("einscade", "DEF")
+_library.define("cascade(Tensor[] inputs, SymInt[] sizes, str program) -> Tensor[]")
+_library.define(
+    "cascade_backward(Tensor[] inputs, Tensor?[] gradients, bool[] needed, SymInt[] sizes, str program) -> Tensor[]"
+)
+
+
+def _run(inputs: Sequence[Tensor], sizes: Sequence[int], program: str) -> list[Tensor]:
+    return kernel_for(program, inputs, tuple(sizes))(inputs)
+
+
+def _run_backward(
+    inputs: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    sizes: Sequence[int],
+    program: str,
+) -> list[Tensor]:
+    return recompute_gradients(program, inputs, gradients, needed, sizes)
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("cascade", _run, _device)
+    _library.impl("cascade_backward", _run_backward, _device)
+
+cascade = torch.ops.einscade.cascade.default
+cascade_backward = torch.ops.einscade.cascade_backward.default
+
+
+@torch.library.register_fake("einscade::cascade", lib=_library)
+def _fake(inputs: Sequence[Tensor], sizes: Sequence[int], program: str) -> list[Tensor]:
+    parsed = parse_program(program)
+    tensors = parsed.cascade.inputs
+    if len(inputs) != len(tensors):
+        raise ValueError(f"cascade {parsed.cascade.name} has {len(tensors)} inputs, {len(inputs)} were given")
+    device = inputs[0].device
+    return [
+        torch.empty_strided(shape, strides, dtype=dtype, device=device)
+        for shape, strides, dtype in parsed.outputs(parsed.named_sizes(sizes))
+    ]
+
+
+@torch.library.register_fake("einscade::cascade_backward", lib=_library)
+def _fake_backward(
+    inputs: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    sizes: Sequence[int],
+    program: str,
+) -> list[Tensor]:
+    return [
+        torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x, wanted in zip(inputs, needed, strict=True)
+        if wanted
+    ]
+
+
+# --- autograd --------------------------------------------------------------------------------------------------------
+
+
+class _Differentiable(torch.autograd.Function):
+    """Forward runs the program that its gradient asks for (which may return more) and saves what the gradient reads."""
+
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, plan: Gradient, sizes: Sequence[int], *inputs: Tensor) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs = cascade.redispatch(
+                keyset & torch._C._after_autograd_keyset, inputs, plan.forward_sizes(sizes), plan.forward
+            )
+        results = outputs[: plan.results]
+        ctx.plan, ctx.sizes = plan, sizes
+        ctx.shapes = [(r.shape, r.dtype) for r in results]
+        ctx.save_for_backward(*inputs, *(outputs[i] for i in plan.saved))
+        ctx.mark_non_differentiable(*(r for r in results if not r.is_floating_point()))
+        ctx.set_materialize_grads(False)
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        plan: Gradient = ctx.plan
+        inputs, saved = ctx.saved_tensors[: len(plan.inputs)], ctx.saved_tensors[len(plan.inputs) :]
+        needed = list(ctx.needs_input_grad[3:])
+        return None, None, None, *plan.run(inputs, saved, grads, needed, ctx.sizes, ctx.shapes)
+
+
+def _autograd(keyset: Any, inputs: Sequence[Tensor], sizes: Sequence[int], program: str) -> list[Tensor]:
+    needed = tuple(x.requires_grad for x in inputs) if torch.is_grad_enabled() else ()
+    if not any(needed):
+        with torch._C._AutoDispatchBelowAutograd():
+            return cascade.redispatch(keyset & torch._C._after_autograd_keyset, inputs, sizes, program)
+    return list(_Differentiable.apply(keyset, gradient_of(program, needed), sizes, *inputs))
+
+
+@functools.lru_cache(maxsize=1024)
+def gradient_of(program: str, needed: tuple[bool, ...]) -> Gradient:
+    """How the operator with this program is differentiated; see `gradients`."""
+    return gradient(parse_program(program), needed)
+
+
+_library.impl("cascade", _autograd, "Autograd", with_keyset=True)

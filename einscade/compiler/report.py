@@ -1,0 +1,198 @@
+"""What was found in a model, what was done with it, and why not where nothing was done.
+
+`Report.sites` is for programs; `print(report)` fits one screen: sites that are alike (thirty layers) are one paragraph
+with the cascade, the rewrites with their pass counts, the kernel and the way gradients are computed.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from einscade.compiler.operators import gradient_of
+from einscade.ir.cascade import Cascade
+
+from einscade.runtime.kernels import Kernel, build
+from einscade.runtime.program import Program
+from einscade.runtime.steps import StepRecord, measures
+
+__all__ = ["REWRITTEN", "UNCHANGED", "Report", "Site"]
+
+REWRITTEN, UNCHANGED = "rewritten", "unchanged"
+
+
+@dataclass
+class Site:
+    """One place where attention was found. `module_path` as in `named_modules()`, `source` as `file.py:line`.
+
+    `status` is "rewritten" or "unchanged"; `reason` says why unchanged. `cascade`, `rewritten`, `steps` and `kernel` are
+    None (empty) where no cascade could be raised.
+    """
+
+    module_path: str
+    source: str
+    status: str
+    reason: str | None
+    program: Program | None = None
+    device: torch.device | None = None
+    sizes: tuple[tuple[str, int], ...] = ()
+    differentiable: tuple[bool, ...] = ()
+
+    @property
+    def cascade(self) -> Cascade | None:
+        """The cascade as it was raised from the graph."""
+        return None if self.program is None else self.program.cascade
+
+    @cached_property
+    def kernel(self) -> Kernel | None:
+        """The kernel for the sizes at which the model was captured."""
+        if self.program is None or self.device is None:
+            return None
+        return build(self.program.cascade, self.program.recipe, self.device, dict(self.sizes), self.program.out_order)
+
+    @property
+    def rewritten(self) -> Cascade | None:
+        """The cascade after the recipe's rewrites."""
+        return None if self.kernel is None else self.kernel.rewritten
+
+    @property
+    def steps(self) -> tuple[StepRecord, ...]:
+        return () if self.kernel is None else self.kernel.steps
+
+    @property
+    def gradients(self) -> str | None:
+        """How gradients are computed; None where none were asked for."""
+        if self.program is None or self.status != REWRITTEN or not any(self.differentiable):
+            return None
+        plan = gradient_of(self.program.text, self.differentiable)
+        return plan.strategy + (f" ({plan.reason})" if plan.reason else "")
+
+
+@dataclass
+class Report:
+    """Of one optimised model. Filled as graphs are compiled; empty until the first call."""
+
+    recipe: str
+    inner: str
+    sites: list[Site] = field(default_factory=list)
+    graphs: int = 0
+    unchanged_graphs: list[str] = field(default_factory=list)
+    breaks: list[str] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def add(self, sites: Sequence[Site], unchanged: str | None = None) -> None:
+        """The sites of one more graph. A place compiled again (for other shapes, for training) is told once, as it is
+        now. `unchanged`: why the graph as a whole was left alone."""
+        with self._lock:
+            again = {(s.module_path, s.source) for s in sites}
+            self.sites[:] = [s for s in self.sites if (s.module_path, s.source) not in again] + list(sites)
+            self.graphs += 1
+            if unchanged is not None and unchanged not in self.unchanged_graphs:
+                self.unchanged_graphs.append(unchanged)
+
+    def __deepcopy__(self, memo: object) -> Report:
+        return Report(self.recipe, self.inner)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Report, (self.recipe, self.inner)
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+
+def _lines(report: Report) -> Iterable[str]:
+    done = sum(s.status == REWRITTEN for s in report.sites)
+    graphs = f"{report.graphs} graph{'s' * (report.graphs != 1)}"
+    yield f"einscade: {done} of {len(report.sites)} attention sites rewritten · {graphs} · recipe {report.recipe}, rest by {report.inner}"
+    if not report.graphs and not report.unchanged_graphs:
+        yield "  nothing was compiled yet: call the model once"
+    for group in _alike(report.sites):
+        yield ""
+        yield from _group(group)
+    if report.breaks:
+        yield ""
+        yield f"graph breaks: {len(report.breaks)}"
+        yield from (f"  {b}" for b in report.breaks[:4])
+    if report.unchanged_graphs:
+        yield ""
+        yield "graphs left as they were:"
+        yield from (f"  {reason}" for reason in report.unchanged_graphs[:4])
+
+
+def _alike(sites: Sequence[Site]) -> list[list[Site]]:
+    groups: dict[object, list[Site]] = {}
+    for site in sites:
+        key = (site.source, site.status, site.reason, site.program, site.device, site.differentiable)
+        groups.setdefault(key, []).append(site)
+    return list(groups.values())
+
+
+def _group(sites: list[Site]) -> Iterable[str]:
+    site = sites[0]
+    times = f" ×{len(sites)}" if len(sites) > 1 else ""
+    yield f"{_paths([s.module_path for s in sites])}{times}  {site.source}  {site.status}"
+    if site.reason:
+        yield f"  because: {site.reason}"
+    if site.cascade is None:
+        return
+    yield from (f"  {line}" for line in str(site.cascade).splitlines())
+    kernel = site.kernel
+    if kernel is None:
+        return
+    applied = [s for s in kernel.steps if s.changed]
+    if applied:
+        count = [measures(site.cascade).most_passes, *(s.measures_after.most_passes for s in applied)]
+        arrow = " → ".join([str(count[0])] + [f"{s.name} {n}" for s, n in zip(applied, count[1:], strict=True)])
+        yield f"  passes over the longest rank: {arrow}"
+    skipped = [f"{s.name} ({s.reason})" for s in kernel.steps if not s.changed]
+    if skipped:
+        yield f"  did not apply: {'; '.join(skipped)}"
+    yield f"  kernel: {_kernel(kernel)}"
+    if site.gradients:
+        yield f"  gradients: {site.gradients}"
+
+
+def _kernel(kernel: Kernel) -> str:
+    chosen = kernel.chosen
+    parts = [chosen.kind]
+    if chosen.schedule.tiles:
+        parts.append(" ".join(f"{name}={n}" for name, n in chosen.schedule.tiles))
+    if kernel.timings:
+        others = {}
+        for name, seconds in kernel.timings.items():
+            kind = name.split(" ", 1)[1]
+            others[kind] = min(seconds, others.get(kind, seconds))
+        parts.append("measured " + ", ".join(f"{kind} {1e3 * s:.2f} ms" for kind, s in others.items()))
+    if kernel.from_disk:
+        parts.append("from the disk cache")
+    return " · ".join(parts)
+
+
+def _paths(paths: list[str]) -> str:
+    """`model.layers.0-29.self_attn` for paths that differ in one number."""
+    if len(set(paths)) == 1:
+        return paths[0] or "(top level)"
+    split = [re.split(r"(\d+)", p) for p in paths]
+    if len({len(s) for s in split}) == 1:
+        differing = [i for i, parts in enumerate(zip(*split, strict=True)) if len(set(parts)) > 1]
+        if len(differing) == 1 and all(s[differing[0]].isdigit() for s in split):
+            numbers = sorted({int(s[differing[0]]) for s in split})
+            return "".join([*split[0][: differing[0]], _ranges(numbers), *split[0][differing[0] + 1 :]])
+    return f"{paths[0]} … {paths[-1]}"
+
+
+def _ranges(numbers: list[int]) -> str:
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+

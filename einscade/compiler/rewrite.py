@@ -1,0 +1,132 @@
+"""One captured graph: its regions found, raised, and put back as operators.
+
+Comes in: a functional ATen graph (changed in place) and a recipe. Goes out: a `Site` per region, and the names of the
+constants that cascades were specialised on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from einscade.compiler.capture import nested_graphs
+from einscade.compiler.lowering import Unlowerable, lower, program_of
+from einscade.compiler.regions import Region, find
+from einscade.compiler.messages import first_line, warn_once
+from einscade.compiler.report import REWRITTEN, UNCHANGED, Site
+from einscade.runtime import progress
+from einscade.runtime.program import Program
+
+__all__ = ["Rewritten", "rewrite"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """`relied_on`: targets of the placeholders and attributes whose values became part of a cascade."""
+
+    sites: list[Site]
+    relied_on: frozenset[str]
+
+
+def rewrite(
+    gm: fx.GraphModule, recipe: str, constants: Mapping[str, torch.Tensor], parameters: Collection[str]
+) -> Rewritten:
+    """Puts an operator in the place of every region that has a cascade, in `gm` and in the graphs that it calls.
+
+    `constants` are placeholders (by name) whose values are known, `parameters` those that are weights.
+    """
+    found: list[tuple[fx.GraphModule, Region]] = []
+    graphs = list(nested_graphs(gm))
+    for graph in graphs:
+        known = (constants, parameters) if graph is gm else ({}, ())
+        found += [(graph, region) for region in find(graph, *known)]
+    relied_on = {n.target for graph, region in found for n in _absorbed(region) if graph is gm}
+    needed = {graph: _differentiable(graph) for graph in graphs}
+    sites = []
+    for done, (graph, region) in enumerate(found):
+        progress.step(done, len(found), region.module_path)
+        sites.append(_site(graph, region, recipe, needed[graph]))
+    if found:
+        progress.step(len(found), len(found), "")
+    for graph in graphs:
+        graph.graph.eliminate_dead_code()
+        graph.graph.lint()
+        graph.recompile()
+    return Rewritten(sites, frozenset(str(name) for name in relied_on))
+
+
+def _absorbed(region: Region) -> set[fx.Node]:
+    """Placeholders and attributes that are part of the cascade rather than read by it: what it was specialised on."""
+    if region.cascade is None:
+        return set()
+    found: set[fx.Node] = set()
+    stack, seen = list(region.nodes), set(region.inputs)
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.op in ("placeholder", "get_attr") and isinstance(node.meta.get("val"), torch.Tensor):
+            found.add(node)
+        stack.extend(node.all_input_nodes)
+    return found
+
+
+def _differentiable(gm: fx.GraphModule) -> set[fx.Node]:
+    """The nodes through which gradients may flow to an input or a parameter."""
+    found: set[fx.Node] = set()
+    if not torch.is_grad_enabled():
+        return found
+    for node in gm.graph.nodes:
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor) or not (value.is_floating_point() or value.is_complex()):
+            continue
+        if node.op in ("placeholder", "get_attr"):
+            wanted = value.requires_grad
+        else:
+            wanted = node.target is not aten.detach.default and any(n in found for n in node.all_input_nodes)
+        if wanted:
+            found.add(node)
+    return found
+
+
+def _site(gm: fx.GraphModule, region: Region, recipe: str, differentiable: Collection[fx.Node]) -> Site:
+    where = (region.module_path, region.source)
+    if region.cascade is None:
+        return Site(*where, UNCHANGED, region.reason)
+    program = _shared(program_of(region, recipe))
+    sizes = tuple((s, _hint(region.sizes[s])) for s in region.cascade.symbols)
+    device = region.inputs[0].meta["val"].device
+    site = Site(*where, REWRITTEN, None, program, device, sizes, tuple(n in differentiable for n in region.inputs))
+    try:
+        site.kernel  # noqa: B018  (built here, where progress is shown, rather than in the first call)
+        lower(gm, region, program)
+    except Unlowerable as stop:
+        site.status, site.reason = UNCHANGED, str(stop)
+    except Exception as error:  # a site that we fail on costs that site, never the model
+        site.status, site.reason = UNCHANGED, f"internal error, {first_line(error)}"
+        warn_once(f"{region.module_path or 'a site'} ({region.source}) is left as it was: {site.reason}")
+    return site
+
+
+_programs: dict[Program, Program] = {}
+
+
+def _shared(program: Program) -> Program:
+    """Equal programs are one object, whose text is printed once."""
+    return _programs.setdefault(program, program)
+
+
+def _hint(size: Any) -> int:
+    """A size at capture time, for choosing a schedule."""
+    if isinstance(size, fx.Node):
+        size = size.meta["val"]
+    if isinstance(size, torch.SymInt):
+        return int(size.node.hint) if size.node.has_hint() else 1024
+    return int(size)
