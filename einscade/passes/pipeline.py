@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from einscade.ir import Cascade
 from einscade.ir.verify import verify
 from einscade.passes.recipes import recipe as named
-from einscade.passes.rewrite import NotApplicable, Rewrite, Step
+from einscade.passes.rewrite import NotApplicable, Notes, Rewrite, Step
 
 __all__ = ["Rewritten", "run"]
 
@@ -38,6 +38,7 @@ def run(cascade: Cascade, recipe: str | Sequence[Rewrite]) -> Rewritten:
             after, reason = cascade, str(refusal)
         else:
             verify(after, where=rewrite.name)
-        steps.append(Step(rewrite.name, rewrite.identity, cascade, after, reason))
+        note = rewrite.note(after) if isinstance(rewrite, Notes) else ""
+        steps.append(Step(rewrite.name, rewrite.identity, cascade, after, reason, note))
         cascade = after
     return Rewritten(cascade, tuple(steps))

@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from einscade.passes.canonicalise import Canonicalise
 from einscade.passes.defer import Defer
 from einscade.passes.online import Loops, Online
+from einscade.passes.restrict import Restrict
 from einscade.passes.rewrite import Rewrite
 
 __all__ = ["RECIPES", "recipe"]
 
 RECIPES: Mapping[str, tuple[Rewrite, ...]] = {
-    "exact": (Canonicalise(), Defer(), Online(), Loops()),
+    "exact": (Canonicalise(), Restrict(), Defer(), Online(), Loops()),
 }
 
 

@@ -7,11 +7,11 @@ the reason where its condition fails, and never returns a cascade that it did no
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 from einscade.ir import Cascade
 
-__all__ = ["NotApplicable", "Rewrite", "Step"]
+__all__ = ["NotApplicable", "Notes", "Rewrite", "Step"]
 
 
 class NotApplicable(Exception):
@@ -30,15 +30,24 @@ class Rewrite(Protocol):
         ...
 
 
+@runtime_checkable
+class Notes(Protocol):
+    """A rewrite that has something to say about its result, for the report."""
+
+    def note(self, cascade: Cascade) -> str: ...
+
+
 @dataclass(frozen=True)
 class Step:
-    """One rewrite as it was (or was not) applied: `reason` says why `after` is `before`, else it is None."""
+    """One rewrite as it was (or was not) applied: `reason` says why `after` is `before`, else it is None.
+    `note` is what else the rewrite found out (the classes of tiles of a domain)."""
 
     name: str
     identity: str
     before: Cascade
     after: Cascade
     reason: str | None = None
+    note: str = ""
 
     @property
     def changed(self) -> bool:
