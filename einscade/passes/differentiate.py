@@ -76,6 +76,8 @@ class _Reverse:
         self.made: dict[str, Einsum] = {}
         self.active = self._depending(wrt)
         self.summaries = _summaries(cascade)
+        self.wide = "f64" if any(t.dtype == "f64" for t in cascade.inputs) else "f32"
+        self.along = frozenset(r for s in cascade.body if s.name in self.summaries and s.reduce for r in s.reduce.ranks)
         self.seeds: frozenset[str] = frozenset()
 
     def run(self) -> Gradient:
@@ -145,7 +147,7 @@ class _Reverse:
         if len(parts) == 1 and not is_input and given in (Tensor(c, tensor.ranks)() for c in self.seeds):
             self.adjoint[tensor.name] = Tensor(given.tensor, tensor.ranks, tensor.dtype)
             return True
-        output = Tensor(self.names(f"d{tensor.name}"), tensor.ranks, tensor.dtype if is_input else "f32")
+        output = Tensor(self.names(f"d{tensor.name}"), tensor.ranks, tensor.dtype if is_input else self.wide)
         self.adjoint[tensor.name] = output
         # Nobody asks for the gradient of a point that is not there, nor misses one that no part has.
         there = self._exists(tensor.name)
@@ -159,7 +161,7 @@ class _Reverse:
         for part, conditions in zip(parts, exist, strict=True):
             expr = part.expr
             if part.reduce is not None:
-                own = Tensor(self.names(f"d{tensor.name}p"), tensor.ranks)
+                own = Tensor(self.names(f"d{tensor.name}p"), tensor.ranks, self.wide)
                 self.made[own.name] = Einsum(own, part.expr, part.reduce, part.domain)
                 expr = own()
             needed = conjoin(c for c in conditions if c not in common)
@@ -203,7 +205,7 @@ class _Reverse:
     def _chosen(self, s: Einsum) -> Expr:
         """The gradient of an extreme goes in equal parts to the points that attain it (as torch.amax has it)."""
         chosen = Where(sympy.Eq(s.expr, s.output(), evaluate=False), sympy.Integer(1), sympy.Integer(0))
-        count = Tensor(self.names(f"{s.name}count"), s.output.ranks)
+        count = Tensor(self.names(f"{s.name}count"), s.output.ranks, self.wide)
         self.made[count.name] = Einsum(count, chosen, Reduction("sum", s.reduce.ranks if s.reduce else ()), s.domain)
         return chosen / count()
 
@@ -285,7 +287,20 @@ class _Reverse:
 
         reduce = Reduction("sum", tuple(renames[var(r)].name for r in left)) if left else None
         part = _Part(moved(expr), reduce, conjoin(moved(c) for c in (*conjuncts(domain), *conditions)))
+        part = self._by_rows(part, target)
         return self._grouped(part, target, grouped) if grouped else part
+
+    def _by_rows(self, part: _Part, target: Tensor) -> _Part:
+        """A sum over everything that has two long ranks goes row by row: first over those that rows reduce, as in the
+        forward cascade, so that it can share their loop."""
+        reduced = part.reduce.ranks if part.reduce else ()
+        along = tuple(r for r in reduced if r in self.along)
+        rest = tuple(r for r in reduced if r not in self.along)
+        if not along or not rest:
+            return part
+        rows = Tensor(self.names(f"d{target.name}r"), (*rest, *target.ranks), self.wide)
+        self.made[rows.name] = Einsum(rows, part.expr, Reduction("sum", along), part.domain)
+        return _Part(rows(), Reduction("sum", rest), sympy.true)
 
     def _solve(self, index: Expr, own: Expr, unknown: list[sympy.Symbol]) -> dict[sympy.Symbol, Expr] | None:
         """Values of the unknown variables for which the index is `own`, if the index determines them."""
@@ -322,7 +337,7 @@ class _Reverse:
         wide = {rank: self._renamed(h, target) for rank, (h, _) in grouped.items()}
         to_wide = {var(rank): var(name) for rank, name in wide.items()}
         ranks = tuple(wide.get(r, r) for r in target.ranks)
-        each = Tensor(self.names(f"d{target.name}e"), ranks)
+        each = Tensor(self.names(f"d{target.name}e"), ranks, self.wide)
         self.made[each.name] = Einsum(each, part.expr.xreplace(to_wide), part.reduce, part.domain.xreplace(to_wide))
         inner: list[str] = []
         index: list[Expr] = []

@@ -126,7 +126,7 @@ class _Walk:
             own = a.index == tuple(map(var, made.output.ranks)) and not made.scan
             if own and a.tensor in self.reductions and a.tensor not in in_domain:
                 found.states[a.tensor] = None
-            elif own and self.rank in made.output.ranks and not (made.reduce and made.reduce.monoid == "topk"):
+            elif own and self.rank in made.output.ranks and not self._complete(made):
                 if a.tensor not in found.along:
                     self._visit(made, found)
                     found.along[a.tensor] = None
@@ -136,6 +136,17 @@ class _Walk:
                     found.rows[a.tensor] = None
             else:
                 found.fixed[a.tensor] = None
+
+    def _complete(self, made: Einsum) -> bool:
+        """Whether a statement along the rank is better complete before the loop begins than computed inside it: a
+        selection, or a reduction that has to traverse another long rank."""
+        if made.reduce is None:
+            return False
+        if made.reduce.monoid == "topk":
+            return True
+        long = [r for r in made.reduce.ranks if is_long(self.cascade, r)]
+        read = [self.cascade.definitions[a.tensor] for a in made.reads if a.tensor in self.cascade.definitions]
+        return any(r in q.output.ranks and self.rank in q.output.ranks for q in read for r in long)
 
     def _moves(self, name: str) -> bool:
         return not self.reductions.isdisjoint(closure(self.cascade, [name]))
