@@ -503,7 +503,9 @@ class _Parser:
         return terms[0] if len(terms) == 1 else sympy.Add(*terms)
 
     def product(self) -> Any:
-        factors = [self.unary()]
+        # A leading sign is a factor of the whole product: negating a sum here would multiply it out.
+        factors = [sympy.Integer(-1)] if self.take("-") else []
+        factors.append(self.unary())
         while sign := self.take("*", "/", "//", "%"):
             factor = self.unary()
             if sign in ("//", "%"):
