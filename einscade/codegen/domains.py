@@ -15,7 +15,7 @@ from sympy.logic.boolalg import And, Boolean, Not, Or
 
 from einscade.ir.expr import Access, Expr, FloorDiv, Mod, var
 
-__all__ = ["Span", "certain", "conjuncts", "extremes", "implied_limit", "is_data_dependent", "possible", "span"]
+__all__ = ["Span", "certain", "conjuncts", "extremes", "full_range", "implied_limit", "is_data_dependent", "possible", "span"]
 
 Ranges = Mapping[str, tuple[Expr, Expr]]
 """Inclusive bounds of each coordinate in a tile; a name that is missing is a size, the same for the whole tile."""
@@ -175,3 +175,30 @@ def implied_limit(predicate: Boolean, coordinate: str, sizes_only: frozenset[str
         if x not in rest.free_symbols and {s.name for s in rest.free_symbols} <= sizes_only:
             return 1 - rest
     return None
+
+
+def full_range(predicate: Boolean, coordinate: str, ranges: Ranges) -> tuple[Expr | None, Expr | None] | None:
+    """`(start, stop)` such that every point of the tile with `start <= coordinate < stop` satisfies the predicate,
+    with None for a side that is unbounded; None where there is no such interval to be found."""
+    others = {name: r for name, r in ranges.items() if name != coordinate}
+    x = var(coordinate)
+    if predicate == sympy.true:
+        return None, None
+    if isinstance(predicate, And):
+        parts = [full_range(a, coordinate, ranges) for a in predicate.args]
+        if any(p is None for p in parts):
+            return None
+        starts = [p[0] for p in parts if p is not None]
+        stops = [p[1] for p in parts if p is not None]
+        return _pick(sympy.Max, starts, any), _pick(sympy.Min, stops, any)
+    if isinstance(predicate, Or):  # any one alternative will do: the one with most ends, which is the widest band
+        found = [p for a in predicate.args if (p := full_range(a, coordinate, ranges)) is not None]
+        return max(found, key=lambda p: (p[0] is not None) + (p[1] is not None), default=None)
+    d = _at_most_zero(predicate)
+    if d is None:
+        return None
+    slope = d.coeff(x)
+    rest = d - slope * x
+    if x in rest.free_symbols or slope not in (1, -1) or (e := extremes(rest, others)) is None:
+        return None
+    return (None, 1 - e[1]) if slope == 1 else (e[1], None)

@@ -7,7 +7,7 @@ operands that share the reduced ranks (it is then computed elementwise).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import sympy
@@ -56,13 +56,14 @@ class Contraction:
         return Value(code, order, "f", True)
 
 
-def contraction(s: Statement, scope: Scope) -> Contraction | None:
-    """The sum as a product of two operands, merging factors whose ranks another factor has."""
+def contraction(s: Statement, order: tuple[str, ...], dims: frozenset[str]) -> Contraction | None:
+    """The sum as a product of two operands, merging factors whose ranks another factor has. `dims`: the ranks that are
+    dimensions here, in `order`."""
     inner: list[Expr] = []
     outer: list[Expr] = []
     for f in sympy.Mul.make_args(s.expr):
         (inner if free_vars(f) & set(s.reduced) else outer).append(f)
-    ranks = {f: _ranks(f, scope) for f in inner}
+    ranks = {f: free_vars(f) & dims for f in inner}
     while len(inner) > 2:
         small = next(((a, b) for a in sorted(inner, key=lambda x: len(ranks[x])) for b in inner
                       if a is not b and ranks[a] <= ranks[b]), None)  # fmt: skip
@@ -73,25 +74,19 @@ def contraction(s: Statement, scope: Scope) -> Contraction | None:
         inner = [f for f in inner if f not in small] + [merged]
     if len(inner) != 2 or any(not set(s.reduced) <= ranks[f] for f in inner):
         return None
-    order = {r: i for i, r in enumerate(scope.order)}
-    a, b = sorted(inner, key=lambda f: (sorted(order[r] for r in ranks[f] - ranks[_other(f, inner)] - set(s.reduced)),
-                                        sympy.default_sort_key(f)))  # fmt: skip
+    place = {r: i for i, r in enumerate(order)}
+    a, b = sorted(inner, key=sympy.default_sort_key)
     shared = ranks[a] & ranks[b] - set(s.reduced)
     rows, columns = ranks[a] - ranks[b], ranks[b] - ranks[a]
     if not rows and not columns:
         return None
-    if not rows or (columns and min(map(order.__getitem__, columns)) < min(map(order.__getitem__, rows))):
+    if not rows or (columns and min(map(place.__getitem__, columns)) < min(map(place.__getitem__, rows))):
         a, b, rows, columns = b, a, columns, rows
-    return Contraction(a, b, sympy.Mul(*outer), scope.sort(tuple(shared)), scope.sort(tuple(rows)),
-                       scope.sort(tuple(columns)), scope.sort(s.reduced))  # fmt: skip
 
+    def sort(found: Iterable[str]) -> tuple[str, ...]:
+        return tuple(sorted(found, key=place.__getitem__))
 
-def _other(f: Expr, pair: list[Expr]) -> Expr:
-    return pair[1] if f is pair[0] else pair[0]
-
-
-def _ranks(expr: Expr, scope: Scope) -> set[str]:
-    return {n for n in free_vars(expr) if n in scope.ranges and scope.ranges[n].at is None}
+    return Contraction(a, b, sympy.Mul(*outer), sort(shared), sort(rows), sort(columns), sort(s.reduced))
 
 
 def _float(v: Value, scope: Scope) -> Value:

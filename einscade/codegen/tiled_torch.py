@@ -37,7 +37,7 @@ from einscade.ir.cascade import MONOIDS, Cascade, Einsum
 from einscade.ir.expr import Access, Expr, Where, accesses, free_vars, var
 from einscade.ir.text import print_einsum
 
-__all__ = ["emit", "emit_flat"]
+__all__ = ["TorchModule", "emit", "emit_flat"]
 
 TORCH_DTYPES: Mapping[str, str] = {
     "f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16", "f8e4m3": "float8_e4m3fn",
@@ -50,12 +50,12 @@ _RESERVED = frozenset({"torch", "run", "range", "min", "max", "keep", "partial"}
 
 def emit(program: LoopProgram, schedule: Schedule) -> Source:
     """The program's text under a schedule; `Unsupported` where an expression has no torch counterpart."""
-    return Source("torch", _Module(program, schedule, in_place=True).text())
+    return Source("torch", TorchModule(program, schedule, in_place=True).text())
 
 
 def emit_flat(cascade: Cascade) -> Source:
     """The cascade with every Einsum whole, out of place and differentiable: quadratic memory, the fallback backward."""
-    return Source("torch", _Module(flat(cascade), Schedule(), in_place=False).text())
+    return Source("torch", TorchModule(flat(cascade), Schedule(), in_place=False).text())
 
 
 def accumulation_dtype(cascade: Cascade) -> str:
@@ -73,12 +73,12 @@ class _Lines:
         self.lines.append("    " * self.depth + text if text else "")
 
 
-class _Module:
+class TorchModule:
     """One module's text. Ranks read in groups are split first, and the program planned again on the split cascade."""
 
-    def __init__(self, program: LoopProgram, schedule: Schedule, in_place: bool) -> None:
+    def __init__(self, program: LoopProgram, schedule: Schedule, in_place: bool, grouped: bool = True) -> None:
         self.original = program.cascade
-        split, self.groups = split_groups(program.cascade)
+        split, self.groups = split_groups(program.cascade) if grouped else (program.cascade, ())
         flat_plan = not program.serial_nests
         self.program = program if not self.groups else flat(split) if flat_plan else plan(split)
         self.cascade = self.program.cascade
@@ -119,9 +119,11 @@ class _Module:
         body = "\n".join(self.out.lines)
         title = f"{self.original.name}: written by einscade for the cascade"
         doc = "\n".join("    " + line for line in str(self.original).splitlines())
-        return (
-            f'"""{title}\n\n{doc}\n"""\n\nimport torch\n\n\ndef run({signature}) -> tuple[torch.Tensor, ...]:\n{body}\n'
-        )
+        function = f"def run({signature}) -> tuple[torch.Tensor, ...]:\n{body}\n"
+        return f'"""{title}\n\n{doc}\n"""\n\n{self.preamble()}\n\n{function}'
+
+    def preamble(self) -> str:
+        return "import torch\n"
 
     def boundary_views(self) -> None:
         for t in self.original.inputs:
@@ -185,7 +187,7 @@ class _Module:
 class _Writer:
     """What flat and serial nests share: statements to lines of code in a scope."""
 
-    def __init__(self, module: _Module, order: tuple[str, ...]) -> None:
+    def __init__(self, module: TorchModule, order: tuple[str, ...]) -> None:
         self.module, self.out, self.cascade = module, module.out, module.cascade
         self.scope = Scope(
             order, {}, dict(module.names), module.acc, module.in_place, module.device, rank_values=self.rank_values
@@ -214,7 +216,7 @@ class _Writer:
             return value(s.expr, self.scope)
         if s.monoid == "topk":
             return self.topk(s)
-        if s.monoid == "sum" and (c := contraction(s, self.scope)) is not None:
+        if s.monoid == "sum" and (c := contraction(s, self.scope.order, self.scope.dims)) is not None:
             return self.contract(c, s)
         operand = value(s.expr, self.scope)
         if s.mask_operand:
@@ -349,12 +351,12 @@ class _Writer:
         later = {a.tensor for s in statements[index + 1 :] for a in s.reads} | set(keeps)
         return {a.tensor for a in statements[index].reads} - later
 
-    def define(self, name: str, v: Value, ranks: tuple[str, ...], dtype: str, code: str | None = None) -> None:
-        """Bind a value of the loop to a variable."""
+    def define(self, name: str, v: Value, declared: tuple[str, ...], code: str | None = None) -> None:
+        """Bind a value of the loop, of a statement with these ranks, to a variable."""
         code = code or self.module.code(name)
         self.out(f"{code} = {v.code}")
         kind = "bool" if v.kind == "b" else "i64" if v.kind == "i" else "f32"
-        self.scope.names[name] = Name(code, ranks, kind, False, v.owned)
+        self.scope.names[name] = Name(code, v.ranks, kind, False, v.owned, declared=declared)
 
     def store(self, name: str, v: Value, row: Boolean) -> None:
         """Write a value to its place in an output; missing points are 0."""
@@ -389,7 +391,7 @@ class _Writer:
 class _FlatWriter(_Writer):
     """Einsums that run whole, one after another."""
 
-    def __init__(self, module: _Module, nest: FlatNest) -> None:
+    def __init__(self, module: TorchModule, nest: FlatNest) -> None:
         super().__init__(module, tuple(r.name for r in module.cascade.ranks))
         self.nest = nest
         self.scope.ranges = {r.name: Range(module.size(r.extent)) for r in module.cascade.ranks}
@@ -451,13 +453,19 @@ class _FlatWriter(_Writer):
                 v = self.as_output(s, v)
             elif s.name in self.nest.outputs:
                 v = self.spread(v, self.scope.sort(s.ranks))
-                self.define(s.name, v, v.ranks, "")
-                self.module.names[s.name] = self.scope.names[s.name]
+                self.define(s.name, v, s.ranks)
+                self.hand_over(s.name)
                 continue
-            self.define(s.name, v, v.ranks, "")
+            self.define(s.name, v, s.ranks)
             if s.name in self.nest.outputs:
                 self.module.names[s.name] = self.module.stored(s.name)
                 self.scope.names[s.name] = self.module.stored(s.name)
+
+    def hand_over(self, name: str) -> None:
+        """A value of this nest that another nest reads: in memory, as it was computed."""
+        here = self.scope.names[name]
+        dtype = {"float32": "f32", "float64": "f64"}[self.scope.acc] if here.dtype == "f32" else here.dtype
+        self.module.names[name] = replace(here, dtype=dtype, stored=True, fresh=False)
 
     def as_output(self, s: Statement, v: Value) -> Value:
         """In the cascade's order of ranks, its dtype, and the schedule's memory order."""
@@ -485,7 +493,7 @@ class _FlatWriter(_Writer):
         self.out.depth += 1
         whole = self.scope.ranges[rank]
         self.scope.ranges[rank] = Range(whole.size, at=rank)
-        self.scope.names[s.name] = Name(code, ranks, "f32", False)
+        self.scope.names[s.name] = Name(code, ranks, "f32", False, declared=tuple(r for r in s.ranks if r != rank))
         previous = {a: Access(s.name, *(i for r, i in zip(s.ranks, a.index, strict=True) if r != rank))
                     for a in accesses(s.expr) if a.tensor == s.name}  # fmt: skip
         step = replace(s, ranks=ranks, expr=s.expr.xreplace(previous), keep=s.keep.xreplace(previous))
@@ -496,22 +504,23 @@ class _FlatWriter(_Writer):
         self.scope.ranges[rank] = whole
         order = self.scope.sort(s.ranks)
         self.out(f"{code} = torch.stack({code}_steps, {order.index(rank)})")
-        self.scope.names[s.name] = Name(code, order, "f32", False)
+        self.scope.names[s.name] = Name(code, order, "f32", False, declared=s.ranks)
         if self.before[s.name] in {a.tensor for t in self.statements for a in t.reads}:
             self.out(f"{code}_before = torch.stack([{code}_first, *{code}_steps[:-1]], {order.index(rank)})")
-            self.scope.names[self.before[s.name]] = Name(f"{code}_before", order, "f32", False)
+            self.scope.names[self.before[s.name]] = Name(f"{code}_before", order, "f32", False, declared=s.ranks)
         if s.name in self.nest.outputs:
             if s.name in self.cascade.outputs:
                 v = self.as_output(s, Value(code, order))
                 self.out(f"{code} = {v.code}")
-                self.scope.names[s.name] = self.module.stored(s.name)
-            self.module.names[s.name] = self.scope.names[s.name]
+                self.scope.names[s.name] = self.module.names[s.name] = self.module.stored(s.name)
+            else:
+                self.hand_over(s.name)
 
 
 class _SerialWriter(_Writer):
     """A loop over tiles of the grid, with a loop along the serial rank inside."""
 
-    def __init__(self, module: _Module, loop: TileLoop) -> None:
+    def __init__(self, module: TorchModule, loop: TileLoop) -> None:
         self.loop, self.nest = loop, loop.nest
         grid = loop.nest.grid
         used = [r for s in loop.statements for r in s.iterated]
@@ -560,7 +569,7 @@ class _SerialWriter(_Writer):
             v = Value(v.code, (), "f")
         v = self.spread(v, ranks)
         code = v.code if v.owned and v.code.startswith("torch.full") else f"{v.tight()}.clone()"
-        self.define(state.name, Value(code, ranks, "f", True), ranks, "")
+        self.define(state.name, Value(code, ranks, "f", True), state.ranks)
 
     # -- the loop along the serial rank --
 
@@ -675,14 +684,14 @@ class _SerialWriter(_Writer):
                 state = carried[s.name]
                 overwritten = not any(a.tensor == state.name for t in statements[i + 1 :] for a in t.reads)
                 v = self.spread(v, self.scope.sort(state.ranks))
-                self.define(s.name, v, v.ranks, "", self.scope.names[state.name].code if overwritten else None)
+                self.define(s.name, v, state.ranks, self.scope.names[state.name].code if overwritten else None)
                 continue
             output = s.name in self.nest.outputs
             read_later = any(a.tensor == s.name for t in (*statements[i + 1 :], *self.loop.epilogue) for a in t.reads)
             if output and not read_later:
                 self.store(s.name, v, s.row)
                 continue
-            self.define(s.name, v, v.ranks, "")
+            self.define(s.name, v, s.ranks)
             if s.fill is not None:
                 self.fill(s, v)
             if output:

@@ -163,14 +163,15 @@ def missing_value(expr: Expr, missing: Mapping[str, Expr]) -> Expr | None:
 # -- one nest ---------------------------------------------------------------------------------------------------------
 
 
-def tile_loop(cascade: Cascade, nest: SerialNest) -> TileLoop:
-    """The tile form of a serial nest of a planned cascade."""
-    return _Builder(cascade, nest).build()
+def tile_loop(cascade: Cascade, nest: SerialNest, clip: bool = True) -> TileLoop:
+    """The tile form of a serial nest of a planned cascade. `clip`: the last tile is cut short, so that points beyond
+    the end need no mask; else tiles are whole and the end is a condition like any other."""
+    return _Builder(cascade, nest, clip).build()
 
 
 class _Builder:
-    def __init__(self, cascade: Cascade, nest: SerialNest) -> None:
-        self.cascade, self.nest = cascade, nest
+    def __init__(self, cascade: Cascade, nest: SerialNest, clip: bool) -> None:
+        self.cascade, self.nest, self.clip = cascade, nest, clip
         self.points, self.results = existence(cascade)
         self.taken = {*cascade.tensors, *cascade.rank_table, *cascade.symbols}
         self.step = self._step()
@@ -290,6 +291,8 @@ class _Builder:
 
     def _limit(self) -> Expr | None:
         """The end of the coordinates, where every statement that iterates over one says that it ends there."""
+        if not self.clip:
+            return None
         sizes = frozenset(self.cascade.symbols)
         found: set[Expr | None] = set()
         for e in self.nest.body:

@@ -50,7 +50,8 @@ class Range:
 @dataclass(frozen=True)
 class Name:
     """A tensor at this place: a variable of the code whose dimensions have these ranks. `stored`: in memory, indexed
-    by whole ranks; otherwise a value of the loop, whose dimensions cover just the present tile."""
+    by whole ranks; otherwise a value of the loop, whose dimensions cover just the present tile, in the scope's order:
+    `declared` then has the statement's own order, which is that of an access's indices."""
 
     code: str
     ranks: tuple[str, ...]
@@ -58,6 +59,7 @@ class Name:
     stored: bool
     fresh: bool = False
     extents: tuple[str, ...] = ()
+    declared: tuple[str, ...] = ()
 
 
 @dataclass
@@ -73,6 +75,11 @@ class Scope:
     device: str
     dead: set[str] = field(default_factory=set)
     rank_values: Callable[[str], str] | None = None
+
+    @property
+    def dims(self) -> frozenset[str]:
+        """The ranks that are dimensions of values here."""
+        return frozenset(name for name, r in self.ranges.items() if r.at is None)
 
     def sort(self, ranks: Sequence[str]) -> tuple[str, ...]:
         return tuple(sorted(dict.fromkeys(ranks), key=self.order.index))
@@ -356,9 +363,16 @@ def _where(expr: Where, scope: Scope) -> Value:
 def _extreme(expr: sympy.Max | sympy.Min, scope: Scope) -> Value:
     name = "max" if isinstance(expr, sympy.Max) else "min"
     values = _terms(expr.args, scope)
-    total = values[0]
-    for v in values[1:]:
-        if not v.ranks and not _is_tensor(v):
+    tensors = [v for v in values if _is_tensor(v)]
+    scalars = [v for v in values if not _is_tensor(v)]
+    if len(scalars) > 1:  # sizes, compared on the host
+        code = f"{name}({', '.join(v.code for v in scalars)})"
+        scalars = [Value(code, kind="f" if any(v.kind == "f" for v in scalars) else "i")]
+    if not tensors:
+        return scalars[0]
+    total = tensors[0]
+    for v in (*tensors[1:], *scalars):
+        if not _is_tensor(v):
             bound = "min" if name == "max" else "max"
             total = _method(total, "clamp", scope, f"{bound}={v.code}")
             continue
@@ -382,6 +396,9 @@ def _integer_division(expr: FloorDiv | Mod, scope: Scope) -> Value:
 def read(access: Access, scope: Scope) -> Value:
     """A tensor on the present tile: slices where an index is a rank, integer indexing where it is anything else."""
     name = scope.names[access.tensor]
+    if name.declared:
+        at = dict(zip(name.declared, access.index, strict=True))
+        access = access.at(*(at[r] for r in name.ranks))
     simple: list[str | None] = []  # the rank of a dimension that is sliced
     taken: set[str] = set()
     for dim, i in enumerate(access.index):

@@ -1,0 +1,289 @@
+"""Scalar expressions as Gluon code on one tile: which dimensions a value has, and how it meets the others.
+
+Comes in: sympy expressions over accesses and rank variables, and a `Printer` that knows what each name is. Goes out:
+`Value`s, code with dimensions. A tile has two dimensions; a value has both, one of them or none, and is only ever
+broadcast. Terms and factors of fewer dimensions are combined first, so that what could be done once a row is not done
+once a point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import sympy
+from sympy.logic.boolalg import And, BooleanFalse, BooleanTrue, Not, Or
+
+from einscade.codegen.base2 import Exp2
+from einscade.codegen.source import Unsupported
+from einscade.codegen.tiles import Finite
+from einscade.ir.expr import Access, Expr, FloorDiv, Mod, Where
+
+__all__ = ["HELPERS", "Printer", "Value"]
+
+HELPERS: Mapping[str, str] = {
+    "finite": '''
+@gluon.jit
+def finite(x):
+    """x, or 0 where a row had no points: the reference of an exponential."""
+    return gl.where(gl.abs(x) == float("inf"), 0.0, x)
+''',
+    "reciprocal": '''
+@gluon.jit
+def reciprocal(x):
+    """1 / x by the special-function unit, to one unit in the last place."""
+    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, is_pure=True, pack=1)
+''',
+    "tanh_approximate": '''
+@gluon.jit
+def tanh_approximate(x):
+    """tanh by the special-function unit: relative error 2**-11, below bfloat16's rounding (2**-9)."""
+    return gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], gl.float32, is_pure=True, pack=1)
+''',
+    "tanh": '''
+@gluon.jit
+def tanh(x):
+    """tanh to float32's accuracy: by its series near 0, where the exponential form would cancel."""
+    s = x * x
+    series = x * (1 - s * (1 / 3 - s * (2 / 15 - s * (17 / 315 - s * (62 / 2835 - s * (1382 / 155925))))))
+    t = gl.exp2(gl.abs(x) * -2.8853900817779268)
+    far = (1 - t) / (1 + t)
+    return gl.where(s < 0.1, series, gl.where(x < 0, -far, far))
+''',
+}
+"""Device functions that a generated module includes where it calls them."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """`code` over the dimensions `ranks`; `kind`: f (float32), i (integer), b (boolean)."""
+
+    code: str
+    ranks: tuple[str, ...] = ()
+    kind: str = "f"
+
+    def atom(self) -> str:
+        """The code where an operand is wanted."""
+        simple = self.code.replace("_", "").replace(".", "").isalnum() or _is_call(self.code)
+        return self.code if simple else f"({self.code})"
+
+
+def _is_call(code: str) -> bool:
+    """Whether the code is one call, `name(...)`."""
+    head, bracket, rest = code.partition("(")
+    if not bracket or not head.replace(".", "").replace("_", "").isalnum():
+        return False
+    depth = 1
+    for i, c in enumerate(rest):
+        depth += (c == "(") - (c == ")")
+        if depth == 0:
+            return i == len(rest) - 1
+    return False
+
+
+@dataclass
+class Printer:
+    """`dims` are the tile's two ranks; `names` what local tensors are, `variables` what ranks and sizes are.
+
+    load: code for an element (or a tile of elements) of a tensor in memory. guard: how `Finite` is printed ("finite",
+    or "" where no row can be without points). approximate: whether `tanh` may be the hardware's. used: the helpers
+    that the printed code calls.
+    """
+
+    dims: tuple[str, str]
+    names: dict[str, Value]
+    variables: dict[str, Value]
+    load: Callable[[Access, Printer], Value]
+    approximate: bool = False
+    guard: str = "finite"
+    used: set[str] = field(default_factory=set)
+
+    def sort(self, *values: Value) -> tuple[str, ...]:
+        ranks = {r for v in values for r in v.ranks}
+        return tuple(r for r in self.dims if r in ranks)
+
+    def align(self, v: Value, ranks: tuple[str, ...]) -> str:
+        """Code that broadcasts against a value with these dimensions."""
+        if not v.ranks or v.ranks == ranks:
+            return v.atom()
+        return f"{v.atom()}[:, None]" if v.ranks[0] == self.dims[0] else f"{v.atom()}[None, :]"
+
+    def floating(self, v: Value) -> Value:
+        if v.kind == "f" or (not v.ranks and v.code.lstrip("-").isdigit()):
+            return v
+        return Value(f"{v.atom()}.to(gl.float32)", v.ranks, "f")
+
+    def value(self, expr: sympy.Basic) -> Value:
+        """An expression as code on the present tile."""
+        if isinstance(expr, Access):
+            return self.names[expr.tensor] if expr.tensor in self.names else self.load(expr, self)
+        if isinstance(expr, (BooleanTrue, BooleanFalse)):
+            return Value(str(bool(expr)), kind="b")
+        if isinstance(expr, sympy.Symbol):
+            return self.variables[expr.name] if expr.name in self.variables else Value(expr.name, kind="i")
+        if isinstance(expr, sympy.Expr) and expr.is_number:
+            return _number(expr)
+        if isinstance(expr, sympy.Add):
+            return self._add(expr)
+        if isinstance(expr, sympy.Mul):
+            return self._mul(expr)
+        if isinstance(expr, (And, Or)):
+            return self._fold([self.value(a) for a in expr.args], " & " if isinstance(expr, And) else " | ")
+        if isinstance(expr, Not):
+            v = self.value(expr.args[0])
+            return Value(f"{v.atom()} == 0", v.ranks, "b")
+        if isinstance(expr, sympy.core.relational.Relational):
+            return self._relation(expr)
+        if isinstance(expr, (sympy.Max, sympy.Min)):
+            return self._extreme(expr)
+        if isinstance(expr, Where):
+            return self._where(expr)
+        if isinstance(expr, (FloorDiv, Mod)):
+            return self._division(expr)
+        if isinstance(expr, sympy.Pow):
+            return self._pow(expr)
+        return self._function(expr)
+
+    # -- arithmetic --
+
+    def _add(self, expr: sympy.Add) -> Value:
+        """Terms of the same dimensions first, then the sums of all, the one with most dimensions in front."""
+        groups: dict[tuple[str, ...], list[tuple[Value, bool]]] = {}
+        for term in expr.args:
+            negative = term.could_extract_minus_sign()
+            v = self.value(-term if negative else term)
+            groups.setdefault(v.ranks, []).append((v, negative))
+        kind = "f" if any(v.kind == "f" for vs in groups.values() for v, _ in vs) else "i"
+        total: tuple[Value, bool] | None = None
+        for ranks in sorted(groups, key=len, reverse=True):
+            terms = [(self.floating(v) if kind == "f" else v, n) for v, n in groups[ranks]]
+            terms.sort(key=lambda vn: vn[1])
+            flip = terms[0][1]
+            code = terms[0][0].code
+            for v, negative in terms[1:]:
+                code += f" {'+' if negative == flip else '-'} {v.atom()}"
+            part = Value(code, ranks, kind)
+            total = (part, flip) if total is None else self._plus(total, (part, flip), kind)
+        assert total is not None
+        v, negative = total
+        return Value(f"-{v.atom()}", v.ranks, kind) if negative else v
+
+    def _plus(self, a: tuple[Value, bool], b: tuple[Value, bool], kind: str) -> tuple[Value, bool]:
+        (left, flip), (right, other) = a, b
+        if flip and not other:
+            (left, flip), (right, other) = b, a
+        ranks = self.sort(left, right)
+        first = left.code if left.ranks == ranks else self.align(left, ranks)
+        sign = "+" if flip == other else "-"
+        return Value(f"{first} {sign} {self.align(right, ranks)}", ranks, kind), flip
+
+    def _mul(self, expr: sympy.Mul) -> Value:
+        """Factors of the same dimensions first, numbers with those of fewest dimensions."""
+        coefficient, rest = expr.as_coeff_Mul()
+        values = [self.value(f) for f in sympy.Mul.make_args(rest)]
+        kind = "f" if any(v.kind == "f" for v in values) or not coefficient.is_Integer else "i"
+        values = [self.floating(v) if kind == "f" else v for v in values]
+        negative = coefficient.is_negative
+        if abs(coefficient) != 1:
+            values.append(_number(abs(coefficient)))
+        groups: dict[tuple[str, ...], str] = {}
+        for v in sorted(values, key=lambda v: (len(v.ranks), v.code[0].isdigit())):
+            groups[v.ranks] = f"{groups[v.ranks]} * {v.atom()}" if v.ranks in groups else v.atom()
+        parts = [Value(code, ranks, kind) for ranks, code in sorted(groups.items(), key=lambda g: len(g[0]))]
+        total = parts[0]
+        for part in parts[1:]:
+            ranks = self.sort(total, part)
+            total = Value(f"{self.align(part, ranks)} * {self.align(total, ranks)}", ranks, kind)
+        return Value(f"-{total.atom()}", total.ranks, kind) if negative else total
+
+    def _pow(self, expr: sympy.Pow) -> Value:
+        base, exponent = expr.args
+        if base == sympy.E:
+            return self._function(sympy.exp(exponent, evaluate=False))
+        v = self.floating(self.value(base))
+        if exponent == -1:
+            if len(v.ranks) == 2:
+                self.used.add("reciprocal")
+                return Value(f"reciprocal({v.code})", v.ranks)
+            return Value(f"1.0 / {v.atom()}", v.ranks)
+        if exponent in (sympy.Rational(1, 2), sympy.Rational(-1, 2)):
+            return Value(f"gl.{'sqrt' if exponent > 0 else 'rsqrt'}({v.code})", v.ranks)
+        if exponent.is_Integer and 2 <= exponent <= 4 and v.code.isidentifier():
+            return Value(" * ".join([v.code] * int(exponent)), v.ranks)
+        raise Unsupported(f"the power {expr}")
+
+    def _division(self, expr: FloorDiv | Mod) -> Value:
+        a, b = expr.args
+        if not (a.is_nonnegative and b.is_positive):
+            raise Unsupported(f"{expr}: integer division of a number that may be negative")
+        left, right = self.value(a), self.value(b)
+        ranks = self.sort(left, right)
+        sign = "//" if isinstance(expr, FloorDiv) else "%"
+        return Value(f"{self.align(left, ranks)} {sign} {self.align(right, ranks)}", ranks, "i")
+
+    # -- comparisons, choices, functions --
+
+    def _fold(self, values: list[Value], symbol: str) -> Value:
+        ranks = self.sort(*values)
+        return Value(symbol.join(self.align(v, ranks) for v in values), ranks, "b")
+
+    def _relation(self, expr: sympy.core.relational.Relational) -> Value:
+        """`a <= b` with terms on the side where they are positive, so that each side has few dimensions."""
+        difference = expr.lhs - expr.rhs
+        left = sympy.Add(*(t for t in sympy.Add.make_args(difference) if not t.could_extract_minus_sign()))
+        a, b = self.value(left), self.value(left - difference)
+        ranks = self.sort(a, b)
+        if "f" in (a.kind, b.kind):
+            a, b = self.floating(a), self.floating(b)
+        return Value(f"{self.align(a, ranks)} {expr.rel_op} {self.align(b, ranks)}", ranks, "b")
+
+    def _extreme(self, expr: sympy.Max | sympy.Min) -> Value:
+        name = "gl.maximum" if isinstance(expr, sympy.Max) else "gl.minimum"
+        values = [self.value(a) for a in expr.args]
+        kind = "f" if any(v.kind == "f" for v in values) else "i"
+        values = [self.floating(v) if kind == "f" else v for v in sorted(values, key=lambda v: -len(v.ranks))]
+        ranks = self.sort(*values)
+        code = self.align(values[0], ranks)
+        for v in values[1:]:
+            code = f"{name}({code}, {self.align(v, ranks)})"
+        return Value(code, ranks, kind)
+
+    def _where(self, expr: Where) -> Value:
+        condition, a, b = (self.value(x) for x in expr.args)
+        kind = "f" if "f" in (a.kind, b.kind) else a.kind
+        if kind == "f":
+            a, b = self.floating(a), self.floating(b)
+        ranks = self.sort(condition, a, b)
+        parts = ", ".join(self.align(v, ranks) for v in (condition, a, b))
+        return Value(f"gl.where({parts})", ranks, kind)
+
+    def _function(self, expr: sympy.Basic) -> Value:
+        v = self.floating(self.value(expr.args[0])) if expr.args else None
+        name = _FUNCTIONS.get(expr.func)
+        if v is None or len(expr.args) != 1:
+            raise Unsupported(f"function {expr.func.__name__} in {expr}")
+        if isinstance(expr, Finite):
+            if not self.guard:
+                return v
+            name = self.guard
+        elif isinstance(expr, sympy.tanh):
+            name = "tanh_approximate" if self.approximate else "tanh"
+        if name is None:
+            raise Unsupported(f"function {expr.func.__name__} in {expr}")
+        if name in HELPERS:
+            self.used.add(name)
+        return Value(f"{name}({v.code})", v.ranks)
+
+
+_FUNCTIONS: Mapping[type, str] = {
+    Exp2: "gl.exp2", sympy.exp: "gl.exp", sympy.log: "gl.log", sympy.sin: "gl.sin", sympy.cos: "gl.cos",
+    sympy.erf: "gl.erf", sympy.Abs: "gl.abs", sympy.floor: "gl.floor", sympy.ceiling: "gl.ceil",
+}  # fmt: skip
+
+
+def _number(x: Expr) -> Value:
+    if x.is_Integer:
+        return Value(str(int(x)), kind="i")
+    if x in (sympy.oo, -sympy.oo):
+        return Value('float("inf")' if x == sympy.oo else 'float("-inf")')
+    return Value(repr(float(x)))

@@ -1,0 +1,84 @@
+"""The Triton emitter: a loop program as a module of kernels and a `run` that launches them.
+
+Comes in: a `LoopProgram` and a `Schedule`. Goes out: `Source` in "triton", or `Unsupported`. Every serial nest is a
+kernel (`triton_kernel`); flat nests are torch operations, as the torch emitter writes them.
+"""
+
+from __future__ import annotations
+
+import textwrap
+
+from einscade.codegen.loops import FlatNest, LoopProgram, SerialNest
+from einscade.codegen.schedule import Schedule
+from einscade.codegen.source import Source, Unsupported
+from einscade.codegen.tiled_torch import TorchModule
+from einscade.codegen.triton_helpers import HELPERS
+from einscade.codegen.triton_kernel import Kernel, kernel
+
+__all__ = ["emit"]
+
+
+def emit(program: LoopProgram, schedule: Schedule) -> Source:
+    """The program's text for a GPU, or `Unsupported` with the construct that stopped it."""
+    if not program.serial_nests:
+        raise Unsupported("the program has no loop: there is nothing to write a kernel for")
+    return Source("triton", _TritonModule(program, schedule).text())
+
+
+DESCRIBED = '''
+
+def described(tensor: torch.Tensor, block: list[int]) -> tuple[torch.Tensor | TensorDescriptor, bool]:
+    """The tensor for the copy engine, and True; the tensor itself where its address or strides are none for it."""
+    strides = [s * tensor.element_size() for s in tensor.stride()[:-1]]
+    fits = tensor.is_cuda and tensor.stride(-1) == 1 and tensor.data_ptr() % 16 == 0 and tensor.numel() > 0
+    if not fits or any(s % 16 or s <= 0 for s in strides):
+        return tensor, False
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block), True
+'''
+
+
+class _TritonModule(TorchModule):
+    """Launches in place of the serial nests' loops."""
+
+    def __init__(self, program: LoopProgram, schedule: Schedule) -> None:
+        super().__init__(program, schedule, in_place=True, grouped=False)
+        self.kernels: list[Kernel] = []
+
+    def nest(self, nest: SerialNest | FlatNest) -> None:
+        if isinstance(nest, FlatNest):
+            super().nest(nest)
+            return
+        several = len(self.program.serial_nests) > 1
+        name = f"{self.cascade.name}_kernel" + (f"{len(self.kernels) + 1}" if several else "")
+        k = kernel(self.cascade, nest, self.schedule, name)
+        self.kernels.append(k)
+        made_in_body = {e.name for e in nest.body}
+        for output in nest.outputs:
+            self.allocate(output, zeros=output in made_in_body)
+        self.launch(k)
+
+    def launch(self, k: Kernel) -> None:
+        described = {}
+        for tensor, block in k.described.items():
+            described[tensor] = f"{tensor}_read"
+            self.out(f"{tensor}_read, {tensor}_TMA = described({self.code(tensor)}, {list(block)})")
+        arguments = [described.get(t, self.code(t)) for t in k.tensors]
+        arguments += [f"{self.code(t)}.stride({d})" for _, d, t in k.strides]
+        arguments += k.sizes
+        arguments += [f"{t}_TMA={t}_TMA" for t in k.described]
+        arguments += [f"num_warps={self.schedule.warps}", f"num_stages={self.schedule.stages}"]
+        self.out(f"grid = ({k.grid},)")
+        self.out(f"{k.name}[grid](")
+        for line in textwrap.wrap(", ".join(arguments), 108, break_long_words=False):
+            self.out(f"    {line}")
+        self.out(")")
+
+    def preamble(self) -> str:
+        imports = "import torch\nimport triton\nimport triton.language as tl\n"
+        text = ""
+        if any(k.described for k in self.kernels):
+            imports += "from triton.tools.tensor_descriptor import TensorDescriptor\n"
+            text += DESCRIBED
+        helpers = sorted({h for k in self.kernels for h in k.helpers})
+        text += "".join(f"\n{HELPERS[h]}" for h in helpers)
+        return imports + text + "".join(k.text for k in self.kernels)
