@@ -1,0 +1,361 @@
+"""Raising: what a value of the graph is, as scalar expressions over the tensors a region reads, and as Einsums.
+
+Comes in: the nodes of a region and the demand "this node at this index". Goes out: expressions and, for contractions,
+reductions and shared values, statements. Demand flows from the result to the inputs: the index of a view is translated
+and the view is gone, a mask is evaluated at the very (p, m) it is asked at, a broadcast drops the ranks it lacks.
+
+A statement's ranks are the variables it is first demanded at, wherever these cover its dimensions; a merged dimension
+demanded at `b*H + h` has the ranks `b` and `h`. A variable that the inputs need in two parts (`h // 4` and `h % 4`) is
+noted in `wanted`; the caller raises again with that split (`raise_region`), until nothing is wanted.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor as TorchTensor
+from torch.fx import Node
+
+from einscade.compiler.aten_facts import Unraisable, dtype_name, is_tensor, op_name, readers, scalar, shape, torch_dtype
+from einscade.compiler.aten_views import is_copy, view
+from einscade.compiler.raising_constants import recognise
+from einscade.compiler.raising_index import Index, exact_quotient, is_one, one, product, quotient_and_rest, same
+from einscade.ir.cascade import Einsum, Reduction, Tensor
+from einscade.ir.expr import Access, Expr, FloorDiv, Mod, accesses, var
+
+__all__ = ["Key", "Raiser", "leaf_name"]
+
+Key = tuple[Any, ...]
+Build = Callable[[Index], tuple[Expr, Reduction | None]]
+
+_HINT = 4096  # what a length that is not known counts for when sizes are compared
+
+
+def leaf_name(node: Node) -> str:
+    """The name that accesses to a node have until the cascade's tensors are named."""
+    return f"@{node.name}"
+
+
+@dataclass
+class Raiser:
+    """One raising. `core` are the region's own nodes, `products` those of them whose operands are cut like a
+    contraction's, `constants` the values known of graph inputs, `splits` which variables to make in parts."""
+
+    core: Collection[Node]
+    products: Collection[Node]
+    constants: Mapping[str, TorchTensor]
+    splits: Mapping[Key, Expr]
+    extents: dict[str, Expr] = field(default_factory=dict)
+    keys: dict[str, Key] = field(default_factory=dict)
+    body: list[Einsum] = field(default_factory=list)
+    leaves: dict[str, Node] = field(default_factory=dict)
+    wanted: dict[Key, Expr] = field(default_factory=dict)
+    defined: dict[Key, tuple[str, tuple[tuple[str, ...], ...]]] = field(default_factory=dict)
+    first: dict[Node, Index] = field(default_factory=dict)
+    _memo: dict[tuple[Node, Index, str], Expr] = field(default_factory=dict)
+    _cut: dict[Node, bool] = field(default_factory=dict)
+
+    # -- variables --
+
+    def fresh(self, key: Key, size: Expr, keep_one: bool = False) -> tuple[Expr, tuple[str, ...]]:
+        """A new variable for a dimension, as an index and its names: several names where a split was asked for.
+        With `keep_one`, a dimension of 1 has a variable too (its extent an opaque symbol, until naming)."""
+        if key in self.splits:
+            inner = self.splits[key]
+            outer = exact_quotient(size, inner)
+            assert outer is not None
+            (high, names), (low, more) = self.fresh((*key, "/"), outer), self.fresh((*key, "%"), inner)
+            return sympy.expand(high * inner + low), names + more
+        if size == 1 and not keep_one:
+            return sympy.Integer(0), ()
+        name = f"_{len(self.extents)}"
+        self.extents[name] = one(name) if size == 1 else size
+        self.keys[name] = key
+        return var(name), (name,)
+
+    def names_of(self, key: Key) -> tuple[str, ...]:
+        """The variables made for a key, parts in order."""
+        if key in self.splits:
+            return self.names_of((*key, "/")) + self.names_of((*key, "%"))
+        return tuple(name for name, made in self.keys.items() if made == key)
+
+    def size_of(self, name: str) -> Expr:
+        return sympy.Integer(1) if is_one(self.extents[name]) else self.extents[name]
+
+    def _wants(self, index: Sequence[Expr]) -> None:
+        """Note the variables of an index that are needed in two parts."""
+        divided: dict[Expr, set[Expr]] = {}
+        rest: dict[Expr, set[Expr]] = {}
+        for part in index:
+            if not part.has(FloorDiv, Mod):
+                continue
+            for node in sympy.preorder_traversal(part):
+                if isinstance(node, FloorDiv | Mod) and isinstance(node.args[0], sympy.Symbol):
+                    (divided if isinstance(node, FloorDiv) else rest).setdefault(node.args[0], set()).add(node.args[1])
+        for variable in divided.keys() & rest.keys():
+            extent = self.extents.get(variable.name)
+            sizes = [s for s in divided[variable] | rest[variable] if extent is not None and exact_quotient(extent, s)]
+            if sizes and (key := self.keys.get(variable.name)) is not None:
+                self.wanted.setdefault(key, max(sizes, key=lambda s: (s.is_Integer, int(s) if s.is_Integer else 0)))
+
+    # -- demand --
+
+    def read(self, node: Node, index: Index) -> Expr:
+        """A node of the region, or something on its side (a mask, a bias), at an index."""
+        return self._remembered(node, index, "core" if node in self.core else "side")
+
+    def operand(self, node: Node, index: Index) -> Expr:
+        """An operand of a contraction: followed through what only moves or scales elements, never further."""
+        return self._remembered(node, index, "core" if node in self.core else "operand")
+
+    def share(self, node: Node, index: Index) -> Expr:
+        """As `read`, but what is no single access becomes a statement that others read too."""
+        value = self.read(node, index)
+        if isinstance(value, Access) or value.is_number or not value.has(Access) or node not in self.core:
+            return value
+        sizes = shape(node)
+        if not self.covers(index, sizes):
+            return value
+        return self.define((node, "share"), node, index, sizes, lambda i: (self.read(node, i), None))
+
+    def _remembered(self, node: Node, index: Index, mode: str) -> Expr:
+        key = (node, index, mode)
+        if key not in self._memo:
+            self._memo[key] = getattr(self, f"_{mode}")(node, index)
+        return self._memo[key]
+
+    def _core(self, node: Node, index: Index) -> Expr:
+        if moved := view(node, index, self.extents):
+            return self.read(*moved)
+        from einscade.compiler.aten_rules import evaluate
+
+        self.first.setdefault(node, index)
+        shared = sum(1 for user in readers(node) if user in self.core) > 1
+        sizes = shape(node)
+        if not shared or not self.covers(index, sizes):
+            return evaluate(self, node, index)
+        if known := self.defined.get((node, "shared")):
+            return self._access(*known, index)
+        value = evaluate(self, node, index)
+        if isinstance(value, Access) or not value.has(Access):
+            return value
+        return self.define((node, "shared"), node, index, sizes, lambda i: (evaluate(self, node, i), None))
+
+    def _operand(self, node: Node, index: Index) -> Expr:
+        scaled = _scaled(node)
+        if scaled is not None:
+            tensor, apply = scaled
+            return apply(self.operand(tensor, index), self)
+        try:
+            moved = view(node, index, self.extents)
+        except Unraisable:
+            moved = None
+        if moved is None:
+            return self.leaf(node, index)
+        return self.operand(*moved)
+
+    def _side(self, node: Node, index: Index) -> Expr:
+        if self._cut.get(node):
+            return self.leaf(node, index)
+        from einscade.compiler.aten_rules import evaluate
+
+        try:
+            if moved := view(node, index, self.extents):
+                return self.read(*moved)
+            value = evaluate(self, node, index)
+        except Unraisable:
+            self._cut[node] = True
+            return self.leaf(node, index)
+        if node not in self._cut:
+            self._cut[node] = self._heavier(value, node)
+        return self.leaf(node, index) if self._cut[node] else value
+
+    def _heavier(self, value: Expr, node: Node) -> bool:
+        """Whether the inputs of a value hold more than the value itself, so that reading it is the better deal."""
+        own = _elements(node)
+        read = sum(_elements(self.leaves[name]) for name in {a.tensor for a in accesses(value)} if name in self.leaves)
+        return read > own or (read == own and op_name(node).removeprefix("aten::") in _EXPENSIVE)
+
+    # -- leaves and statements --
+
+    def constant(self, node: Node, index: Index) -> Expr | None:
+        """What the known value of a graph input shows the element to be."""
+        value = self.constants.get(node.name)
+        return None if value is None else recognise(value, index)
+
+    def number(self, value: Any) -> Expr:
+        """A scalar argument. A float that torch only knows at run time is read where it is stored."""
+        if isinstance(value, Node) and op_name(value) == "aten::_local_scalar_dense":
+            return self.leaf(value.args[0], ())  # type: ignore[arg-type]
+        if isinstance(value, Node) and isinstance(value.meta.get("val"), torch.SymFloat):
+            combine = _ARITHMETIC.get(op_name(value))
+            if combine is not None:
+                return combine(*map(self.number, value.args))
+        return scalar(value)
+
+    def leaf(self, node: Node, index: Index) -> Expr:
+        """One element of a tensor the region reads; of a known tensor, what the value shows it to be."""
+        if (known := self.constant(node, index)) is not None:
+            return known
+        dtype_name(node)
+        sizes = shape(node)
+        index = tuple(self._plain(i, n) for i, n in zip(index, sizes, strict=True))
+        self._wants(index)
+        self.leaves.setdefault(leaf_name(node), node)
+        return Access(leaf_name(node), *index)
+
+    def _plain(self, index: Expr, size: Expr) -> Expr:
+        """The index with variables of extent 1 gone, unless it is one into a dimension of 1."""
+        ones = [s for s in index.free_symbols if s.name in self.extents and self.size_of(s.name) == 1]
+        return (
+            index
+            if not ones or (size == 1 and index.is_Symbol)
+            else index.xreplace({s: sympy.Integer(0) for s in ones})
+        )
+
+    def define(self, key: Key, node: Node, index: Index, sizes: Index, build: Build, dtype: str | None = None) -> Expr:
+        """An access to a statement with `sizes`, made at the first demand: `build` gives its expression at the index
+        of its own ranks and its reduction. Only nodes of the region become statements."""
+        if node not in self.core:
+            raise Unraisable(f"{node.target} outside the region")
+        if key not in self.defined:
+            dims = self._dims(key, index, sizes)
+            own = tuple(self._joined(names) for names in dims)
+            expr, reduce = build(own)
+            name = f"%{len(self.body)}"
+            ranks = tuple(n for names in dims for n in names)
+            self.body.append(Einsum(Tensor(name, ranks, dtype or dtype_name(node)), expr, reduce))
+            self.defined[key] = (name, dims)
+        return self._access(*self.defined[key], index)
+
+    def _access(self, name: str, dims: tuple[tuple[str, ...], ...], index: Index) -> Expr:
+        digits: list[Expr] = []
+        for names, at in zip(dims, index, strict=True):
+            parts: list[Expr] = []
+            for inner in reversed(names[1:]):
+                at, digit = quotient_and_rest(at, self.extents[inner], self.extents)
+                parts.append(digit)
+            digits += [at, *reversed(parts)] if names else []
+        self._wants(digits)
+        return Access(name, *digits)
+
+    def _joined(self, names: tuple[str, ...]) -> Expr:
+        index: Expr = sympy.Integer(0)
+        for name in names:
+            index = index * self.extents[name] + var(name)
+        return sympy.expand(index)
+
+    def _dims(self, key: Key, index: Index, sizes: Index) -> tuple[tuple[str, ...], ...]:
+        """Per dimension the names of the ranks that make it up: those of the index where they cover it exactly."""
+        taken: set[str] = set()
+        dims: list[tuple[str, ...]] = []
+        for d, (at, size) in enumerate(zip(index, sizes, strict=True)):
+            names = self.digits(at, size)
+            if names is None or taken & set(names):
+                _, names = self.fresh((*key, d), size)
+            taken |= set(names)
+            dims.append(names)
+        return tuple(dims)
+
+    def covers(self, index: Index, sizes: Index) -> bool:
+        found = [self.digits(at, size) for at, size in zip(index, sizes, strict=True)]
+        names = [n for part in found if part is not None for n in part]
+        return None not in found and len(names) == len(set(names))
+
+    def digits(self, at: Expr, size: Expr) -> tuple[str, ...] | None:
+        """The variables `v1, v2, …` with `at == (v1 * n2 + v2) * n3 + …` and `n1 * n2 * … == size`, if there are."""
+        if at.is_Symbol and at.name in self.extents:
+            return (at.name,) if same(self.size_of(at.name), size) else None
+        if at == 0 and size == 1:
+            return ()
+        if not at.is_Add:
+            return None
+        terms: dict[str, Expr] = {}
+        for term in at.args:
+            variables = [f for f in sympy.Mul.make_args(term) if f.is_Symbol and f.name in self.extents]
+            if len(variables) != 1 or variables[0].name in terms:
+                return None
+            terms[variables[0].name] = exact_quotient(term, variables[0]) or sympy.Integer(0)
+        names: list[str] = []
+        stride: Expr = sympy.Integer(1)
+        while terms:
+            name = next((n for n, s in terms.items() if same(s, stride)), None)
+            if name is None:
+                return None
+            del terms[name]
+            names.insert(0, name)
+            stride = product((stride, self.size_of(name)))
+        return tuple(names) if same(stride, size) else None
+
+    def body_of(self, name: str) -> Einsum:
+        return next(e for e in self.body if e.name == name)
+
+    # -- what rules use --
+
+    def reduce(self, key: Key, node: Node, monoid: str, sizes: Sequence[Expr], value: Callable[[Index], Expr],
+               index: Index, result: Index, dtype: str | None = None) -> Expr:  # fmt: skip
+        """`monoid` over new variables of `sizes` of `value(them)`, where `index` (into `result`) is fixed."""
+
+        def build(own: Index) -> tuple[Expr, Reduction | None]:
+            made = [self.fresh((*key, "reduced", k), n) for k, n in enumerate(sizes)]
+            names = tuple(n for _, part in made for n in part)
+            expr = value((*own, *(i for i, _ in made)))
+            return expr, (Reduction(monoid, names) if names else None)
+
+        return self.define(key, node, index, result, build, dtype)
+
+
+_ARITHMETIC: Mapping[str, Callable[..., Expr]] = {
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "truediv": operator.truediv,
+    "neg": operator.neg,
+    "pow": operator.pow,
+    "sym_float": lambda x: x,
+    "_sym_sqrt": sympy.sqrt,
+    "sym_sqrt": sympy.sqrt,
+}
+_EXPENSIVE = {"exp", "log", "sigmoid", "tanh", "sin", "cos", "erf", "gelu", "silu", "softplus", "sqrt", "rsqrt", "pow"}
+
+
+def _elements(node: Node) -> int:
+    total = 4
+    for n in shape(node):
+        total *= int(n) if n.is_Integer else _HINT
+    return total if str(torch_dtype(node)) != "torch.bool" else total // 4
+
+
+def _scaled(node: Node) -> tuple[Node, Callable[[Expr, Raiser], Expr]] | None:
+    """The tensor that a node multiplies or divides by one number, and how; a cast counts as such a product by 1."""
+    if is_copy(node) and is_tensor(node.args[0]):
+        return node.args[0], lambda x, r: x  # type: ignore[return-value]
+    name = op_name(node)
+    if name not in ("aten::mul", "aten::div") or not torch_dtype(node).is_floating_point or len(node.args) != 2:
+        return None
+    first, second = node.args
+    if not is_tensor(first) or (name == "aten::mul" and _is_number(first) and is_tensor(second)):
+        if name == "aten::div":
+            return None
+        first, second = second, first
+    if not is_tensor(first) or not _is_number(second) or "rounding_mode" in node.kwargs:
+        return None
+    if torch_dtype(first).is_floating_point is False:  # type: ignore[arg-type]
+        return None
+
+    def apply(x: Expr, raiser: Raiser) -> Expr:
+        by = raiser.read(second, ()) if is_tensor(second) else raiser.number(second)  # type: ignore[arg-type]
+        return x * by if name == "aten::mul" else x / by
+
+    return first, apply  # type: ignore[return-value]
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Node) and is_tensor(value):
+        return value.meta["val"].dim() == 0
+    return not isinstance(value, list | tuple)

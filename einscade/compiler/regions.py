@@ -1,0 +1,264 @@
+"""Which parts of a graph are attention: an intermediate over two free ranks that is made and consumed inside.
+
+Comes in: a functional ATen graph whose nodes have `meta["val"]`. Goes out: `Region`s in graph order, each with its
+cascade, or with the reason why it has none. Nothing here knows a model or a spelling: `regions_scan` finds the two
+contractions by how ranks flow, and everything between them is raised operation by operation.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from einscade.compiler.aten_facts import Unraisable, is_tensor, op_name, readers
+from einscade.compiler.aten_pointwise import NUMERIC
+from einscade.compiler.aten_views import VIEWS, is_copy
+from einscade.compiler.raising_region import Output, raise_region
+from einscade.compiler.regions_scan import Candidate, products_of, scan
+from einscade.ir.cascade import Cascade
+
+__all__ = ["Output", "Region", "find"]
+
+
+@dataclass(frozen=True)
+class Region:
+    """One site. `cascade` is None where it cannot be raised, and `reason` says which operation stopped it.
+
+    `inputs` are in the order of `cascade.inputs`; `sizes` maps the cascade's symbols to an int, a SymInt, or the node
+    that holds it; `nodes` are the region's own nodes, in graph order, which the outputs replace.
+    """
+
+    cascade: Cascade | None
+    inputs: tuple[Node, ...]
+    sizes: Mapping[str, int | torch.SymInt | Node]
+    outputs: tuple[Output, ...]
+    nodes: tuple[Node, ...]
+    module_path: str
+    source: str
+    reason: str | None = None
+
+
+def find(gm: GraphModule, constants: Mapping[str, torch.Tensor] | None = None,
+         parameters: Collection[str] = ()) -> list[Region]:  # fmt: skip
+    """The attention regions of a graph, those that could not be raised among them.
+
+    `constants` are the values of placeholders (by name) that never change; buffers of `gm` are known without it.
+    `parameters` names the placeholders that are weights, where their fake tensors do not say so themselves.
+    """
+    return _Finder(gm, dict(constants or {}), set(parameters)).run()
+
+
+class _Finder:
+    def __init__(self, gm: GraphModule, constants: dict[str, torch.Tensor], parameters: set[str]) -> None:
+        self.gm = gm
+        self.position = {node: k for k, node in enumerate(gm.graph.nodes)}
+        self.constants = constants
+        self.static: set[Node] = set()
+        for node in gm.graph.nodes:
+            if node.op == "get_attr":
+                self._attribute(node)
+            elif node.op == "placeholder":
+                if node.name in parameters or _is_weight(node):
+                    self.static.add(node)
+        self.owned: set[Node] = set()
+
+    def _attribute(self, node: Node) -> None:
+        value: Any = self.gm
+        for part in str(node.target).split("."):
+            value = getattr(value, part, None)
+        if not isinstance(value, torch.Tensor):
+            return
+        self.static.add(node)
+        if not isinstance(value, torch.nn.Parameter) and not value.requires_grad and not _written(node):
+            self.constants.setdefault(node.name, value)
+
+    def run(self) -> list[Region]:
+        regions = []
+        for candidate in self._candidates():
+            region = self._region(candidate)
+            if region is not None:
+                regions.append(region)
+                self.owned |= set(region.nodes)
+        return regions
+
+    def _candidates(self) -> Iterable[Candidate]:
+        return scan(self.gm, self.static, self.position)
+
+    # -- one region --
+
+    def _region(self, candidate: Candidate) -> Region | None:
+        values = candidate.values
+        nodes = self._between(candidate)
+        result = self._result(values, nodes)
+        core = self._extended(result, nodes)
+        scores = [s for s in candidate.scores if s in core]
+        core_list = tuple(sorted(core, key=self.position.__getitem__))
+        where = (_module_path(values), _source(values))
+        products = {p for node in (*scores, values) for p in products_of(node)}
+        main = self._root(values, core)
+        others = [n for n in core_list if n is not main and is_tensor(n) and self._escapes(n, core)]
+        try:
+            raised = raise_region(core, products, scores, values, [main, *others], self.constants, _cascade_name(where[0]))
+        except Unraisable as stop:
+            return Region(None, (), {}, (), core_list, *where, reason=str(stop))
+        sizes = {new: self._size(old) for new, old in raised.symbols.items() if new in raised.cascade.symbols}
+        return Region(raised.cascade, raised.inputs, sizes, raised.outputs, core_list, *where)
+
+    def _between(self, candidate: Candidate) -> set[Node]:
+        """The nodes on the paths from what makes the intermediate to what consumes it."""
+        if candidate.intermediate is None:
+            return {candidate.values}
+        start = min(self.position[s] for s in candidate.scores)
+        above: list[Node] = []
+        stack, seen = [candidate.values], {candidate.values}
+        while stack:
+            node = stack.pop()
+            above.append(node)
+            if node in candidate.scores:
+                continue
+            for source in node.all_input_nodes:
+                if source not in seen and self.position[source] >= start:
+                    seen.add(source)
+                    stack.append(source)
+        core = {s for s in candidate.scores if s in seen}
+        for node in sorted(above, key=self.position.__getitem__):
+            if node not in core and any(source in core for source in node.all_input_nodes):
+                core.add(node)
+        for node in candidate.scores:
+            core.update(products_of(node))
+        return core
+
+    def _result(self, values: Node, core: set[Node]) -> Node:
+        """Where the value leaves the region: past a division by a sum of the region, as a hand-written softmax has it."""
+        node = values
+        last = values
+        for _ in range(8):
+            users = readers(node)
+            if len(users) != 1 or not self._follows(users[0]):
+                return last
+            node = users[0]
+            sources = [s for s in node.all_input_nodes if is_tensor(s)]
+            if len(sources) > 1 and all(self._from_region(s, core) or s is values or s in core for s in sources[1:]):
+                last = node
+        return last
+
+    def _follows(self, node: Node) -> bool:
+        name = op_name(node)
+        return name in VIEWS or is_copy(node) or name.removeprefix("aten::") in NUMERIC
+
+    def _from_region(self, node: Node, core: set[Node]) -> bool:
+        """Whether a node is computed from the region by a few reductions, views and pointwise operations."""
+        for _ in range(8):
+            if node in core:
+                return True
+            sources = [s for s in node.all_input_nodes if is_tensor(s)]
+            if node.op != "call_function" or len(sources) != 1:
+                return False
+            node = sources[0]
+        return False
+
+    def _extended(self, result: Node, core: set[Node]) -> set[Node]:
+        """The region with everything between it and its result."""
+        core = set(core)
+        stack = [result]
+        start = min(self.position[n] for n in core)
+        seen: set[Node] = set()
+        above: list[Node] = []
+        while stack:
+            node = stack.pop()
+            if node in seen or self.position[node] < start:
+                continue
+            seen.add(node)
+            above.append(node)
+            stack.extend(node.all_input_nodes if node not in core else ())
+        for node in sorted(above, key=self.position.__getitem__):
+            if any(source in core for source in node.all_input_nodes):
+                core.add(node)
+        return core
+
+    def _root(self, values: Node, core: set[Node]) -> Node:
+        """The last node that only moves or casts the result, so that the kernel writes what is read."""
+        inside = [n for n in core if not any(u in core for u in readers(n))]
+        node = max(inside or [values], key=self.position.__getitem__)
+        if op_name(node) in _TUPLES or not is_tensor(node):
+            items = [u for u in node.users if op_name(u) == "getitem" and u.args[1] == 0]
+            if items:
+                core.add(items[0])
+                node = items[0]
+        while len(readers(node)) == 1:
+            user = readers(node)[0]
+            if user.op != "call_function" or not is_tensor(user) or not (is_copy(user) or op_name(user) in _RESHAPES):
+                break
+            core.add(user)
+            node = user
+        return node
+
+    def _escapes(self, node: Node, core: set[Node]) -> bool:
+        return any(u not in core for u in readers(node))
+
+    def _size(self, symbol: str) -> int | torch.SymInt | Node:
+        """The node that holds a symbol, or a SymInt equal to it."""
+        fallback: torch.SymInt | None = None
+        for node in self.position:
+            value = node.meta.get("val")
+            if isinstance(value, torch.SymInt) and str(value.node.expr) == symbol:
+                return node
+            if fallback is None and isinstance(value, torch.Tensor):
+                fallback = next((n for n in value.shape if isinstance(n, torch.SymInt) and str(n.node.expr) == symbol), None)
+        if fallback is None:
+            raise AssertionError(f"no node has the size {symbol}")
+        return fallback
+
+
+_TUPLES = frozenset({
+    "aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_fused_attention_overrideable", "aten::_scaled_dot_product_attention_math",
+})  # fmt: skip
+_RESHAPES = frozenset({
+    "aten::view", "aten::_unsafe_view", "aten::reshape", "aten::permute", "aten::transpose", "aten::t", "aten::squeeze",
+    "aten::unsqueeze",
+})  # fmt: skip
+
+
+def _is_weight(node: Node) -> bool:
+    """A parameter or buffer that was lifted to an input (Dynamo marks those)."""
+    marked = "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
+    return marked or isinstance(node.meta.get("val"), torch.nn.Parameter)
+
+
+def _written(node: Node) -> bool:
+    return any(op_name(u).endswith("copy_") for u in node.users)
+
+
+def _module_path(node: Node) -> str:
+    """The innermost module that the node's operation ran in, as `named_modules` calls it."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [entry[0] if isinstance(entry, tuple) else str(entry) for entry in stack.values()]
+    return _attribute_path(paths[-1]) if paths else ""
+
+
+def _attribute_path(path: str) -> str:
+    path = re.sub(r"^L\['self'\]\.?|^L__self___?", "", path)
+    path = re.sub(r"\._modules\['([^']*)'\]", r".\1", path)
+    return re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", path).strip(".")
+
+
+_FRAME = re.compile(r'File "([^"]*)", line (\d+)')
+
+
+def _source(node: Node) -> str:
+    """`file.py:line` of the innermost frame that is not torch's own."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    own = [f for f in frames if "/torch/" not in f[0]] or frames
+    return f"{own[-1][0].rsplit('/', 1)[-1]}:{own[-1][1]}" if own else ""
+
+
+def _cascade_name(path: str) -> str:
+    return "attention"
+

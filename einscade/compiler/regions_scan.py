@@ -1,0 +1,366 @@
+"""The forward sweep: which contractions make an intermediate over two free ranks, and which contraction consumes it.
+
+Comes in: a functional ATen graph. Goes out: `Candidate`s, in graph order. One pass over the nodes; every dimension of
+every value carries the *marks* of the contractions that made it:
+
+    S = contraction(Q, K)        S's free dimension from Q gets the mark (S, 0), the one from K gets (S, 1)
+    views, pointwise, …          marks travel with the dimensions
+    contraction over (S, 1) of a value that still has (S, 0)   a candidate: S makes, this consumes
+
+A mark whose partner is gone is dropped, so that marks never pile up along a residual stream and the sweep is linear.
+What a model's weights do to a value is not attention: a contraction with a parameter on the side that is reduced later
+(MLPs, projections, routers) makes no candidate, nor does a chain of matrix products with nothing in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch.fx import GraphModule, Node
+
+from einscade.compiler.aten_attention import SCALED_DOT_PRODUCT
+from einscade.compiler.aten_facts import arguments, is_tensor, op_name, shape, tensor_inputs
+from einscade.compiler.aten_rules import CONTRACTIONS, REDUCTIONS, SOFTMAX
+from einscade.compiler.aten_views import VIEWS, is_copy
+from einscade.compiler.raising_index import groups
+from einscade.ir.expr import Expr
+
+__all__ = ["Candidate", "scan"]
+
+Mark = tuple[Node, int]
+Marks = tuple[frozenset[Mark], ...]
+_NONE: frozenset[Mark] = frozenset()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """`values` reduces what `scores` made; `intermediate` is the operand of `values` that carries it. A
+    scaled_dot_product_attention is its own scores and values."""
+
+    scores: tuple[Node, ...]
+    values: Node
+    intermediate: Node | None
+
+
+@dataclass
+class _Pair:
+    """What is known of one contraction's intermediate: which of its sides come from weights alone, whether anything
+    but scaling happened to it, and along which sides it was exponentiated and summed."""
+
+    static: tuple[bool, bool]
+    touched: bool = False
+    exponential: bool = False
+    reduced: set[int] = field(default_factory=set)
+    matched: bool = False
+
+
+def scan(gm: GraphModule, static: Collection[Node], position: Mapping[Node, int]) -> list[Candidate]:
+    """All candidates of a graph. `static` are the graph inputs that are weights."""
+    return _Scan(set(static), position).run(gm)
+
+
+class _Scan:
+    def __init__(self, static: set[Node], position: Mapping[Node, int]) -> None:
+        self.static, self.position = static, position
+        self.marks: dict[Node, Marks] = {}
+        self.pairs: dict[Node, _Pair] = {}
+        self.found: list[Candidate] = []
+
+    def run(self, gm: GraphModule) -> list[Candidate]:
+        for node in gm.graph.nodes:
+            if node.op == "call_function":
+                self.node(node)
+        return self.found
+
+    def of(self, node: Node) -> Marks:
+        return self.marks.get(node, ())
+
+    def node(self, node: Node) -> None:
+        inputs = list(tensor_inputs(node))
+        if not any(n not in self.static for n in node.all_input_nodes):
+            self.static.add(node)
+        name = op_name(node)
+        if name in SCALED_DOT_PRODUCT:
+            self.found.append(Candidate((node,), node, None))
+            return
+        if not is_tensor(node):
+            return
+        if sides := sides_of(node):
+            self.contraction(node, *sides)
+            return
+        if not any(self.of(n) for n in inputs) and not _is_item(node):
+            return
+        if name == "getitem":
+            self.item(node)
+        elif name in VIEWS or is_copy(node):
+            self.store(node, self.viewed(node, inputs[0]))
+        elif name in REDUCTIONS:
+            self.reduction(node, inputs[0])
+        else:
+            self.pointwise(node, inputs, name)
+
+    def item(self, node: Node) -> None:
+        whole = node.args[0]
+        assert isinstance(whole, Node)
+        for source in tensor_inputs(whole):
+            if self.of(source):
+                if op_name(whole) in ("aten::max", "aten::min") and hasattr(arguments(whole), "dim"):
+                    self.touch(source, "reduce", arguments(whole).dim)
+                self.store(node, self.viewed(node, source))
+                return
+
+    # -- marks through operations --
+
+    def store(self, node: Node, marks: Marks) -> None:
+        """Keep the marks whose partner is on the value too."""
+        every = [m for dim in marks for m in dim]
+        if not every:
+            return
+        present = set(every)
+        whole = {m for m in present if (m[0], 1 - m[1]) in present}
+        if whole:
+            self.marks[node] = tuple(frozenset(dim & whole) for dim in marks)
+
+    def viewed(self, node: Node, source: Node) -> Marks:
+        """Marks of a view: by position where the operation says so, by size of groups for a reshape."""
+        marks, name = self.of(source), op_name(node)
+        if not marks:
+            return ()
+        new, old = shape(node), shape(source)
+        if name in ("aten::permute", "aten::transpose", "aten::t", "aten::numpy_T"):
+            return tuple(marks[d] for d in _order(node, len(old)))
+        if name == "aten::expand":
+            return (_NONE,) * (len(new) - len(old)) + marks
+        if name == "aten::unsqueeze":
+            dim = arguments(node).dim % len(new)
+            return (*marks[:dim], _NONE, *marks[dim:])
+        if name == "aten::select":
+            dim = arguments(node).dim % len(old)
+            return marks[:dim] + marks[dim + 1 :]
+        if len(new) == len(old) and name not in ("aten::view", "aten::_unsafe_view", "aten::reshape"):
+            return marks
+        return _regrouped(marks, new, old)
+
+    def pointwise(self, node: Node, inputs: Sequence[Node], name: str) -> None:
+        """Every other operation: marks travel by position, aligned at the last dimension as in broadcasting."""
+        rank = len(shape(node))
+        result = [_NONE] * rank
+        marked = [n for n in inputs if self.of(n)]
+        for source in marked:
+            marks = self.of(source)
+            if len(marks) > rank:
+                marks = marks[len(marks) - rank :]
+            for d, dim in enumerate(marks, start=rank - len(marks)):
+                result[d] = result[d] | dim
+        pairs = {m[0] for dim in result for m in dim}
+        fresh = {p for p in pairs if not self.pairs[p].matched}
+        if fresh and fresh != pairs:  # scores carried on from an earlier region are a bias of this one
+            result = [frozenset(m for m in dim if m[0] in fresh) for dim in result]
+        for source in marked:
+            self.touch(source, name, arguments(node).dim if name in SOFTMAX else None, inputs)
+        self.store(node, tuple(result))
+
+    def reduction(self, node: Node, source: Node) -> None:
+        a = arguments(node)
+        rank = len(shape(source))
+        dims = getattr(a, "dim", None)
+        dims = range(rank) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
+        gone = {d % rank for d in dims} if rank else set()
+        for d in gone:
+            self.touch(source, "reduce", d)
+        marks = self.of(source)
+        kept = getattr(a, "keepdim", False)
+        self.store(node, tuple(_NONE if d in gone else m for d, m in enumerate(marks) if kept or d not in gone))
+
+    def touch(self, source: Node, name: str, dim: int | None = None, inputs: Sequence[Node] = ()) -> None:
+        marks = self.of(source)
+        along = marks[dim % len(marks)] if dim is not None and marks else _NONE
+        for mark in {m for each in marks for m in each}:
+            pair = self.pairs[mark[0]]
+            scaling = name in ("aten::mul", "aten::div", "aten::neg") and all(
+                n is source or not shape(n) for n in inputs
+            )
+            pair.touched |= not scaling
+            pair.exponential |= name in _EXPONENTIAL or name in SOFTMAX
+            if mark in along:
+                pair.reduced.add(mark[1])
+
+    def contraction(self, node: Node, left: _Side, right: _Side) -> None:
+        """Match the marks of what is reduced, then mark what is new."""
+        for side, other in ((left, right), (right, left)):
+            marks = self.of(side.node)
+            if not marks:
+                continue
+            alive = {m for d, dim in enumerate(marks) if d not in side.reduced for m in dim}
+            gone = {m for d in side.reduced for m in marks[d]}
+            makers = tuple(dict.fromkeys(m[0] for m in gone if (m[0], 1 - m[1]) in alive
+                                         and self.counts(m, other.node)))  # fmt: skip
+            if makers:
+                ordered = sorted(makers, key=self.position.__getitem__)
+                self.found.append(Candidate(tuple(ordered), node, side.node))
+                for maker in makers:
+                    self.pairs[maker].matched = True
+        dims: list[set[Mark]] = [set() for _ in shape(node)]
+        for side in (left, right):
+            marks = self.of(side.node)
+            consumed = {m[0] for d in side.reduced for m in marks[d]} if marks else set()
+            for d, to in side.dims.items():
+                if marks:
+                    dims[to] |= {m for m in marks[d] if m[0] not in consumed}
+        if left.free and right.free:
+            self.pairs[node] = _Pair((left.node in self.static, right.node in self.static))
+            for number, side in enumerate((left, right)):
+                for d in side.free:
+                    dims[side.dims[d]].add((node, number))
+        self.store(node, tuple(frozenset(d) for d in dims))
+
+    def counts(self, reduced: Mark, other: Node) -> bool:
+        """Whether reducing this mark against `other` is attention, and no MLP, projection or plain product."""
+        maker, side = reduced
+        pair = self.pairs[maker]
+        if not pair.touched or pair.static[side]:
+            return False
+        if pair.static[1 - side] or other in self.static:
+            return pair.exponential and side in pair.reduced
+        return True
+
+
+_EXPONENTIAL = {"aten::exp", "aten::exp2", "aten::sigmoid"}
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One operand of a contraction: its reduced dimensions, its free ones (that the other lacks), and where each kept
+    dimension goes in the result."""
+
+    node: Node
+    reduced: tuple[int, ...]
+    free: tuple[int, ...]
+    dims: dict[int, int]
+
+
+def sides_of(node: Node) -> tuple[_Side, _Side] | None:
+    """The operands of a contraction: matrix products by their definition, `sum(a * b)` by its broadcasts."""
+    name = op_name(node)
+    if name in CONTRACTIONS:
+        return _matrix_sides(node, name)
+    if name in ("aten::sum", "aten::mean"):
+        return _product_sides(node)
+    return None
+
+
+def _matrix_sides(node: Node, name: str) -> tuple[_Side, _Side] | None:
+    a = arguments(node)
+    if name == "aten::linear":
+        rank = len(shape(a.input))
+        left = _Side(a.input, (rank - 1,), tuple(range(rank - 1)), {d: d for d in range(rank - 1)})
+        return left, _Side(a.weight, (1,), (0,), {0: rank - 1})
+    first = getattr(a, "batch1", getattr(a, "mat1", getattr(a, "self", None)))
+    second = next(v for k, v in vars(a).items() if k in ("batch2", "mat2", "other", "vec", "vec2", "tensor"))
+    if not is_tensor(first) or not is_tensor(second):
+        return None
+    m, n, result = len(shape(first)), len(shape(second)), len(shape(node))
+    row, column = m > 1, n > 1
+    batch = result - row - column
+
+    def batches(rank: int) -> dict[int, int]:
+        return {d: d + batch - (rank - 2) for d in range(rank - 2)} if rank > 2 else {}
+
+    left = _Side(first, (m - 1,), (m - 2,) if row else (), {**batches(m), **({m - 2: batch} if row else {})})
+    right = _Side(second, (n - 2 if column else 0,), (n - 1,) if column else (),
+                  {**batches(n), **({n - 1: result - 1} if column else {})})  # fmt: skip
+    return left, right
+
+
+def _product_sides(node: Node) -> tuple[_Side, _Side] | None:
+    """`(a * b).sum(dims)`, where each operand varies along a reduced dimension."""
+    product = node.args[0]
+    while isinstance(product, Node) and is_copy(product):
+        product = product.args[0]
+    if not isinstance(product, Node) or op_name(product) != "aten::mul":
+        return None
+    if not all(is_tensor(x) for x in product.args[:2]):
+        return None
+    a = arguments(node)
+    size = shape(product)
+    rank = len(size)
+    dims = [a.dim] if isinstance(a.dim, int) else list(a.dim or range(rank))
+    gone = {d % rank for d in dims} if rank else set()
+    kept = getattr(a, "keepdim", False)
+    place = {d: d if kept else sum(1 for k in range(d) if k not in gone) for d in range(rank) if d not in gone}
+    sides = []
+    varies = [_varying(x, rank, size) for x in product.args[:2]]  # type: ignore[arg-type]
+    for k, x in enumerate(product.args[:2]):
+        assert isinstance(x, Node)
+        own = len(shape(x))
+        shift = rank - own
+        free = tuple(d - shift for d in sorted(varies[k] - varies[1 - k] - gone))
+        reduced = tuple(d - shift for d in sorted(gone & varies[k]))
+        sides.append(_Side(x, reduced, free, {d - shift: place[d] for d in range(shift, rank) if d not in gone}))
+    if not (gone & varies[0] & varies[1]):
+        return None
+    return sides[0], sides[1]
+
+
+def _varying(x: Node, rank: int, size: Sequence[Expr]) -> set[int]:
+    """The dimensions (of the broadcast result) along which an operand is not one repeated value."""
+    source, repeated = x, set()
+    own = shape(x)
+    shift = rank - len(own)
+    while is_copy(source) or op_name(source) == "aten::expand":
+        operand = source.args[0]
+        assert isinstance(operand, Node)
+        if op_name(source) == "aten::expand":
+            before = shape(operand)
+            extra = len(own) - len(before)
+            repeated |= {d for d in range(len(own)) if d < extra or (before[d - extra] == 1 and own[d] != 1)}
+            if extra:
+                break
+        source = operand
+    return {d + shift for d, n in enumerate(own) if n != 1 and d not in repeated}
+
+
+def products_of(node: Node) -> tuple[Node, ...]:
+    """The nodes between a `sum(a * b)` and its operands: the product, and casts on the way."""
+    if op_name(node) in CONTRACTIONS or sides_of(node) is None:
+        return ()
+    found = []
+    product = node.args[0]
+    while isinstance(product, Node):
+        found.append(product)
+        if not is_copy(product):
+            break
+        product = product.args[0]
+    return tuple(found)
+
+
+def _is_item(node: Node) -> bool:
+    return op_name(node) == "getitem"
+
+
+def _order(node: Node, rank: int) -> list[int]:
+    """For a permutation, the operand's dimension at each dimension of the result."""
+    order = list(range(rank))
+    a = arguments(node)
+    if op_name(node) == "aten::permute":
+        return [d % rank for d in a.dims]
+    if op_name(node) == "aten::transpose":
+        i, j = a.dim0 % rank, a.dim1 % rank
+        order[i], order[j] = order[j], order[i]
+        return order
+    return order[::-1]
+
+
+def _regrouped(marks: Marks, new: Sequence[Expr], old: Sequence[Expr]) -> Marks:
+    """Marks through a reshape: each new dimension has those of every old one in its group. A dimension of 1 may end up
+    at any other of 1, and its marks with it."""
+    result: list[frozenset[Mark]] = [_NONE] * len(new)
+    ones = _NONE.union(*(marks[d] for d, n in enumerate(old) if n == 1))
+    room = any(n == 1 for n in new)
+    for here, there in groups(tuple(new), tuple(old)):
+        exact = len(there) == len(here) == 1
+        together = _NONE.union(*(marks[d] for d in there if exact or old[d] != 1 or not room))
+        for d in here:
+            result[d] = together | ones if new[d] == 1 else together
+    return tuple(result)
