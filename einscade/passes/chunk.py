@@ -16,13 +16,28 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import sympy
-from sympy.logic.boolalg import Boolean
+from sympy.logic.boolalg import And, Boolean
 
-from einscade.ir import Cascade, Einsum, Expr, FloorDiv, Mod, Rank, Scan, Tensor, accesses, ceil_div, free_vars, var
+from einscade.ir import (
+    Access,
+    Cascade,
+    Einsum,
+    Expr,
+    FloorDiv,
+    Mod,
+    Rank,
+    Reduction,
+    Scan,
+    Tensor,
+    accesses,
+    ceil_div,
+    free_vars,
+    var,
+)
 from einscade.ir.intervals import Ranges, decide
 from einscade.passes.contract import Product, contract, flatten
 from einscade.passes.rewrite import NotApplicable
-from einscade.passes.statements import Names, wide, without_unused
+from einscade.passes.statements import Names, factors, redirect, wide, without_unused
 
 __all__ = ["Chunk"]
 
@@ -55,9 +70,10 @@ class Chunk:
             raise NotApplicable(f"no sum over {self.key} for every {self.query}")
         chunks = _Chunks.of(self, cascade)
         cascade = cascade.replace(ranks=(*cascade.ranks, *chunks.ranks))
+        pairs: dict[str, Tensor] = {}
         for statement in sums:
             product, cascade = flatten(statement, cascade, self.key)
-            made = chunks.statements(statement.output, product, cascade, Names(cascade))
+            made = chunks.statements(statement, product, cascade, pairs)
             at = cascade.body.index(statement)
             cascade = cascade.replace(body=(*cascade.body[:at], *made, *cascade.body[at + 1 :]))
         return without_unused(cascade)
@@ -99,7 +115,62 @@ class _Chunks:
         """Of a key."""
         return self.chunk * self.size + var(self.ranks[2].name)
 
-    def statements(self, output: Tensor, product: Product, cascade: Cascade, names: Names) -> tuple[Einsum, ...]:
+    @property
+    def at(self) -> dict[Expr, Expr]:
+        return {var(self.query): self.position, var(self.key): self.member}
+
+    @property
+    def bounds(self) -> tuple[Boolean, Boolean]:
+        """Where the positions of a query and of a key exist: the last chunk may be short."""
+        return self.position < self.queries, self.member < self.keys
+
+    def parts(self, ranks: tuple[str, ...]) -> tuple[str, ...]:
+        chunk, row, column = (r.name for r in self.ranks)
+        parts = {self.query: (chunk, row), self.key: (column,)}
+        return tuple(part for r in ranks for part in parts.get(r, (r,)))
+
+    def within(
+        self, statement: Einsum, output: Tensor, cascade: Cascade, names: Names, pairs: dict[str, Tensor]
+    ) -> list[Einsum]:
+        """The statement inside a chunk, after the tensors over queries and keys that it reads, each made once (they
+        are in `pairs` from then on)."""
+        before: list[Einsum] = []
+
+        def read(access: Access) -> Access:
+            made = cascade.definitions.get(access.tensor)
+            if made is None or not {self.query, self.key} <= set(made.output.ranks):
+                return access.xreplace(self.at)
+            index = dict(zip(made.output.ranks, access.index, strict=True))
+            if index[self.query] != var(self.query) or index[self.key] != var(self.key):
+                raise NotApplicable(f"{statement.name} reads {access} across positions")
+            if access.tensor not in pairs:
+                pairs[access.tensor] = Tensor(
+                    names(f"{access.tensor}inner"), self.parts(made.output.ranks), wide(made.output.dtype)
+                )
+                before.extend(self.within(made, pairs[access.tensor], cascade, names, pairs))
+            own = {r: (index[r],) for r in made.output.ranks if r not in (self.query, self.key)}
+            return pairs[access.tensor](*(i for r in made.output.ranks for i in own.get(r, map(var, self.parts((r,))))))
+
+        made = redirect(statement, read)
+        bounds = () if any(a.tensor in pairs for a in statement.reads) else self.bounds
+        reduce = statement.reduce
+        inside = made.replace(
+            output=output,
+            expr=made.expr.xreplace(self.at),
+            domain=And(*(_cancelled(c.xreplace(self.at)) for c in And.make_args(made.domain)), *bounds),
+            reduce=Reduction(reduce.monoid, self.parts(reduce.ranks), reduce.slot) if reduce else None,
+        )
+        if inside.reduce is None or inside.reduce.monoid != "sum" or len(inside.reduce.ranks) == 1:
+            return [*before, inside]
+        conditions = tuple(c for c in And.make_args(inside.domain) if c != sympy.true)
+        product = Product(factors(inside.expr), conditions, output.ranks, inside.reduce.ranks)
+        return [*before, *contract(product, output, cascade, names)]
+
+    def statements(
+        self, statement: Einsum, product: Product, cascade: Cascade, pairs: dict[str, Tensor]
+    ) -> tuple[Einsum, ...]:
+        """What computes a sum: inside the chunk, the state of the chunks before, and what a query reads of it."""
+        output, names = statement.output, Names(cascade)
         query, key = var(self.query), var(self.key)
         both = [x for x in product.factors if {self.query, self.key} <= free_vars(x)]
         coupled = [c for c in product.conditions if {self.query, self.key} <= free_vars(c)]
@@ -118,18 +189,10 @@ class _Chunks:
         of_query = [x for x in product.factors if x not in both and x not in of_key]
         key_conditions = [c for c in product.conditions if self.key in free_vars(c) and c not in coupled]
         query_conditions = [c for c in product.conditions if c not in coupled and c not in key_conditions]
-        chunk, row, column = (r.name for r in self.ranks)
+        chunk, _, column = (r.name for r in self.ranks)
         at_query, at_key = {query: self.position}, {key: self.member}
-        ranks = tuple(x for r in product.ranks for x in ((chunk, row) if r == self.query else (r,)))
-        query_bound, key_bound = self.position < self.queries, self.member < self.keys
-
-        # The quadratic part: the same product within a chunk.
-        within = Product(
-            tuple(x.xreplace(at_query | at_key) for x in product.factors),
-            (*(_cancelled(c.xreplace(at_query | at_key)) for c in product.conditions), query_bound, key_bound),
-            ranks,
-            tuple(column if r == self.key else r for r in product.reduced),
-        )
+        query_bound, key_bound = self.bounds
+        ranks = self.parts(product.ranks)
         inner = Tensor(names(f"{output.name}inner"), ranks, wide(output.dtype))
 
         # What a chunk adds to the state, as its last position sees it; the state; what a position reads of it.
@@ -158,7 +221,7 @@ class _Chunks:
         return (
             *contract(summed, added, cascade, names),
             Einsum(state, carried * previous + added(), scan=Scan(chunk, sympy.Integer(0))),
-            *contract(within, inner, cascade, names),
+            *self.within(statement, inner, cascade, names, pairs),
             *contract(moved, outer, cascade, names),
             Einsum(output, inner(*back) + outer(*back)),
         )

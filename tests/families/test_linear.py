@@ -93,7 +93,7 @@ def test_no_such_sum() -> None:
 
 
 def test_absorption_of_a_projection_is_the_same_rewrite() -> None:
-    """Queries against keys that are a projection of a narrow latent: project the queries instead, when there are few."""
+    """Queries against keys that are a projection of a narrow latent: few queries are projected instead."""
     before = cascade("""
     cascade latent(Q[p,e]: f64, C[m,r]: f64, U[r,e]: f64) -> S[p,m]
       where p < P, m < M, e < 64, r < 16
@@ -108,9 +108,15 @@ def test_absorption_of_a_projection_is_the_same_rewrite() -> None:
 
 # -- chunked scans --
 
+AT_ONCE = """
+cascade at_once(Q[b,h,p,e]: f64, K[b,h,m,e]: f64, V[b,h,m,f]: f64) -> O
+  where b < B, h < 3, p < P, m < M, e < 8, f < 6
+  O[b,h,p,f]: f64 = sum(m,e) Q[b,h,p,e] * K[b,h,m,e] * V[b,h,m,f] if m <= p
+"""
 CAUSAL = [
     (LINEAR, "m <= p"),
     (LINEAR, "m < p"),
+    (AT_ONCE, ""),
     (NORMALISED, "m <= p"),
     (DECAYED, ""),
     (GATED, ""),
@@ -127,6 +133,16 @@ def test_a_chunked_scan_is_exact(text: str, domain: str, length: int, size: int)
     expected = interpreted(before, data)
     assert_same(interpreted(after, data), expected)
     assert_same(generated(after, data), expected)
+
+
+def test_what_two_sums_share_is_made_once_in_a_chunk() -> None:
+    after = apply(cascade(NORMALISED, "m <= p"), Chunk("p", "m", 4))
+    assert sum({"pu", "mu", "e"} <= set(s.ranks) for s in after.body) == 1
+
+
+def test_a_sum_over_everything_at_once_is_contracted_in_pairs() -> None:
+    after = apply(cascade(AT_ONCE), Chunk("p", "m", 4))
+    assert not any({"pu", "mu", "e", "f"} <= set(s.ranks) for s in after.body)
 
 
 @given(

@@ -1,4 +1,4 @@
-"""Quantized attention: keys smoothed by their mean, integers with scales per block, and scales out of the contraction."""
+"""Quantized attention: keys smoothed by their mean, integers with scales per block, scales out of the contraction."""
 
 from __future__ import annotations
 
