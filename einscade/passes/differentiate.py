@@ -311,10 +311,11 @@ class _Reverse:
             rest = sympy.expand(index - slope * unknown[0])
             return {unknown[0]: slope * (own - rest)} if slope in (1, -1) and not rest.has(unknown[0]) else None
         if len(unknown) == 2:
+            start, index = index.as_coeff_Add()
             for outer, inner in (unknown, unknown[::-1]):
                 size = self.forward.extent(inner.name)
                 if sympy.expand(index - outer * size - inner) == 0:
-                    return {outer: FloorDiv(own, size), inner: Mod(own, size)}
+                    return {outer: FloorDiv(own - start, size), inner: Mod(own - start, size)}
         return None
 
     def _inside(self, v: sympy.Symbol, value: Expr) -> list[Boolean]:

@@ -33,7 +33,7 @@ from einscade.ir import (
     var,
 )
 from einscade.passes.correction import Correction, derive, old
-from einscade.passes.fusion import Carried, Loop, common_ranks, plan_loops
+from einscade.passes.fusion import Carried, Loop, Plan, common_ranks, plan_loops
 from einscade.passes.rewrite import NotApplicable
 from einscade.passes.statements import Names, without_unused
 from einscade.passes.terms import closure, conjoin, conjuncts, depends, ordered, reads_outside_where
@@ -54,9 +54,7 @@ class Online:
             raise NotApplicable("; ".join(plan.refusals))
         if not plan.loops:
             raise NotApplicable("no reduction over a long rank waits for another or for a tensor along that rank")
-        for loop in plan.loops:
-            cascade = _Emit(cascade, loop).run()
-        return cascade
+        return _emitted(cascade, plan, join=True)
 
 
 @dataclass(frozen=True)
@@ -72,9 +70,15 @@ class Loops:
         plan = plan_loops(cascade, join=False)
         if not plan.loops:
             raise NotApplicable("every reduction over a long rank that needs a loop is in one")
-        for loop in plan.loops:
-            cascade = _Emit(cascade, loop).run()
-        return cascade
+        return _emitted(cascade, plan, join=False)
+
+
+def _emitted(cascade: Cascade, plan: Plan, join: bool) -> Cascade:
+    """The cascade with its loops, planned again after each: one loop changes what the statements of the next read."""
+    while plan.loops:
+        cascade = _Emit(cascade, plan.loops[0]).run()
+        plan = plan_loops(cascade, join)
+    return cascade
 
 
 def separated(cascade: Cascade) -> Cascade:

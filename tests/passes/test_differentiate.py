@@ -78,8 +78,8 @@ CASES = {
     "  Z[p] = sum(m) exp(X[p,m] - G[p])\n  L[p] = G[p] + log(Z[p])\n",
     "maximum itself": "cascade c(X[p,m]) -> G[p], Y[p]\n  where p < 3, m < 7\n  G[p] = max(m) X[p,m]\n"
     "  Y[p] = sum(m) X[p,m] * G[p]\n",
-    "split rank": "cascade c(X[n]) -> Y[p]\n  where n < 12, p < 3, m < 4\n"
-    "  Y[p] = sum(m) X[4*p + m] * X[4*p + m] * m\n",
+    "split rank": "cascade c(X[n]) -> Y[p]\n  where n < 15, p < 3, m < 4\n"
+    "  Y[p] = sum(m) X[4*p + m + 2] * X[4*p + m] * m\n",
     "two softmaxes apart": "cascade c(X[p,m], U[p,m], V[m,f], L[n]) -> O[p,f]\n"
     "  where p < 3, m < 5, f < 2, n < 1\n"
     "  W[p,m] = exp(X[p,m])\n  Z[p] = sum(m) W[p,m]\n  A[p,m] = exp(U[p,m])\n  B[p] = sum(m) A[p,m]\n"
