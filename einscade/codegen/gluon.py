@@ -72,11 +72,13 @@ def emit(program: LoopProgram, schedule: Schedule) -> Source:
 def schedules(program: LoopProgram) -> tuple[Schedule, ...]:
     """Schedules for the program, best guess first. Raises `Unsupported` as `emit` does.
 
-    Two warpgroups with tiles of 128; three where both widths are at most 64, which leaves registers for it.
+    Two warpgroups with tiles of 128; three where both widths are at most 64 and nothing but the weights is computed
+    point by point, which leaves registers for it.
     """
     shape = form(program)
     step = shape.loop.step
-    narrow = max(shape.width(shape.e), shape.width(shape.f)) <= 64
+    points = [s for s in shape.statements if s.monoid is None and shape.m in s.ranks]
+    narrow = max(shape.width(shape.e), shape.width(shape.f)) <= 64 and len(points) == 1
     wide = max(shape.width(shape.e), shape.width(shape.f)) > 128
     space = [(3, 128, 2), (2, 128, 2)] if narrow else [(2, 64, 2)] if wide else [(2, 128, 2), (2, 64, 3)]
     found = []
@@ -153,7 +155,7 @@ class _Module:
         statements = {s.name: s for s in loop.body}
         rescale = statements["rescale"].expr if shape.rescale is not None else None
         score = statements[shape.score.name]
-        rest = tuple(s for s in loop.body if s.name not in ("rescale", score.name))
+        rest = tuple(_spread(s) for s in loop.body if s.name not in ("rescale", score.name))
         return rest, score, loop.epilogue, rescale
 
     # -- what the kernel reads besides the operands --
@@ -186,7 +188,8 @@ class _Module:
     def factor(self) -> Expr:
         """What the score is multiplied by beyond the unit it is kept in."""
         both = [a for a in accesses(self.score.expr) if self.shape.e in free_vars(a)]
-        return self.score.expr / sympy.Mul(*both)
+        factor = self.score.expr / sympy.Mul(*both)
+        return sympy.Integer(1) if factor.is_number and float(factor) == 1 else factor
 
     def _pointers(self) -> list[str]:
         """Arguments for tensors read or written by address: the pointer and a stride for each dimension."""
@@ -265,26 +268,25 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
         if shape.batch:
             lines.append(f"{shape.batch[0]} = {rest}")
         lines += [f"first = {names.value(b.first).code}", f"end = {names.value(b.end).code}"]
-        if self._classes():
+        lines.append("first = gl.minimum(first, end - 1)")
+        if self._classes() and (b.upper or b.lower):
             assert b.full_first is not None
             assert b.full_end is not None
-            lines += [
-                "first = gl.minimum(first, end - 1)",
-                f"full_end = gl.maximum(gl.minimum({names.value(b.full_end).code}, end - 1), first)",
-                f"full_first = gl.minimum(gl.maximum({names.value(b.full_first).code}, first), full_end)",
-            ]
-        else:
-            lines.append("first = gl.minimum(first, end - 1)")
+            lines.append(f"full_end = gl.maximum(gl.minimum({names.value(b.full_end).code}, end - 1), first)")
+            if b.lower:
+                full_first = names.value(b.full_first).code
+                lines.append(f"full_first = gl.minimum(gl.maximum({full_first}, first), full_end)")
         places = ", ".join([*shape.batch, "row", *self._ends()])
-        doc = f'"""The program\'s place in the grid and the tiles of {shape.m} it visits, `first <= tile < end`'
-        doc += '; those in\n    `full_first <= tile < full_end` hold nothing but points."""' if self._classes() else '."""'
+        doc = f'"""The program\'s place in the grid, and the tiles of {shape.m} it visits: `first <= tile < end`."""'
         return _function("place", self.sizes, [doc, *lines, f"return {places}"])
 
     def _classes(self) -> bool:
         return self.bounds.full_end is not None
 
     def _ends(self) -> list[str]:
-        return ["first", "end", *(["full_first", "full_end"] if self._classes() else [])]
+        """The names of the bounds that the loops use."""
+        full = ["full_first"] if self.bounds.lower else []
+        return ["first", "end", *([*full, *(["full_end"] if self.bounds.upper else [])] if self._classes() else [])]
 
     def _sharing(self) -> int:
         """How many neighbours along the innermost batch rank read the same keys."""
@@ -379,8 +381,8 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
     def _element(self, access: Access, printer: Printer) -> Value:
         """A read by address: before the loop where nothing in it moves, else with the tile's points."""
         for x in self.loads:
-            if x.access == access and x.name is not None and x.name in printer_names(printer):
-                return printer_names(printer)[x.name]
+            if x.access == access and x.name is not None and x.name in printer.names:
+                return printer.names[x.name]
         n = self.name(access.tensor)
         groups: dict[tuple[str, ...], list[str]] = {}
         for i, index in enumerate(access.index):
@@ -471,8 +473,10 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
             codes = [v.code, masked.value(s.expr).code]
         if s.monoid is not None and s is not self.score:
             if s.mask_operand:
-                filled = self._filled(masked, Value(codes[1], v.ranks, v.kind), s.keep, s.identity or sympy.Integer(0), lines)
-                lines += ["if MASKED:", f"    {name} = {filled}", "else:", f"    {name} = {full.floating(v).code}"]
+                identity = s.identity if s.identity is not None else sympy.Integer(0)
+                filled = self._filled(masked, Value(codes[1], v.ranks, v.kind), s.keep, identity, lines)
+                lines += [] if lines else ["if MASKED:"]
+                lines += [f"    {name} = {filled}", "else:", f"    {name} = {full.floating(v).code}"]
                 v, codes = Value(name, v.ranks), [name, name]
             v, code = self._reduced(s, Value(codes[0], v.ranks, v.kind))
             lines.append(f"{name} = {code}")
@@ -485,8 +489,10 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
         for printer in (masked, full):
             printer.names[s.name] = Value(name, v.ranks, kind)
         if s.fill is not None:
+            before = len(lines)
             filled = self._filled(masked, masked.names[s.name], s.row, s.fill, lines)
-            lines += ["if MASKED:", f"    {name} = {filled}"]
+            lines += [] if len(lines) > before else ["if MASKED:"]
+            lines.append(f"    {name} = {filled}")
         return lines
 
     def _filled(self, printer: Printer, v: Value, predicate: Boolean, fill: Expr, lines: list[str]) -> str:
@@ -663,13 +669,10 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
         b = self.bounds
         if not self._classes():
             return [("end - 1 - first", "True")]
-        loops = []
-        if b.upper:
-            loops.append(("end - 1 - full_end", "True"))
-        loops.append(("full_end - full_first" if b.upper else "tile - full_first", "False"))
-        if b.lower:
-            loops.append(("full_first - first", "True"))
-        return loops
+        full_first = "full_first" if b.lower else "first"
+        loops = [("tile - full_end", "True")] if b.upper else []
+        loops.append((f"{'full_end' if b.upper else 'tile'} - {full_first}", "False"))
+        return loops + ([("full_first - first", "True")] if b.lower else [])
 
     def _compute_arguments(self) -> list[str]:
         o = self.name(self.shape.result.tensor)
@@ -818,8 +821,10 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
         return code
 
 
-def printer_names(printer: Printer) -> dict[str, Value]:
-    return printer.names
+def _spread(s: Statement) -> Statement:
+    """Products of sums multiplied out: `A[h]*(m - p)` is a term of the columns and one of the rows, not of every
+    point."""
+    return replace(s, expr=sympy.expand_mul(s.expr, deep=False)) if s.monoid is None else s
 
 
 _REDUCTIONS = {

@@ -159,9 +159,26 @@ def _with_limit(loop: TileLoop, m: str) -> list[Statement]:
                 fill=None,
                 mask_operand=False,
             )
-            for s in body
+            for s in _named_weights(body, loop, m)
         ]
     )
+
+
+def _named_weights(body: Sequence[Statement], loop: TileLoop, m: str) -> list[Statement]:
+    """Where a product with an input has an expression for its other operand, that expression as a value of its own."""
+    named: list[Statement] = []
+    for s in body:
+        parts = sympy.Mul.make_args(s.expr)
+        moving = [x for x in parts if isinstance(x, Access) and x.tensor in loop.nest.inputs and m in free_vars(x)]
+        rest = sympy.Mul(*(x for x in parts if x not in moving))
+        if s.monoid == "sum" and s.reduced == (m,) and len(moving) == 1 and not isinstance(rest, Access):
+            own = [r for r in s.ranks if r in free_vars(moving[0]) and r not in free_vars(rest)]
+            ranks = (*(r for r in s.ranks if r not in own or r in loop.nest.grid), m)
+            name = f"{s.name}_weights"
+            named.append(Statement(name, ranks, rest, keep=s.keep, row=s.keep))
+            s = replace(s, expr=moving[0] * Access(name, *map(var, ranks)))
+        named.append(s)
+    return named
 
 
 def _reads_infinities(cascade: Cascade, loop: TileLoop) -> bool:
@@ -250,7 +267,7 @@ def _accumulation(
         raise Unsupported(f"{state.name} is no sum with a factor for each row")
     if any(a.tensor == state.name for t in body for a in t.reads if t is not users[0]):
         raise Unsupported(f"{state.name} is read within the loop")
-    if tuple(weights[0].index) != tuple(var(r) for r in score.ranks):
+    if any(i not in map(var, score.ranks) for i in weights[0].index):
         raise Unsupported(f"{s.name} reads {weights[0]} at another place than {score.name}'s")
     operand = _operand(cascade, values[0], m, f)
     return s, state, weights[0].tensor, operand, f, None if rescale == 1 else rescale

@@ -64,21 +64,20 @@ class Value:
 
     def atom(self) -> str:
         """The code where an operand is wanted."""
-        simple = self.code.replace("_", "").replace(".", "").isalnum() or _is_call(self.code)
-        return self.code if simple else f"({self.code})"
+        return self.code if _is_atomic(self.code) else f"({self.code})"
 
 
-def _is_call(code: str) -> bool:
-    """Whether the code is one call, `name(...)`."""
-    head, bracket, rest = code.partition("(")
-    if not bracket or not head.replace(".", "").replace("_", "").isalnum():
-        return False
-    depth = 1
-    for i, c in enumerate(rest):
-        depth += (c == "(") - (c == ")")
-        if depth == 0:
-            return i == len(rest) - 1
-    return False
+def _is_atomic(code: str) -> bool:
+    """Whether the code binds as tightly as a name: no operator outside of brackets."""
+    depth = 0
+    for c in code:
+        if c in "([":
+            depth += 1
+        elif c in ")]":
+            depth -= 1
+        elif depth == 0 and not (c.isalnum() or c in '._"'):
+            return False
+    return True
 
 
 @dataclass
@@ -179,7 +178,8 @@ class Printer:
 
     def _mul(self, expr: sympy.Mul) -> Value:
         """Factors of the same dimensions first, numbers with those of fewest dimensions."""
-        coefficient, rest = expr.as_coeff_Mul()
+        numbers, rest = expr.as_independent(Access, *expr.free_symbols, as_Add=False)
+        coefficient = numbers if numbers.is_Rational else sympy.Float(float(numbers))
         values = [self.value(f) for f in sympy.Mul.make_args(rest)]
         kind = "f" if any(v.kind == "f" for v in values) or not coefficient.is_Integer else "i"
         values = [self.floating(v) if kind == "f" else v for v in values]

@@ -269,7 +269,7 @@ def _fits(cascade: Cascade, nest: SerialNest, schedule: Schedule, device: Device
     scores = max((elements(e.output.ranks) for e in nest.body if nest.tile in e.output.ranks), default=0)
     wide = sum(1 for e in _contractions(nest) if nest.tile in e.output.ranks)
     threads = schedule.warps * (64 if device.kind == "hip" else 32)
-    return (scans + scores * max(1, wide) * 1.25) / threads <= (472 if device.kind == "hip" else 215)
+    return (scans + scores * max(1, wide) * 1.75) / threads <= (472 if device.kind == "hip" else 215)
 
 
 def with_order(schedule: Schedule, out_order: tuple[tuple[str, tuple[str, ...]], ...]) -> Schedule:

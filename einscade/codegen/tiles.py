@@ -112,25 +112,7 @@ class TileLoop:
         return self.prologue + self.body + self.epilogue
 
 
-# -- existence --------------------------------------------------------------------------------------------------------
-
-
-def existence(cascade: Cascade) -> tuple[Mapping[str, Boolean], Mapping[str, Boolean]]:
-    """For every Einsum, where the points that it iterates over exist, and where its result exists, both over its rank
-    variables. A scan's own previous value always exists; reads inside a `Where`'s branches count as read."""
-    points: dict[str, Boolean] = {}
-    results: dict[str, Boolean] = {t.name: sympy.true for t in cascade.inputs}
-    for e in cascade.body:
-        parts = [e.domain]
-        for a in accesses(e.expr):
-            if a.tensor == e.name or results[a.tensor] == sympy.true:
-                continue
-            ranks = cascade.tensors[a.tensor].ranks
-            parts.append(results[a.tensor].xreplace(dict(zip(map(var, ranks), a.index, strict=True))))
-        points[e.name] = And(*parts)
-        reduced = set(e.reduce.ranks) if e.reduce else set()
-        results[e.name] = And(*(c for c in conjuncts(points[e.name]) if not free_vars(c) & reduced))
-    return points, results
+# -- missing points ----------------------------------------------------------------------------------------------------
 
 
 def missing_value(expr: Expr, missing: Mapping[str, Expr]) -> Expr | None:

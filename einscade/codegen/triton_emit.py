@@ -15,14 +15,20 @@ from einscade.codegen.tiled_torch import TorchModule
 from einscade.codegen.triton_helpers import HELPERS
 from einscade.codegen.triton_kernel import Kernel, kernel
 
-__all__ = ["emit"]
+__all__ = ["emit", "emit_with_kernels"]
 
 
 def emit(program: LoopProgram, schedule: Schedule) -> Source:
     """The program's text for a GPU, or `Unsupported` with the construct that stopped it."""
+    return emit_with_kernels(program, schedule)[0]
+
+
+def emit_with_kernels(program: LoopProgram, schedule: Schedule) -> tuple[Source, tuple[Kernel, ...]]:
+    """The same, with what is known of each kernel in it, for compiling without launching."""
     if not program.serial_nests:
         raise Unsupported("the program has no loop: there is nothing to write a kernel for")
-    return Source("triton", _TritonModule(program, schedule).text())
+    module = _TritonModule(program, schedule)
+    return Source("triton", module.text()), tuple(module.kernels)
 
 
 DESCRIBED = '''

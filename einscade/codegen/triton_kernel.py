@@ -81,6 +81,7 @@ def _power(n: int) -> int:
 class _Writer:
     def __init__(self, cascade: Cascade, nest: SerialNest, schedule: Schedule, name: str) -> None:
         self.cascade, self.nest, self.schedule, self.name = cascade, nest, schedule, name
+        self.step_name = name.replace("_kernel", "_step")
         self.known = {var(s): sympy.Integer(n) for s, n in schedule.tiles}
         self.loop = base2(tile_loop(cascade, nest, clip=False))
         self.check()
@@ -90,6 +91,8 @@ class _Writer:
         self.loads: dict[tuple[bool, Access], Value] = {}
         self.load_names: dict[str, int] = {}
         self.described: dict[str, tuple[int, ...]] = {}
+        self.edge_names: dict[tuple[str, str], str] = {}
+        self.edge_lines: list[str] = []
         self.masks: dict[Boolean, Value] = {}
         tiled = [r for r in nest.grid if schedule.tile(r) is not None]
         if len(tiled) > 1:
@@ -188,50 +191,57 @@ class _Writer:
         dtype = TRITON_DTYPES[t.dtype]
         indices = [value(i, self.scope) for i in access.index]
         ranks = self.scope.sort(r for v in indices for r in v.ranks)
-        address, conditions, edges = memory.pointer, [], []
+        base, address, conditions = memory.pointer, "", []
         for i, v, stride, extent in zip(access.index, indices, memory.strides, memory.extents, strict=True):
             if v.code == "0":
                 continue
             wide = "" if v.code.isdigit() or self.is_width(i) else ".to(tl.int64)"
             code = aligned(v, ranks)
-            address += f" + {code.tight() if wide else code.tight(2)}{wide} * {stride}"
+            term = f" + {code.tight() if wide else code.tight(2)}{wide} * {stride}"
             if not v.ranks:
+                base += term
                 continue
-            if isinstance(i, sympy.Symbol):
-                block = self.scope.blocks[i.name]
-                if i.name in self.loop.coordinates:
-                    edges.append(align(Value(f"({v.code} < {extent})", v.ranks), ranks))
-                elif block.limit is not None:
-                    conditions.append(align(Value(f"({v.code} < {block.limit})", v.ranks), ranks))
+            address += term
+            if not isinstance(i, sympy.Symbol):
+                inside = Value(f"(({v.code}) >= 0) & (({v.code}) < {extent})", v.ranks, prec=4)
+            elif i.name in self.loop.coordinates:
+                inside = Value(self.edge(i.name, extent), v.ranks)
+            elif (limit := self.scope.blocks[i.name].limit) is not None:
+                inside = Value(f"{v.code} < {limit}", v.ranks, prec=4)
             else:
-                inside = f"(({v.code}) >= 0) & (({v.code}) < {extent})"
-                conditions.append(align(Value(f"({inside})", v.ranks), ranks))
-        described = moving and self.descriptor(access, ranks, name)
+                continue
+            conditions.append(aligned(inside, ranks).tight())
         depth = self.here.depth
-        if described:
-            self.here.depth += 1
-        other = ", other=0" if ranks else ""
-        masked = " & ".join(conditions + edges)
-        plain = " & ".join(conditions)
-        if edges and moving:
-            word = "elif" if described else "if"
-            self.here.depth = depth
-            self.here(f"{word} MASKED:")
-            self.here(f"    {name} = tl.load({address}, mask={masked}{other})")
+        if moving and self.descriptor(access, ranks, name):
             self.here("else:")
-            extra = f", mask={plain}{other}" if plain else ""
-            self.here(f"    {name} = tl.load({address}{extra})")
+            self.here.depth += 1
+        at = memory.pointer
+        if base != memory.pointer:
+            at = f"{name.replace('_tile', '_at')}"
+            self.here(f"{at} = {base}")
+        mask = f", mask={' & '.join(conditions)}, other=0" if conditions else ""
+        line = f"{name} = tl.load({at}{address}{mask})"
+        if len(line) + 4 * self.here.depth > 116 and mask:
+            self.here(f"{name} = tl.load(")
+            self.here(f"    {at}{address},")
+            self.here(f"    {mask[2:]},")
+            self.here(")")
         else:
-            if described:
-                self.here.depth = depth
-                self.here("else:")
-                self.here.depth = depth + 1
-            extra = f", mask={masked}{other}" if masked else ""
-            self.here(f"{name} = tl.load({address}{extra})")
+            self.here(line)
         self.here.depth = depth
         if kind == "b":
             return Value(f"({name} != 0)", ranks, "b")
         return Value(name, ranks, kind, dtype=dtype)
+
+    def edge(self, coordinate: str, extent: str) -> str:
+        """The variable that says which of the tile's indices are inside the tensor; all are, in a full tile."""
+        key = (coordinate, extent)
+        if key not in self.edge_names:
+            self.edge_names[key] = f"{coordinate}_there" + (str(len(self.edge_names)) if self.edge_names else "")
+            size = self.scope.blocks[coordinate].size
+            inside = f"({coordinate} < {extent}) if MASKED else tl.full([{size}], True, tl.int1)"
+            self.edge_lines.append(f"    {self.edge_names[key]} = {inside}")
+        return self.edge_names[key]
 
     def is_width(self, index: Expr) -> bool:
         return isinstance(index, sympy.Symbol) and index.name in self.widths
@@ -324,13 +334,13 @@ class _Writer:
         if not integers and left.dtype in (None, "float32"):
             hip = self.schedule.target.startswith("hip")
             precision = ', input_precision="' + ("ieee" if hip else "tf32" if self.has_half() else "tf32x3") + '"'
-        accumulate = f", {into}" if into and c.outer == 1 and not integers else ""
+        accumulate = f", {into}" if into and not integers else ""
         v = Value(f"tl.dot({a}, {b}{accumulate}{precision})", self.scope.sort(c.rows + c.columns))
         if integers:
             v = replace(v, code=f"{v.code}.to(tl.float32)")
         if c.rows + c.columns != v.ranks:
             v = replace(v, code=f"tl.trans({v.code})")
-        if c.outer != 1:
+        if sympy.simplify(c.outer - 1) != 0:
             factor = value(c.outer, self.scope)
             ranks = self.scope.sort(v.ranks + factor.ranks)
             v = Value(f"{v.code} * {aligned(factor, ranks).tight(2)}", ranks, prec=2)
@@ -409,11 +419,11 @@ class _Writer:
         inner = dict(self.loop.inner)
         ranks = tuple(x for r in t.ranks if (x := inner.get(r, r)) in self.scope.blocks)
         ordered = self.scope.sort(ranks)
-        address, conditions = memory.pointer, []
+        base, address, conditions = memory.pointer, "", []
         for r, stride in zip(t.ranks, memory.strides, strict=True):
             x = inner.get(r, r)
             if x not in self.scope.blocks:
-                address += f" + {r}.to(tl.int64) * {stride}"
+                base += f" + {r}.to(tl.int64) * {stride}"
                 continue
             index = Value(x, (x,)) if x not in inner.values() else Value(f"({x} - {self.loop.coordinate}_lo)", (x,))
             wide = "" if x in self.widths else ".to(tl.int64)"
@@ -422,8 +432,15 @@ class _Writer:
             if limit is not None:
                 conditions.append(align(Value(f"({x} < {limit})", (x,)), ordered))
         full = v.code if set(v.ranks) == set(ordered) else f"tl.broadcast_to({align(v, ordered)}, {self.shape(ordered)})"
+        at = memory.pointer
+        if base != memory.pointer:
+            at = f"{memory.pointer}_at"
+            self.here(f"{at} = {base}")
+        if full != s.name:
+            self.here(f"{memory.pointer}_tile = {full}")
+            full = f"{memory.pointer}_tile"
         mask = f", mask={' & '.join(conditions)}" if conditions else ""
-        self.here(f"tl.store({address}, ({full}).to({memory.pointer}.dtype.element_ty){mask})")
+        self.here(f"tl.store({at}{address}, {full}.to({memory.pointer}.dtype.element_ty){mask})")
 
     def shape(self, ranks: Iterable[str]) -> str:
         return "[" + ", ".join(self.scope.blocks[r].size for r in ranks) + "]"
@@ -514,7 +531,7 @@ class _Writer:
         if x is None:
             serial = self.nest.serial
             here(f"for {serial} in range({self.host(self.cascade.extent(serial))}):")
-            here(f"    {states} = {call.format(masked='True')}")
+            self.write_call(2, states, call.format(masked=True))
             return
         edges = self.edges()
         lo = f"{x}_lo"
@@ -540,12 +557,11 @@ class _Writer:
 
         def loop(a: str, b: str, masked: bool) -> None:
             here(f"for {lo} in range({a}, {b}, {size}):")
-            body = f"{states} = {call.format(masked=masked)}"
             if guard is None or not masked:
-                here(f"    {body}")
+                self.write_call(2, states, call.format(masked=masked))
             else:
                 here(f"    if {guard}:")
-                here(f"        {body}")
+                self.write_call(3, states, call.format(masked=masked))
 
         if inside is None:
             loop(first, last, True)
@@ -566,6 +582,15 @@ class _Writer:
         loop(full_first, f"{x}_full_stop", False)
         here("# tiles across the edge of the domain")
         loop(f"{x}_full_stop", last, True)
+
+    def write_call(self, depth: int, states: str, call: str) -> None:
+        name, arguments = call[:-1].split("(", 1)
+        self.main.depth = depth
+        self.main(f"{states} = {name}(")
+        for line in textwrap.wrap(arguments, 108, break_long_words=False):
+            self.main(f"    {line}")
+        self.main(")")
+        self.main.depth = 1
 
     def heavy_last(self) -> bool:
         """Whether later tiles of the grid have more to do, as the later rows under a causal domain have."""
@@ -626,7 +651,9 @@ class _Writer:
             for c in self.loop.coordinates:
                 self.step(f"{c} = {x}_lo + tl.arange(0, {self.step_size})")
         saved = dict(self.scope.locals)
+        head = len(self.step.lines)
         self.statements(self.loop.body)
+        self.step.lines[head:head] = self.edge_lines
         self.step("return " + ", ".join(v.new for v in self.loop.states))
         self.here, self.in_step = self.main, False
         self.scope.locals = {**saved}
@@ -647,7 +674,7 @@ class _Writer:
         moving = [f"{x}_lo"] if x is not None else [self.nest.serial]
         states = [v.name for v in self.loop.states]
         parameters = [n for n in dict.fromkeys(names) if n in states or (n in used and n not in made)] + moving
-        return f"{self.name}_step({', '.join(parameters)}, MASKED={{masked}})", parameters
+        return f"{self.step_name}({', '.join(parameters)}, MASKED={{masked}})", parameters
 
     def main_names(self) -> list[str]:
         return re.findall(r"^    ([A-Za-z_]\w*) = ", self.main.text, re.M)
@@ -663,7 +690,7 @@ class _Writer:
         signature = [*tensors, *(s for s, _, _ in strides), *sizes, *flags]
         constants = [f"{p}: tl.constexpr" if p.endswith("_TMA") else p for p in parameters]
         where = self.loop.coordinate or self.nest.serial
-        text = _function(f"{self.name}_step", [*constants, "MASKED: tl.constexpr"],
+        text = _function(f"{self.step_name}", [*constants, "MASKED: tl.constexpr"],
                          f"One tile along {where} of {self.name}: the values of {states} after it.", step)  # fmt: skip
         tile = f"one tile of {self.tiled}" if self.tiled is not None else "one point"
         at = f" at one {', '.join(self.points)}" if self.points and self.tiled is not None else ""
@@ -683,7 +710,8 @@ def _wrapped(code: str) -> str:
 
 
 def _function(name: str, parameters: list[str], title: str, body: str) -> str:
-    lines = textwrap.wrap(", ".join(parameters), 112, break_long_words=False)
+    spaceless = [p.replace(" ", "~") for p in parameters]  # an annotation stays with its name
+    lines = [x.replace("~", " ") for x in textwrap.wrap(", ".join(spaceless), 112, break_long_words=False)]
     signature = "\n    ".join(lines)
     doc = "\n    ".join(textwrap.wrap(title, 110))
     return f'\n\n@triton.jit\ndef {name}(\n    {signature}\n):\n    """{doc}"""\n{body}\n'
