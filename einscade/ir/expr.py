@@ -271,6 +271,7 @@ def _walk(expr: Any) -> Iterator[Access]:
             yield from _walk(arg)
 
 
+@lru_cache(maxsize=65536)
 def free_vars(expr: Any) -> frozenset[str]:
     """Names of all rank variables and extent symbols in the expression, those inside indices included."""
     return frozenset(s.name for s in expr.free_symbols)

@@ -144,7 +144,7 @@ def _show(node: Any, compact: bool) -> tuple[str, int]:
     if node.is_number and (number := _number(node)):
         return number
     if node.func(*node.args) != node:
-        name = _EXACT_NAMES[node.func]
+        name = _EXACT_NAMES.get(node.func, node.func.__name__)
         return f"{name}!({', '.join(_show(a, compact)[0] for a in node.args)})", _ATOM
     if isinstance(node, (Or, And)):
         sign, binds = (" | ", _OR) if isinstance(node, Or) else (" & ", _AND)
@@ -372,8 +372,10 @@ class _Parser:
         outputs = self.several(self.output)
         ends = self.at
         self.end_of_line()
-        ranks = self.several(self.rank) if self.take("where") else ()
-        self.end_of_line()
+        ranks: tuple[Rank, ...] = ()
+        if self.take("where"):
+            ranks = self.several(self.rank)
+            self.end_of_line()
         declared = {t.name: t for t, typed in outputs if typed}
         body = []
         while self.kind != "end":

@@ -191,7 +191,7 @@ class _Verifier:
             if keys != sorted(set(keys)):
                 raise _Broken(f"layout of {t.name}: parameters must be sorted by name, each once")
             for key, value in layout.params:
-                if not key.isidentifier() or type(value) not in (int, str):
+                if not key.isidentifier() or key in WORDS or type(value) not in (int, str):
                     raise _Broken(f"layout of {t.name}: {key}={value!r} is not a name with an int or str")
                 if key in TENSOR_PARAMS and value not in self.defined:
                     raise _Broken(f"layout of {t.name}: {key}={value!r} is not a tensor of the cascade")

@@ -197,6 +197,17 @@ def test_outputs_may_be_bare_and_lend_their_type() -> None:
         parse_cascade("cascade c(X[p]) -> Y[p]: f16\n where p < P\n Y[p]: bf16 = X[p]")
 
 
+@pytest.mark.parametrize("body", ["", "\n  Y[]       = exp(s[])\n  Z[]: bool = Y[] < 2"])
+def test_a_cascade_without_ranks(body: str) -> None:
+    text = f"cascade scalar(s[]) -> s[]{body}"
+    assert print_cascade(parse_cascade(text)) == text
+
+
+def test_names_of_monoids_may_name_tensors_and_symbols() -> None:
+    text = "cascade c(sum[p], max[p]) -> any[p]\n  where p < prod\n  any[p] = max[p] + sum[p]*prod"
+    assert parse_cascade(print_cascade(parse_cascade(text))) == parse_cascade(text)
+
+
 def test_comments_blank_lines_and_broken_lines() -> None:
     text = """
     # a doubling
