@@ -522,7 +522,8 @@ def contract(r: Raiser, node: Node, a: Node, b: Node, index: Index, left: Callab
 
     def value(i: Index) -> Expr:
         own, k = i[:-1], i[-1]
-        return r.operand(a, left(own, k)) * r.operand(b, right(own, k))
+        width = k if node in r.scores else None
+        return r.operand(a, left(own, k), width) * r.operand(b, right(own, k), width)
 
     return r.reduce((node, "contract"), node, "sum", [length], value, index, shape(node))
 

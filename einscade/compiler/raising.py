@@ -41,21 +41,35 @@ def leaf_name(node: Node) -> str:
     return f"@{node.name}"
 
 
+@dataclass(frozen=True)
+class _Step:
+    """A tensor on an operand's way back to what it was made of: the index there and the factor so far. `copied` says
+    that the step before it stores the elements anew."""
+
+    node: Node
+    index: Index
+    factor: Expr
+    copied: bool
+
+
 @dataclass
 class Raiser:
     """One raising. `core` are the region's own nodes, `products` those of them whose operands are cut like a
-    contraction's, `constants` the values known of graph inputs, `splits` which variables to make in parts."""
+    contraction's, `constants` the values known of graph inputs, `splits` which variables to make in parts, `scores` the
+    contractions that make the intermediate."""
 
     core: Collection[Node]
     products: Collection[Node]
     constants: Mapping[str, TorchTensor]
     splits: Mapping[Key, Expr]
+    scores: Collection[Node] = ()
     extents: dict[str, Expr] = field(default_factory=dict)
     keys: dict[str, Key] = field(default_factory=dict)
     body: list[Einsum] = field(default_factory=list)
     leaves: dict[str, Node] = field(default_factory=dict)
     wanted: dict[Key, Expr] = field(default_factory=dict)
     defined: dict[Key, tuple[str, tuple[tuple[str, ...], ...]]] = field(default_factory=dict)
+    width: Expr | None = None
     first: dict[Node, Index] = field(default_factory=dict)
     _memo: dict[tuple[Node, Index, str], Expr] = field(default_factory=dict)
     _cut: dict[Node, bool] = field(default_factory=dict)
@@ -109,8 +123,10 @@ class Raiser:
         """A node of the region, or something on its side (a mask, a bias), at an index."""
         return self._remembered(node, index, "core" if node in self.core else "side")
 
-    def operand(self, node: Node, index: Index) -> Expr:
-        """An operand of a contraction: followed through what only moves or scales elements, never further."""
+    def operand(self, node: Node, index: Index, width: Expr | None = None) -> Expr:
+        """An operand of a contraction: followed through what only moves or scales elements, never further. Of views that
+        are equally good, the one whose last dimension is `width` is read."""
+        self.width = width
         return self._remembered(node, index, "core" if node in self.core else "operand")
 
     def share(self, node: Node, index: Index) -> Expr:
@@ -147,17 +163,56 @@ class Raiser:
         return self.define((node, "shared"), node, index, sizes, lambda i: (evaluate(self, node, i), None))
 
     def _operand(self, node: Node, index: Index) -> Expr:
-        scaled = _scaled(node)
-        if scaled is not None:
+        """The operand read where it needs no copy: past clones, casts, scaling and repeated heads, but not past the view
+        that gives it one dimension per rank."""
+        steps = [_Step(node, index, sympy.Integer(1), copied=False)]
+        while (step := self._step(steps[-1])) is not None:
+            steps.append(step)
+        chosen = self._chosen(steps)
+        return self.leaf(chosen.node, chosen.index) * chosen.factor
+
+    def _step(self, at: _Step) -> _Step | None:
+        if at.node in self.core:
+            return None
+        if (scaled := _scaled(at.node)) is not None:
             tensor, apply = scaled
-            return apply(self.operand(tensor, index), self)
+            return _Step(tensor, at.index, apply(at.factor, self), copied=True)
         try:
-            moved = view(node, index, self.extents)
+            moved = view(at.node, at.index, self.extents)
         except Unraisable:
-            moved = None
+            return None
         if moved is None:
-            return self.leaf(node, index)
-        return self.operand(*moved)
+            return None
+        copied = op_name(at.node) in _COPYING and shape(moved[0]) != shape(at.node)
+        return _Step(*moved, at.factor, copied)
+
+    def _chosen(self, steps: list[_Step]) -> _Step:
+        """Of the steps after the last copy, the first whose index is one variable (or part of one) per dimension; better
+        without dimensions that are not read along, and with the contracted one last."""
+        ends = [k for k, step in enumerate(steps) if k == 0 or step.copied]
+        for start, end in reversed(list(zip(ends, [*ends[1:], len(steps)], strict=True))):
+            group = steps[start:end]
+            plain = [s for s in group if self._is_plain(s)]
+            if plain:
+                return min(plain, key=lambda s: (sum(i.is_Integer for i in s.index), s.index[-1:] != (self.width,)))
+            before = len(self.wanted)
+            for step in group:
+                self._wants(step.index)
+                if len(self.wanted) > before:
+                    return step
+        return steps[ends[-1]]
+
+    def _is_plain(self, step: _Step) -> bool:
+        seen: list[str] = []
+        for index, size in zip(step.index, shape(step.node), strict=True):
+            at = self._plain(index, size)
+            if isinstance(at, FloorDiv | Mod):
+                at = at.args[0]
+            if at.is_Symbol:
+                seen.append(at.name)
+            elif not at.is_Integer:
+                return False
+        return len(seen) == len(set(seen))
 
     def _side(self, node: Node, index: Index) -> Expr:
         if self._cut.get(node):
@@ -310,6 +365,7 @@ class Raiser:
         return self.define(key, node, index, result, build, dtype)
 
 
+_COPYING = {"aten::expand", "aten::repeat", "aten::repeat_interleave", "aten::flip", "aten::roll"}
 _ARITHMETIC: Mapping[str, Callable[..., Expr]] = {
     "add": operator.add,
     "sub": operator.sub,

@@ -47,7 +47,7 @@ def raise_region(core: Collection[Node], products: Collection[Node], scores: Seq
     """`scores` make the intermediate, `values` consumes it, `roots` are the nodes to produce, the main one first."""
     splits: dict[Key, Expr] = {}
     for _ in range(_ROUNDS):
-        r = Raiser(core, products, constants, splits)
+        r = Raiser(core, products, constants, splits, scores)
         statements = [_root(r, k, node) for k, node in enumerate(roots)]
         if not r.wanted:
             break
@@ -56,6 +56,8 @@ def raise_region(core: Collection[Node], products: Collection[Node], scores: Seq
         raise Unraisable("its dimensions do not factor")
     if len(set(statements)) != len(statements):
         raise Unraisable("two of its results are one value")
+    read = {a.tensor for e in r.body for a in e.reads}
+    r.leaves = {name: node for name, node in r.leaves.items() if name in read}  # some were only considered
     order = {name: _memory(r, k, node, name) for k, (name, node) in enumerate(zip(statements, roots, strict=True))}
     found = named(r, name, statements, scores, values)
     cascade = found.cascade
