@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import pickle
+from dataclasses import replace
 
 import pytest
 import sympy
 import torch
+from hypothesis import given, settings
 
-from einscade.ir import Cascade, var
-from einscade.ir.analysis import analyse, footprint, kept_fraction, operations, passes, roofline, serial_rank, traffic
+from einscade.ir import Access, Cascade, var
+from einscade.ir.analysis import (
+    BITS,
+    analyse,
+    footprint,
+    kept_fraction,
+    operations,
+    passes,
+    roofline,
+    serial_rank,
+    traffic,
+)
 from einscade.ir.device import A100, CPU, DEVICES, H200, Device
+from einscade.ir.interpret import interpret
 from einscade.ir.text import parse_cascade
+from tests.strategies import Case, attention, cascades
 
 ATTENTION = """cascade attention(Q[p,e]: bf16, K[m,e]: bf16, V[m,f]: bf16) -> O[p,f]: bf16
   where p < P, m < M, e < 64, f < 64"""
@@ -264,3 +279,34 @@ def test_an_empty_body_costs_its_copies() -> None:
     cascade = Cascade("same", (), (), (), ())
     assert passes(cascade) == {}
     assert footprint(cascade) == 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=cascades())
+def test_every_cascade_has_figures(case: Case) -> None:
+    figures = analyse(case.cascade)
+    iterated = {r for e in case.cascade.body for r in e.ranks}
+    assert all((figures.passes[r] > 0) == (r in iterated) for r in figures.passes)
+    # A reduction of a rank is a pass over it; more passes than statements cannot be forced.
+    assert max(figures.passes.values()) <= len(case.cascade.body)
+    for device in DEVICES:
+        assert 0 < roofline(case.cascade, device, case.sizes) < 1
+    values = {var(s): size for s, size in case.sizes.items()}
+    inputs = sum(x.numel() * x.element_size() for x in case.inputs().values())
+    outputs = sum(
+        math.prod(case.cascade.shape(o)) * BITS[case.cascade.tensors[o].dtype] // 8 for o in case.cascade.outputs
+    )
+    assert figures.traffic.subs(values) <= inputs + sympy.sympify(outputs).subs(values)
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=attention())
+def test_the_kept_fraction_is_exact_on_small_grids(case: Case) -> None:
+    """Counted by the interpreter, for domains that read no tensor."""
+    first = case.cascade.body[0]
+    if first.domain.has(Access):
+        return
+    ones = first.replace(output=replace(first.output, dtype="f32"), expr=sympy.Integer(1), reduce=None)
+    counted = case.cascade.replace(body=(ones,), outputs=(ones.name,))
+    kept = interpret(counted, case.inputs(), {s: case.sizes[s] for s in counted.symbols})[ones.name]
+    assert kept_fraction(case.cascade, first.name, case.sizes) == pytest.approx(float(kept.mean()))
