@@ -19,9 +19,12 @@ from functools import cached_property
 
 import networkx as nx
 import sympy
+from sympy.logic.boolalg import And, Boolean
 
+from einscade.codegen.domains import conjuncts
+from einscade.codegen.existence import existence
 from einscade.ir.cascade import Cascade, Einsum, Tensor
-from einscade.ir.expr import Access, var
+from einscade.ir.expr import Access, accesses, free_vars, var
 
 __all__ = ["FlatNest", "LoopProgram", "Nest", "SerialNest", "is_long", "plan"]
 
@@ -77,7 +80,7 @@ class LoopProgram:
 
 def plan(cascade: Cascade) -> LoopProgram:
     """Arrange a cascade into nests. Never fails on a verified cascade."""
-    cascade = _materialise_last(cascade)
+    cascade = _materialise_last(_materialise_existence(cascade))
     loops = _loops(cascade)
     owner: dict[str, list[int]] = {}
     nests: list[SerialNest] = []
@@ -363,6 +366,47 @@ def _materialise_last(cascade: Cascade) -> Cascade:
                     continue
                 cascade = _copy_last(cascade, scan, position, {e.name for e in outside})
     return cascade
+
+
+def _materialise_existence(cascade: Cascade) -> Cascade:
+    """Whether a loop's result exists may depend on the loop's values (a row without keys: `if Z != 0`). Where such a
+    result is read outside the loop, its existence goes there as a boolean tensor beside it."""
+    loops = _loops(cascade)
+    for serial, names in loops:
+        nest = _serial_nest(cascade, serial, names, _elsewhere(loops, names))
+        members = {e.name for e in nest.einsums}
+        for e in nest.epilogue:
+            inside = [c for c in conjuncts(e.domain) if any(a.tensor in members for a in accesses(c))]
+            downstream = _downstream(cascade, e.name)
+            if inside and downstream - members:
+                cascade = _flagged(cascade, e.name, And(*inside), downstream - members)
+    return cascade
+
+
+def _downstream(cascade: Cascade, name: str) -> set[str]:
+    found = {name}
+    for e in cascade.body:
+        if any(a.tensor in found for a in e.reads):
+            found.add(e.name)
+    return found - {name}
+
+
+def _flagged(cascade: Cascade, name: str, condition: Boolean, outside: set[str]) -> Cascade:
+    """The condition of a statement's domain as a tensor, which the statement and those outside read in its stead."""
+    made = cascade.definitions[name]
+    ranks = tuple(r for r in made.output.ranks if r in free_vars(condition))
+    flag = Einsum(Tensor(cascade.fresh(f"{name}_exists"), ranks, "bool"), condition)
+    rest = [c for c in conjuncts(made.domain) if c not in conjuncts(condition)]
+    made = replace(made, domain=And(*rest, flag.output()))
+    body = tuple(x for e in cascade.body for x in ((flag, made) if e.name == name else (e,)))
+    cascade = cascade.replace(body=body)
+    points, _ = existence(cascade)
+
+    def reads_flag(e: Einsum) -> Einsum:
+        implied = [c for c in conjuncts(points[e.name]) if any(a.tensor == flag.name for a in accesses(c))]
+        return replace(e, domain=And(e.domain, *implied)) if e.name in outside else e
+
+    return cascade.replace(body=tuple(map(reads_flag, cascade.body)))
 
 
 def _copy_last(cascade: Cascade, scan: Einsum, position: int, users: set[str]) -> Cascade:
