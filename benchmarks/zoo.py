@@ -333,8 +333,9 @@ def run(name: str, attention: str, inner: str) -> Row:
 
 
 def _inside(path: str, modules: list[str]) -> bool:
-    """Whether a site's module is one of `modules` or in one."""
-    return any(path == m or path.startswith(m + ".") for m in modules)
+    """Whether a site's module is one of `modules` or in one. After a graph break in a submodule's forward, Dynamo names
+    modules from that submodule on."""
+    return any(f".{m}.".endswith(f".{path}.") or path.startswith(m + ".") for m in modules) and path != ""
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:
