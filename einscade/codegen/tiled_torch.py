@@ -10,6 +10,7 @@ autograd can differentiate it.
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -347,9 +348,13 @@ class _Writer:
         return Value(f"{code.tight()}.expand({sizes})", ranks, v.kind)
 
     def gone(self, statements: Sequence[Statement], index: int, keeps: Iterable[str]) -> set[str]:
-        """Names that no statement after this one reads."""
+        """Names that this statement reads, once, and none after it does."""
         later = {a.tensor for s in statements[index + 1 :] for a in s.reads} | set(keeps)
-        return {a.tensor for a in statements[index].reads} - later
+        s = statements[index]
+        count = Counter(
+            x.tensor for e in (s.expr, s.keep, s.row) for x in sympy.preorder_traversal(e) if isinstance(x, Access)
+        )
+        return {name for name, n in count.items() if n == 1} - later
 
     def define(self, name: str, v: Value, declared: tuple[str, ...], code: str | None = None) -> None:
         """Bind a value of the loop, of a statement with these ranks, to a variable."""

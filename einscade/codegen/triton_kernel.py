@@ -25,7 +25,7 @@ from einscade.codegen.source import Unsupported
 from einscade.codegen.tiles import State, Statement, tile_loop
 from einscade.codegen.triton_values import Block, Local, Memory, TritonScope, Value, align, aligned, scalar, value
 from einscade.ir.cascade import Cascade
-from einscade.ir.expr import Access, Expr, accesses, free_vars, var
+from einscade.ir.expr import Access, Expr, free_vars, var
 from einscade.ir.text import print_einsum
 
 __all__ = ["Kernel", "kernel"]
@@ -296,10 +296,8 @@ class _Writer:
     def evaluate(self, s: Statement, into: str | None = None) -> Value:
         if s.monoid is None:
             return value(s.expr, self.scope)
-        if s.monoid == "sum" and not s.mask_operand:
-            c = contraction(s, self.scope.order, frozenset(self.scope.blocks))
-            if c is not None and len(c.reduced) == 1 and len(c.rows) == 1 and len(c.columns) == 1 and not c.batch:
-                return self.dot(c, into)
+        if (c := self.as_dot(s)) is not None:
+            return self.dot(c, s, into)
         operand = value(s.expr, self.scope)
         if operand.kind == "b":
             operand = Value(f"({operand.code}).to(tl.int32)", operand.ranks, "i")
@@ -323,9 +321,22 @@ class _Writer:
             ranks = tuple(x for x in ranks if x != r)
         return Value(code, ranks, operand.kind)
 
-    def dot(self, c: Contraction, into: str | None = None) -> Value:
+    def as_dot(self, s: Statement) -> Contraction | None:
+        """The statement as one product of two matrices, if it is one."""
+        c = contraction(s, self.scope.order, frozenset(self.scope.blocks)) if s.monoid == "sum" else None
+        if c is None or c.batch or not len(c.reduced) == len(c.rows) == len(c.columns) == 1:
+            return None
+        return c
+
+    def dot(self, c: Contraction, s: Statement, into: str | None = None) -> Value:
         """Operands in one dtype of the matrix unit; what was computed is rounded to that of what it meets."""
         left, right = (self.operand(e) for e in (c.left_expr, c.right_expr))
+        if s.mask_operand:
+            ranks = {x.name for x in s.keep.free_symbols}
+            if ranks & {*c.rows}:
+                left = self.masked_terms(left, s)
+            else:
+                right = self.masked_terms(right, s)
         left, right = self.together(left, right)
         a = self.turned(left, (*c.rows, *c.reduced))
         b = self.turned(right, (*c.reduced, *c.columns))
@@ -345,6 +356,19 @@ class _Writer:
             ranks = self.scope.sort(v.ranks + factor.ranks)
             v = Value(f"{v.code} * {aligned(factor, ranks).tight(2)}", ranks, prec=2)
         return v
+
+    def masked_terms(self, v: Value, s: Statement) -> Value:
+        """An operand as a variable that is 0 where a point is missing."""
+        name = f"{s.name}_terms"
+        self.here(f"{name} = {v.code}")
+        self.here("if MASKED:" if self.in_step else "if True:")
+        self.here.depth += 1
+        masked = self.masked(Value(name, v.ranks, v.kind), s.keep, sympy.Integer(0))
+        if masked.ranks != v.ranks:
+            raise Unsupported(f"a mask over {masked.ranks} on the operand of {s.name}, which is over {v.ranks}")
+        self.here(f"{name} = {masked.code}")
+        self.here.depth -= 1
+        return Value(name, v.ranks, v.kind, dtype=v.dtype)
 
     def operand(self, expr: Expr) -> Value:
         """A bare read keeps its storage dtype."""
@@ -431,7 +455,9 @@ class _Writer:
             limit = self.scope.blocks[x].limit
             if limit is not None:
                 conditions.append(align(Value(f"({x} < {limit})", (x,)), ordered))
-        full = v.code if set(v.ranks) == set(ordered) else f"tl.broadcast_to({align(v, ordered)}, {self.shape(ordered)})"
+        full = (
+            v.code if set(v.ranks) == set(ordered) else f"tl.broadcast_to({align(v, ordered)}, {self.shape(ordered)})"
+        )
         at = memory.pointer
         if base != memory.pointer:
             at = f"{memory.pointer}_at"
@@ -478,10 +504,10 @@ class _Writer:
                     continue
                 made = next((s for s in statements if s.name == t.tensor), None)
                 users = [s for s in statements for a in s.reads if made is not None and a.tensor == made.name]
-                if made is None or made.monoid != "sum" or made.mask_operand or made.fill is not None or len(users) != 1:
+                if made is None or made.fill is not None or len(users) != 1:
                     continue
-                c = contraction(made, self.scope.order, frozenset(self.scope.blocks))
-                if c and c.outer == 1 and len(c.rows) == len(c.columns) == len(c.reduced) == 1 and not c.batch:
+                c = self.as_dot(made)
+                if c is not None and c.outer == 1:
                     found[update.name] = made.name
         return found
 
@@ -696,7 +722,9 @@ class _Writer:
         at = f" at one {', '.join(self.points)}" if self.points and self.tiled is not None else ""
         title = f"{', '.join(self.nest.outputs)}: a program is {tile}{at}, and loops along {where}."
         text += _function(self.name, signature, title, self.main.text)
-        programs = [f"triton.cdiv({self.grid_extent(self.tiled)}, {self.schedule.tile(self.tiled)})"] if self.tiled else []
+        programs = (
+            [f"triton.cdiv({self.grid_extent(self.tiled)}, {self.schedule.tile(self.tiled)})"] if self.tiled else []
+        )
         programs += [_wrapped(self.grid_extent(r)) for r in self.points]
         return Kernel(self.name, text, " * ".join(programs) or "1", tensors, strides, sizes, self.described,
                       frozenset(self.scope.helpers))  # fmt: skip
