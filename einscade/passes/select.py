@@ -3,9 +3,9 @@
 Comes in: a cascade with scores S[.., p, m] = sum(e) q[p] * k[m] and what is computed from them. Goes out: an estimator,
 the same scores between the means of blocks of queries and of keys (by bilinearity the mean score of the block pair),
 its top k key blocks for every query block as an index tensor, and the main cascade restricted to them: the selected
-keys are a rank of their own, s, and a gather where a key is read, m = I[.., pb, s // B] * B + s % B. To everything after
-(online, splits, schedules) that is a key rank like any other. Blocks in which the domain has no point are not scored;
-within a selected block the domain holds as before. Approximate: it drops the blocks that are not selected.
+keys are a rank of their own, s, and a gather where a key is read, m = I[.., pb, s // B] * B + s % B. To everything
+after (online, splits, schedules) that is a key rank like any other. Blocks in which the domain has no point are not
+scored; within a selected block the domain holds as before. Approximate: it drops the blocks that are not selected.
 (MInference, arXiv 2407.02490; XAttention, arXiv 2503.16428; SeerAttention, arXiv 2410.13276.)
 """
 
@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import sympy
-from sympy.core.relational import Equality, Ge, Gt, Le, Lt
-from sympy.logic.boolalg import And, Boolean, Or
+from sympy.logic.boolalg import And, Boolean
 
 from einscade.ir import (
     Access,
@@ -30,12 +29,11 @@ from einscade.ir import (
     Reduction,
     Tensor,
     Where,
-    accesses,
     ceil_div,
     free_vars,
     var,
 )
-from einscade.ir.intervals import bounds
+from einscade.passes.restrict import tile_classes
 from einscade.passes.rewrite import NotApplicable
 from einscade.passes.statements import Names, factors, redirect, wide
 from einscade.passes.terms import closure
@@ -172,35 +170,22 @@ class _Split:
         ranks = tuple({options.query: block.name, options.key: key_block.name}.get(r, r) for r in scores.output.ranks)
         estimate = Tensor(names("E"), ranks, wide(scores.output.dtype))
         index = Tensor(names("I"), (*(r for r in ranks if r != key_block.name), slot.name), "i32")
-        best = Where(self._reached(options.always), sympy.oo, estimate())
+        best = Where(self._reached(options.always, cascade), sympy.oo, estimate())
         made += (
-            Einsum(estimate, scores.expr.xreplace(pooled), scores.reduce, self._reached(scores.domain)),
+            Einsum(estimate, scores.expr.xreplace(pooled), scores.reduce, self._reached(scores.domain, cascade)),
             Einsum(index, best, Reduction("topk", (key_block.name,), slot.name)),
         )
         return tuple(made), index()
 
-    def _reached(self, predicate: Boolean) -> Boolean:
+    def _reached(self, predicate: Boolean, cascade: Cascade) -> Boolean:
         """False only where a block pair has no point of the predicate."""
-        points = predicate.xreplace({var(self.options.query): self.query, var(self.options.key): self.key})
-        inside = {r.name: (sympy.S.Zero, r.extent - 1) for r in (self.ranks[1], self.ranks[3])}
-
-        def reached(node: Boolean) -> Boolean:
-            if isinstance(node, (And, Or)):
-                return node.func(*map(reached, node.args))
-            if node == sympy.false:
-                return node
-            if not isinstance(node, (Le, Lt, Ge, Gt, Equality)) or accesses(node):
-                return sympy.true
-            least, most = bounds(node.lhs - node.rhs, inside)
-            below = sympy.true if least is None else least <= 0
-            above = sympy.true if most is None else most >= 0
-            if isinstance(node, Equality):
-                return And(below, above)
-            if isinstance(node, (Le, Lt)):
-                return sympy.true if least is None else node.func(least, 0)
-            return sympy.true if most is None else node.func(most, 0)
-
-        return reached(points)
+        (_, row, key_block, column, *_), options = self.ranks, self.options
+        first = {options.query: self.block * row.extent, options.key: var(key_block.name) * column.extent}
+        size = {options.query: row.extent, options.key: column.extent}
+        extents = {r.name: r.extent for r in cascade.ranks}
+        low = {var(f"{r}_lo"): first.get(r, var(r)) for r in extents}
+        high = {var(f"{r}_hi"): first.get(r, var(r)) + size.get(r, 1) - 1 for r in extents}
+        return tile_classes(predicate, options.key, extents).maybe.xreplace(low | high)
 
     # -- the main cascade --
 
@@ -273,7 +258,9 @@ def _pooled(
         raise NotApplicable(f"{factor} is not read at {rank} itself, so a block of it has no mean")
     (axis,) = axes
     own, extent = tensor.ranks[axis], cascade.extent(tensor.ranks[axis])
-    mean = Tensor(names(f"{tensor.name}mean"), tuple(blocks.name if r == own else r for r in tensor.ranks), wide(tensor.dtype))
+    mean = Tensor(
+        names(f"{tensor.name}mean"), tuple(blocks.name if r == own else r for r in tensor.ranks), wide(tensor.dtype)
+    )
     count = sympy.Min(inside.extent, extent - var(blocks.name) * inside.extent)
     member = tensor(*(position if r == own else var(r) for r in tensor.ranks))
     made = Einsum(mean, member / count, Reduction("sum", (inside.name,)), position < extent)
