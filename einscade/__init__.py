@@ -4,13 +4,15 @@
     print(einscade.explain(model, *args))          # what would be done, and why
     print(einscade.report(fast))                   # what was done
 
-`torch.compile(model, backend="einscade")` is the same as a backend. Importing this module loads nothing but itself;
-the compiler is loaded when one of these names is used.
+`torch.compile(model, backend="einscade")` is the same as a backend. Importing this module registers the operators that
+rewritten graphs contain; the compiler is loaded when one of these names is used.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+
+import einscade.compiler.operators as _operators  # noqa: F401  (registers the operators)
 
 if TYPE_CHECKING:
     from einscade.compiler.driver import VerificationError, explain, optimize, report

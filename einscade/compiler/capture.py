@@ -2,8 +2,9 @@
 
 Comes in: a GraphModule as Dynamo or `torch.fx.symbolic_trace` makes it (torch functions, methods, leaf modules, higher
 order operators) and its example inputs. Goes out: a GraphModule of ATen operations without mutation (writes to inputs
-stay as `copy_` at the end), whose nodes have `val` (fake tensors), `stack_trace` and `nn_module_stack`. The placeholders
-keep their names and order, parameters and buffers are read by `get_attr` under the names they had.
+stay as `copy_` at the end), whose nodes have `val` (fake tensors), `stack_trace` and `nn_module_stack`, inputs also
+`requires_grad` (their `val` is detached). The placeholders keep their names and order, parameters and buffers are read
+by `get_attr` under the names they had.
 
 A few torch functions stay whole instead of being decomposed (`WHOLE`), because their decomposition says less than they
 do; higher order operators (checkpointing, cond, ...) stay opaque, and the graphs that they call are captured in turn.
@@ -87,9 +88,10 @@ def fake_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any] | None, dynami
     """
     placeholders = gm.graph.find_nodes(op="placeholder")
     known = [n.meta.get("example_value", n.meta.get("val", _MISSING)) for n in placeholders]
-    if all(v is not _MISSING for v in known) and len({v.fake_mode for v in known if isinstance(v, FakeTensor)}) <= 1:
-        if not any(isinstance(v, torch.Tensor) and not isinstance(v, FakeTensor) for v in known):
-            return known
+    tensors = [v for v in known if isinstance(v, torch.Tensor)]
+    complete = all(v is not _MISSING for v in known) and all(isinstance(v, FakeTensor) for v in tensors)
+    if complete and len({v.fake_mode for v in tensors if isinstance(v, FakeTensor)}) <= 1:
+        return known
     if example_inputs is None:
         raise CaptureError("the graph has no fake tensors on its placeholders, and no example inputs were given")
     if len(example_inputs) != len(placeholders):
@@ -108,7 +110,7 @@ def made_fake(values: Sequence[Any], dynamic: bool = False) -> list[Any]:
     def fake(position: int, value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
             return value
-        context = StatelessSymbolicContext(dynamic_sizes=[kind] * value.dim())
+        context: Any = StatelessSymbolicContext(dynamic_sizes=[kind] * value.dim())
         return mode.from_tensor(value, symbolic_context=context, source=ConstantSource(f"input_{position}"))
 
     return [fake(i, v) for i, v in enumerate(values)]
@@ -142,14 +144,14 @@ def _mutates(node: fx.Node) -> bool:
 
 
 def _uses_autocast(gm: fx.GraphModule) -> bool:
-    if any(torch.is_autocast_enabled(device) for device in _devices(gm)):
+    if any(torch.amp.is_autocast_available(d) and torch.is_autocast_enabled(d) for d in _devices(gm)):
         return True
     return any(n.target is torch.amp.autocast_mode._enter_autocast for n in gm.graph.nodes)
 
 
 def _devices(gm: fx.GraphModule) -> set[str]:
     values = (n.meta.get("example_value", n.meta.get("val")) for n in gm.graph.nodes)
-    return {"cpu"} | {v.device.type for v in values if isinstance(v, torch.Tensor)} - {"meta"}
+    return {"cpu"} | {v.device.type for v in values if isinstance(v, torch.Tensor)}
 
 
 # --- tracing ---------------------------------------------------------------------------------------------------------
@@ -169,7 +171,7 @@ def _trace(gm: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> f
 
     with tracer.contexts(mode):
         traced = make_fx(run, _allow_non_fake_inputs=True)(*fakes, *inputs)
-    return _put_back(gm, traced, list(owned))
+    return _put_back(gm, traced, list(owned), inputs)
 
 
 def _fake_parameter(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
@@ -196,7 +198,9 @@ def _attribute(root: torch.nn.Module, path: str) -> Any:
     return value
 
 
-def _put_back(gm: fx.GraphModule, traced: fx.GraphModule, owned: Sequence[str]) -> fx.GraphModule:
+def _put_back(
+    gm: fx.GraphModule, traced: fx.GraphModule, owned: Sequence[str], inputs: Sequence[Any]
+) -> fx.GraphModule:
     """The traced graph over `gm`'s own attributes: lifted placeholders become get_attr again, names are restored."""
     graph = traced.graph
     placeholders = graph.find_nodes(op="placeholder")
@@ -204,12 +208,14 @@ def _put_back(gm: fx.GraphModule, traced: fx.GraphModule, owned: Sequence[str]) 
     for name, node in zip(owned, placeholders, strict=False):
         if node.users:
             with graph.inserting_before(node):
-                read = graph.get_attr(name)
-            read.meta.update(node.meta)
-            node.replace_all_uses_with(read)
+                read = graph.create_node("get_attr", name)
             attributes[name] = _attribute(gm, name)
+            read.meta.update(node.meta, requires_grad=attributes[name].requires_grad)
+            node.replace_all_uses_with(read)
         graph.erase_node(node)
-    for source, node in zip(gm.graph.find_nodes(op="placeholder"), placeholders[len(owned) :], strict=True):
+    sources = gm.graph.find_nodes(op="placeholder")
+    for source, node, value in zip(sources, placeholders[len(owned) :], inputs, strict=True):
+        node.meta["requires_grad"] = isinstance(value, torch.Tensor) and value.requires_grad
         node.target, node.args, node.type = source.target, source.args, source.type
         node._rename(source.name)
         if "tensor_dict" in source.meta:
@@ -243,7 +249,7 @@ class _Capture(fx.Interpreter):
 
     @contextlib.contextmanager
     def contexts(self, mode: FakeTensorMode) -> Iterator[None]:
-        """Everything the trace runs under. Grad mode is off: what is recorded must not depend on who needs gradients."""
+        """What the trace runs under. Grad mode is off: what is recorded must not depend on who needs gradients."""
         with torch.no_grad(), fx.traceback.preserve_node_meta(), mode, _KeepWhole():
             try:
                 yield
@@ -270,9 +276,8 @@ class _Capture(fx.Interpreter):
         if target is torch.amp.autocast_mode._enter_autocast:
             self.autocasts.append(target(*args, **kwargs))
             return self.autocasts[-1]
-        if target is torch.amp.autocast_mode._exit_autocast:
-            if args[0] in self.autocasts:
-                self.autocasts.remove(args[0])
+        if target is torch.amp.autocast_mode._exit_autocast and args[0] in self.autocasts:
+            self.autocasts.remove(args[0])
         return super().call_function(target, args, kwargs)
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -345,7 +350,7 @@ class _KeepWhole(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        whole = WHOLE.get(func) if func.__hash__ else None
+        whole = WHOLE.get(func)
         if whole is None or get_proxy_mode() is None:
             return func(*args, **kwargs)
         if whole is aten.dropout.default:
@@ -358,8 +363,9 @@ class _KeepWhole(TorchFunctionMode):
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         if not all(isinstance(t, FakeTensor) for t in tensors):
             return func(*args, **kwargs)  # a functorch level is active: let it decompose
-        if whole in _CAST_BY_AUTOCAST and torch.is_autocast_enabled(tensors[0].device.type):
-            dtype = torch.get_autocast_dtype(tensors[0].device.type)
+        device = tensors[0].device.type
+        if whole in _CAST_BY_AUTOCAST and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
             args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: _autocast(t, dtype), (args, kwargs))
         return record_whole(whole, args, kwargs)
 
@@ -395,7 +401,7 @@ def _functionalise(gm: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMo
         traced = make_fx(torch.func.functionalize(run, remove="mutations"), _allow_non_fake_inputs=True)(
             *fakes, *inputs
         )
-    result = _put_back(gm, traced, list(owned))
+    result = _put_back(gm, traced, list(owned), inputs)
     result.graph.eliminate_dead_code()
     result.recompile()
     return result
@@ -426,10 +432,9 @@ class _Functional(fx.Interpreter):
             proxy_args, proxy_kwargs = pytree.tree_map(tracer.unwrap_proxy, (_register(tracer, args, captured), kwargs))
             proxy = tracer.create_proxy("call_function", target, proxy_args, proxy_kwargs)
             result = track_tensor_tree(self._node.meta["val"], proxy, constant=None, tracer=tracer)
-        level = torch._C._functorch.maybe_current_level()
+        level = torch._C._functorch.maybe_current_level() or 0
         return eager_transforms._wrap_all_tensors_to_functional(result, level=level)
 
     def run_node(self, n: fx.Node) -> Any:
         self._node = n
         return super().run_node(n)
-

@@ -14,26 +14,34 @@ import sys
 import weakref
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
 
-from einscade.compiler.capture import CaptureError, Captured, fake_inputs, to_aten
+from einscade.compiler.capture import Captured, CaptureError, fake_inputs, to_aten
 from einscade.compiler.messages import first_line, warn_once
 from einscade.compiler.report import REWRITTEN, Report
 from einscade.compiler.rewrite import rewrite
 from einscade.runtime import progress
 
-__all__ = ["RewrittenGraph", "compile_graph", "default_inner", "inner_compile", "rewritten"]
+__all__ = [
+    "RewrittenGraph",
+    "compile_graph",
+    "constants_of",
+    "default_inner",
+    "inner_compile",
+    "rewritten",
+    "weights_of",
+]
 
 aten = torch.ops.aten
 
 
 def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], recipe: str, inner: str, report: Report) -> Any:
     """What runs in place of `gm`. `report` learns what was done."""
-    constants = _constants(gm, example_inputs)
-    weights = _weights(gm, example_inputs)
+    constants = constants_of(gm, example_inputs)
+    weights = weights_of(gm, example_inputs)
     try:
         found = rewritten(gm, fake_inputs(gm, example_inputs), recipe, report, constants, weights)
     except CaptureError as stop:
@@ -87,7 +95,7 @@ def inner_compile(gm: fx.GraphModule, example_inputs: Sequence[Any], inner: str,
             if inner == "inductor":
                 from torch._inductor.compile_fx import compile_fx
 
-                compiled = compile_fx(gm, list(example_inputs))
+                compiled = cast("Callable[..., Any]", compile_fx(gm, list(example_inputs)))
             else:
                 from torch._dynamo.backends.debugging import aot_eager
 
@@ -137,18 +145,18 @@ def _triton() -> bool:
 # --- what the graph may rely on --------------------------------------------------------------------------------------
 
 
-def _weights(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> set[str]:
+def weights_of(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> set[str]:
     placeholders = gm.graph.find_nodes(op="placeholder")
     return {n.name for n, v in zip(placeholders, example_inputs, strict=True) if isinstance(v, nn.Parameter)}
 
 
-def _constants(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[str, torch.Tensor]:
+def constants_of(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[str, torch.Tensor]:
     """Buffers and other tensors of modules among the inputs: masks and tables that a domain may come from."""
     found = {}
     for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
-        if type(value) is torch.Tensor and _belongs_to_module(node):
-            if not value.requires_grad and not value.is_inference() and value.device.type != "meta":
-                found[node.name] = value
+        plain = type(value) is torch.Tensor and not value.requires_grad and not value.is_inference()
+        if plain and value.device.type != "meta" and _belongs_to_module(node):
+            found[node.name] = value
     return found
 
 
@@ -163,7 +171,7 @@ def _belongs_to_module(node: fx.Node) -> bool:
 def _while_constant(
     compiled: Callable[..., Any], original: fx.GraphModule, relied_on: Collection[str], inputs: Sequence[Any]
 ) -> Callable[..., Any]:
-    """`compiled` while the tensors that it was specialised on are what they were, unwritten; else the original graph."""
+    """`compiled` while the tensors that it was specialised on are what they were; the original graph after that."""
     names = [str(n.target) for n in original.graph.find_nodes(op="placeholder")]
     watched = [(i, weakref.ref(inputs[i]), inputs[i]._version) for i, name in enumerate(names) if name in relied_on]
     if not watched:
@@ -172,7 +180,9 @@ def _while_constant(
     def run(*args: Any) -> Any:
         for i, tensor, version in watched:
             if args[i] is not tensor() or args[i]._version != version:
-                warn_once("a buffer that a graph was specialised on has changed; that graph runs unoptimised from now on")
+                warn_once(
+                    "a buffer that a graph was specialised on has changed; that graph runs unoptimised from now on"
+                )
                 return original.forward(*args)
         return compiled(*args)
 

@@ -32,8 +32,9 @@ DIFFERENTIATED, RECOMPUTED = "differentiated cascade", "recomputation of the fla
 
 @dataclass(frozen=True)
 class Gradient:
-    """`forward` is the program that runs forward, of whose outputs the first `results` are the original's, and those at
-    `saved` are kept. `backward` makes the gradients of the inputs at `wrt`; None: recomputation, because of `reason`."""
+    """`forward` is the program that runs forward; of its outputs the first `results` are the original's, and those at
+    `saved` are kept. `backward` makes the gradients of the inputs at `wrt`; None: recomputation, because of `reason`.
+    """
 
     forward: str
     results: int

@@ -23,7 +23,7 @@ from einscade.compiler.capture import CaptureError, fake_inputs, made_fake
 from einscade.compiler.compile import inner_compile, rewritten
 from einscade.compiler.report import Report
 
-__all__ = ["OptimizedGraphModule", "optimized"]
+__all__ = ["OptimizedGraphModule", "flat_inputs", "optimized"]
 
 MOST_VARIANTS = 16
 """Graphs kept for different inputs; beyond that, calls that fit none run the original graph."""
@@ -41,7 +41,7 @@ def optimized(
     fast = OptimizedGraphModule(gm)
     fast._einscade = state = _State(gm, recipe, inner, dynamic, report)
     if examples is not None:
-        fast._adopt(state.variant_for(_flat_inputs(gm, *examples)))
+        fast._adopt(state.variant_for(flat_inputs(gm, *examples)))
     elif all("val" in n.meta for n in gm.graph.find_nodes(op="placeholder")):
         fast._adopt(state.derive(fake_inputs(gm, None)))
     return fast
@@ -64,7 +64,7 @@ class OptimizedGraphModule(fx.GraphModule):
         state: _State | None = self.__dict__.get("_einscade")
         if state is None or torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)
-        flat = _flat_inputs(state.original, args, kwargs)
+        flat = flat_inputs(state.original, args, kwargs)
         variant = state.variant_for(flat)
         if variant is None:
             return state.original(*args, **kwargs)
@@ -167,14 +167,16 @@ class _State:
         try:
             return self.derive(made_fake(flat, dynamic))
         except CaptureError as stop:
-            return self.give_up(str(stop))
+            self.give_up(str(stop))
+            return None
 
     def derive(self, fakes: list[Any]) -> Variant | None:
         constants: dict[str, torch.Tensor] = {}
         try:
             made = rewritten(self.original, fakes, self.recipe, self.report, constants, set())
         except CaptureError as stop:
-            return self.give_up(str(stop))
+            self.give_up(str(stop))
+            return None
         if made is None:
             self.failed = "nothing to rewrite"
             return None
@@ -187,7 +189,9 @@ class _State:
         self.variants.insert(0, variant)
         return variant
 
-    def compiled(self, gm: fx.GraphModule, autocast: bool) -> Callable[[tuple[Any, ...], Mapping[str, Any], list[Any]], Any]:
+    def compiled(
+        self, gm: fx.GraphModule, autocast: bool
+    ) -> Callable[[tuple[Any, ...], Mapping[str, Any], list[Any]], Any]:
         if self.inner in (None, "eager"):
             return lambda args, kwargs, flat: _without_autocast(gm, args, kwargs)
         cell: list[Callable[..., Any]] = []
@@ -213,7 +217,7 @@ def _without_autocast(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping
 
 
 def _flat_graph(gm: fx.GraphModule) -> fx.GraphModule:
-    """The same graph with flat inputs and a tuple of outputs, as compilers want it; `meta["out_spec"]` says the rest."""
+    """The same graph with flat inputs and a tuple of outputs, as compilers want it; `meta["out_spec"]` is the spec."""
     graph = _copied(gm.graph)
     graph.set_codegen(fx.graph.CodeGen())
     output = graph.output_node()
@@ -247,7 +251,7 @@ def _share(source: torch.nn.Module, target: torch.nn.Module, path: str) -> None:
         setattr(target, name, getattr(source, name))
 
 
-def _flat_inputs(gm: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+def flat_inputs(gm: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
     """The call's values in placeholder order, defaults filled in. Raises TypeError as a call with them would."""
     if isinstance(gm.graph._codegen, fx.graph._PyTreeCodeGen):
         return list(pytree.arg_tree_leaves(*args, **kwargs))
@@ -273,4 +277,3 @@ def _order(tensor: torch.Tensor) -> tuple[bool, tuple[int, ...]]:
         return True, ()
     hints = [int(s.node.hint) if isinstance(s, torch.SymInt) else s for s in strides]
     return False, tuple(sorted(range(len(hints)), key=lambda d: (-hints[d], d)))
-

@@ -22,7 +22,7 @@ from einscade.compiler.regions import Output, Region
 from einscade.runtime import device as machine
 from einscade.runtime.program import DTYPES, MemoryOrder, Program
 
-__all__ = ["Unlowerable", "lower", "program_of"]
+__all__ = ["Unlowerable", "check", "lower", "program_of"]
 
 aten = torch.ops.aten
 
@@ -44,7 +44,6 @@ def lower(gm: fx.GraphModule, region: Region, program: Program) -> fx.Node:
     """
     assert region.cascade is not None
     position = {n: i for i, n in enumerate(gm.graph.nodes)}
-    _check(region)
     before = _place(region, position)
     made: list[fx.Node] = []
     sizes = _Sizes(gm, before, position, made)
@@ -78,13 +77,17 @@ def _memory_order(region: Region) -> MemoryOrder:
     return tuple(orders)
 
 
-def _check(region: Region) -> None:
+def check(region: Region) -> None:
+    """Raises Unlowerable where no kernel can be made for a region that has a cascade."""
     assert region.cascade is not None
     devices = {n.meta["val"].device for n in region.inputs}
     if len(devices) != 1:
         raise Unlowerable(f"its inputs are on different devices: {', '.join(sorted(map(str, devices)))}")
     if not machine.supported(device := devices.pop()):
         raise Unlowerable(f"no kernels are generated for {device.type} devices, only for cpu and cuda")
+    for output in region.outputs:
+        if not (dtype := output.node.meta["val"].dtype).is_floating_point:
+            raise Unlowerable(f"its result is {dtype}: kernels accumulate in floating point")
     for node, tensor in zip(region.inputs, region.cascade.inputs, strict=True):
         if node.meta["val"].dtype != DTYPES.get(tensor.dtype):
             raise Unlowerable(f"input {node.name} is {node.meta['val'].dtype}, which the cascade has as {tensor.dtype}")

@@ -6,20 +6,23 @@
 operator is functional: fresh outputs, with the strides that the program's memory order says. Fake tensors get shapes
 from the cascade's extents; gradients come from another program (`gradients`), run by the same operator; where there is
 none, from `einscade::cascade_backward`, which recomputes the cascade in its flat form under autograd.
+
+Importing the package registers the operators, so that saved programs load; what they need to run is imported when the
+first of them runs.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from einscade.compiler.gradients import Gradient, gradient
-from einscade.runtime.kernels import kernel_for, recompute_gradients
-from einscade.runtime.program import parse_program
+if TYPE_CHECKING:
+    from einscade.compiler.gradients import Gradient
 
 __all__ = ["cascade", "cascade_backward", "gradient_of"]
 
@@ -30,8 +33,22 @@ _library.define(
 )
 
 
+@functools.cache
+def _compiler() -> SimpleNamespace:
+    from einscade.compiler.gradients import gradient
+    from einscade.runtime.kernels import kernel_for, recompute_gradients
+    from einscade.runtime.program import parse_program
+
+    return SimpleNamespace(
+        gradient=gradient,
+        kernel_for=kernel_for,
+        recompute_gradients=recompute_gradients,
+        parse_program=parse_program,
+    )
+
+
 def _run(inputs: Sequence[Tensor], sizes: Sequence[int], program: str) -> list[Tensor]:
-    return kernel_for(program, inputs, tuple(sizes))(inputs)
+    return _compiler().kernel_for(program, inputs, tuple(sizes))(inputs)
 
 
 def _run_backward(
@@ -41,7 +58,7 @@ def _run_backward(
     sizes: Sequence[int],
     program: str,
 ) -> list[Tensor]:
-    return recompute_gradients(program, inputs, gradients, needed, sizes)
+    return _compiler().recompute_gradients(program, inputs, gradients, needed, sizes)
 
 
 for _device in ("CPU", "CUDA"):
@@ -54,7 +71,7 @@ cascade_backward = torch.ops.einscade.cascade_backward.default
 
 @torch.library.register_fake("einscade::cascade", lib=_library)
 def _fake(inputs: Sequence[Tensor], sizes: Sequence[int], program: str) -> list[Tensor]:
-    parsed = parse_program(program)
+    parsed = _compiler().parse_program(program)
     tensors = parsed.cascade.inputs
     if len(inputs) != len(tensors):
         raise ValueError(f"cascade {parsed.cascade.name} has {len(tensors)} inputs, {len(inputs)} were given")
@@ -119,7 +136,7 @@ def _autograd(keyset: Any, inputs: Sequence[Tensor], sizes: Sequence[int], progr
 @functools.lru_cache(maxsize=1024)
 def gradient_of(program: str, needed: tuple[bool, ...]) -> Gradient:
     """How the operator with this program is differentiated; see `gradients`."""
-    return gradient(parse_program(program), needed)
+    return _compiler().gradient(_compiler().parse_program(program), needed)
 
 
 _library.impl("cascade", _autograd, "Autograd", with_keyset=True)

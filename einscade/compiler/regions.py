@@ -244,7 +244,7 @@ def _module_path(node: Node) -> str:
 
 
 def _attribute_path(path: str) -> str:
-    path = re.sub(r"^L\['self'\]\.?|^L__self___?", "", path)
+    path = re.sub(r"^L\['(self|fn)'\]\.?|^L__self___?", "", path)
     path = re.sub(r"\._modules\['([^']*)'\]", r".\1", path)
     return re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", path).strip(".")
 

@@ -16,7 +16,6 @@ import torch
 
 from einscade.compiler.operators import gradient_of
 from einscade.ir.cascade import Cascade
-
 from einscade.runtime.kernels import Kernel, build
 from einscade.runtime.program import Program
 from einscade.runtime.steps import StepRecord, measures
@@ -30,8 +29,8 @@ REWRITTEN, UNCHANGED = "rewritten", "unchanged"
 class Site:
     """One place where attention was found. `module_path` as in `named_modules()`, `source` as `file.py:line`.
 
-    `status` is "rewritten" or "unchanged"; `reason` says why unchanged. `cascade`, `rewritten`, `steps` and `kernel` are
-    None (empty) where no cascade could be raised.
+    `status` is "rewritten" or "unchanged"; `reason` says why unchanged. `cascade`, `rewritten`, `steps` and `kernel`
+    are None (empty) where no cascade could be raised.
     """
 
     module_path: str
@@ -108,7 +107,8 @@ class Report:
 def _lines(report: Report) -> Iterable[str]:
     done = sum(s.status == REWRITTEN for s in report.sites)
     graphs = f"{report.graphs} graph{'s' * (report.graphs != 1)}"
-    yield f"einscade: {done} of {len(report.sites)} attention sites rewritten · {graphs} · recipe {report.recipe}, rest by {report.inner}"
+    how = f"recipe {report.recipe}, rest by {report.inner}"
+    yield f"einscade: {done} of {len(report.sites)} attention sites rewritten · {graphs} · {how}"
     if not report.graphs and not report.unchanged_graphs:
         yield "  nothing was compiled yet: call the model once"
     for group in _alike(report.sites):
@@ -163,7 +163,7 @@ def _kernel(kernel: Kernel) -> str:
     if chosen.schedule.tiles:
         parts.append(" ".join(f"{name}={n}" for name, n in chosen.schedule.tiles))
     if kernel.timings:
-        others = {}
+        others: dict[str, float] = {}
         for name, seconds in kernel.timings.items():
             kind = name.split(" ", 1)[1]
             others[kind] = min(seconds, others.get(kind, seconds))
@@ -194,5 +194,3 @@ def _ranges(numbers: list[int]) -> str:
         else:
             runs.append([n, n])
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-
-

@@ -14,12 +14,12 @@ import torch
 from torch import fx
 
 from einscade.compiler.capture import nested_graphs
-from einscade.compiler.lowering import Unlowerable, lower, program_of
-from einscade.compiler.regions import Region, find
+from einscade.compiler.lowering import Unlowerable, check, lower, program_of
 from einscade.compiler.messages import first_line, warn_once
+from einscade.compiler.regions import Region, find
 from einscade.compiler.report import REWRITTEN, UNCHANGED, Site
 from einscade.runtime import progress
-from einscade.runtime.program import Program
+from einscade.runtime.program import remember
 
 __all__ = ["Rewritten", "rewrite"]
 
@@ -88,7 +88,7 @@ def _differentiable(gm: fx.GraphModule) -> set[fx.Node]:
         if not isinstance(value, torch.Tensor) or not (value.is_floating_point() or value.is_complex()):
             continue
         if node.op in ("placeholder", "get_attr"):
-            wanted = value.requires_grad
+            wanted = node.meta.get("requires_grad", False)
         else:
             wanted = node.target is not aten.detach.default and any(n in found for n in node.all_input_nodes)
         if wanted:
@@ -100,11 +100,12 @@ def _site(gm: fx.GraphModule, region: Region, recipe: str, differentiable: Colle
     where = (region.module_path, region.source)
     if region.cascade is None:
         return Site(*where, UNCHANGED, region.reason)
-    program = _shared(program_of(region, recipe))
+    program = remember(program_of(region, recipe))
     sizes = tuple((s, _hint(region.sizes[s])) for s in region.cascade.symbols)
     device = region.inputs[0].meta["val"].device
     site = Site(*where, REWRITTEN, None, program, device, sizes, tuple(n in differentiable for n in region.inputs))
     try:
+        check(region)
         site.kernel  # noqa: B018  (built here, where progress is shown, rather than in the first call)
         lower(gm, region, program)
     except Unlowerable as stop:
@@ -113,14 +114,6 @@ def _site(gm: fx.GraphModule, region: Region, recipe: str, differentiable: Colle
         site.status, site.reason = UNCHANGED, f"internal error, {first_line(error)}"
         warn_once(f"{region.module_path or 'a site'} ({region.source}) is left as it was: {site.reason}")
     return site
-
-
-_programs: dict[Program, Program] = {}
-
-
-def _shared(program: Program) -> Program:
-    """Equal programs are one object, whose text is printed once."""
-    return _programs.setdefault(program, program)
 
 
 def _hint(size: Any) -> int:

@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,8 +32,9 @@ from einscade.ir.device import Device
 from einscade.ir.text import parse_cascade, print_cascade
 from einscade.passes.pipeline import run
 from einscade.passes.recipes import RECIPES
-from einscade.runtime import cache, device as machine, library
-from einscade.runtime.modules import load
+from einscade.runtime import cache, library
+from einscade.runtime import device as machine
+from einscade.runtime.modules import interpreted, load
 from einscade.runtime.program import MemoryOrder, Program, parse_program
 from einscade.runtime.steps import StepRecord
 
@@ -49,7 +51,10 @@ FLAT = "flat"
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to run a cascade. `kind`: "triton", "tiled_torch", "library:sdpa" or "flat"; `symbols`: the sizes it takes."""
+    """One way to run a cascade. `symbols` are the sizes that it takes.
+
+    `kind`: "triton", "tiled_torch", "library:sdpa", "flat" (every Einsum whole) or "interpreter".
+    """
 
     kind: str
     source: Source
@@ -115,7 +120,7 @@ class Kernel:
     def _tune(self, inputs: Sequence[Tensor], sizes: Mapping[str, int]) -> None:
         """Times the candidates on these inputs, the likely ones first, and keeps the order on disk."""
         self.tuned = True
-        contenders = [c for c in self.candidates if c.kind != FLAT]
+        contenders = [c for c in self.candidates if c.kind not in (FLAT, "interpreter")]
         if len(contenders) < 2 or not autotuning():
             return
         started, best = time.perf_counter(), float("inf")
@@ -124,7 +129,7 @@ class Kernel:
             if time.perf_counter() - started > TUNING_SECONDS:
                 break
             try:
-                seconds[candidate] = _measure(lambda c=candidate: self._run(c, inputs, sizes), inputs[0].device, best)
+                seconds[candidate] = _measure(partial(self._run, candidate, inputs, sizes), inputs[0].device, best)
             except Exception as error:
                 self._drop(candidate, error)
                 continue
@@ -148,7 +153,9 @@ def build(
 
 def _indexed(device: torch.device) -> torch.device:
     if not machine.supported(device):
-        raise ValueError(f"device {device}: kernels are generated for cpu and cuda; run the model unchanged on {device.type}")
+        raise ValueError(
+            f"device {device}: kernels are generated for cpu and cuda; run the model unchanged on {device.type}"
+        )
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
@@ -157,13 +164,15 @@ def _indexed(device: torch.device) -> torch.device:
 @functools.lru_cache(maxsize=1024)
 def _build(text: str, device: torch.device, bucket: tuple[tuple[str, int], ...]) -> Kernel:
     program = parse_program(text)
-    address = cache.key({
-        "program": text,
-        "device": machine.describe(device),
-        "versions": machine.versions(),
-        "sizes": bucket,
-        "autotune": autotuning(),
-    })
+    address = cache.key(
+        {
+            "program": text,
+            "device": machine.describe(device),
+            "versions": machine.versions(),
+            "sizes": bucket,
+            "autotune": autotuning(),
+        }
+    )
     entry = cache.DiskCache().get(address)
     if entry is not None:
         return _from_entry(program, entry, address)
@@ -202,8 +211,8 @@ def _candidates(
 ) -> list[Candidate]:
     """Every way to run the program, the cost model's choice first, the flat form last.
 
-    On a GPU generated kernels come before library calls, on a CPU after them: torch's own kernel is compiled code there,
-    ours is a loop of torch operations.
+    On a GPU generated kernels come before library calls, on a CPU after them: torch's own kernel is compiled code
+    there, ours is a loop of torch operations.
     """
     described = Device.of(device)
     loops = plan(rewritten)
@@ -215,8 +224,15 @@ def _candidates(
         found = [*calls, *_generated("tiled_torch", loops, orders, described, sizes)]
     if not found:
         found = _generated("tiled_torch", loops, orders, Device.of("cpu"), sizes)
-    flat = tiled_torch.emit_flat(program.cascade)
-    return [*found, Candidate(FLAT, flat, Schedule(target=target_of(described)), program.cascade.symbols)]
+    return [*found, _last_resort(program.cascade, Schedule(target=target_of(described)))]
+
+
+def _last_resort(cascade: Cascade, schedule: Schedule) -> Candidate:
+    """One Einsum after another, whole; where even that cannot be written, the reference interpreter."""
+    try:
+        return Candidate(FLAT, tiled_torch.emit_flat(cascade), schedule, cascade.symbols)
+    except Unsupported:
+        return Candidate("interpreter", interpreted(cascade), schedule, cascade.symbols)
 
 
 def _generated(
@@ -299,7 +315,9 @@ def _tuples(value: Any) -> Any:
 _ready: dict[tuple[Any, ...], Callable[[Sequence[Tensor]], list[Tensor]]] = {}
 
 
-def kernel_for(program: str, inputs: Sequence[Tensor], sizes: tuple[int, ...]) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+def kernel_for(
+    program: str, inputs: Sequence[Tensor], sizes: tuple[int, ...]
+) -> Callable[[Sequence[Tensor]], list[Tensor]]:
     """What runs `program` on inputs of these sizes: one dictionary lookup after the first call."""
     key = (program, inputs[0].device, sizes)
     ready = _ready.get(key)
@@ -310,13 +328,15 @@ def kernel_for(program: str, inputs: Sequence[Tensor], sizes: tuple[int, ...]) -
     return ready
 
 
-def _prepare(program: Program, inputs: Sequence[Tensor], sizes: tuple[int, ...]) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+def _prepare(
+    program: Program, inputs: Sequence[Tensor], sizes: tuple[int, ...]
+) -> Callable[[Sequence[Tensor]], list[Tensor]]:
     named = program.named_sizes(sizes)
     program.check(inputs, named)
     device = _indexed(inputs[0].device)
     layouts = [(tuple(shape), tuple(strides)) for shape, strides, _ in program.outputs(named)]
     if program.is_empty(named):
-        return functools.partial(_run_empty, program, named)
+        return partial(_run_empty, program, named)
     kernel = build(program.cascade, program.recipe, device, named, program.out_order)
     device_type = device.type
 

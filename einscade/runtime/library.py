@@ -79,9 +79,9 @@ class _Recogniser:
         self.inputs = {t.name for t in cascade.inputs}
 
     def attention(self) -> Attention:
-        out = self.cascade.definitions.get(self.cascade.outputs[0])
-        if out is None:
+        if self.cascade.outputs[0] not in self.cascade.definitions:
             raise NotInLibrary("an output that is an input")
+        out = self.cascade.definitions[self.cascade.outputs[0]]
         outer = _Read(out.output(), frozenset()) if out.reduce else self.inline(out.expr, out.domain)
         numerator, normalisers = self.quotient(outer.expr)
         if self.guards(outer.domain, normalisers):
@@ -298,7 +298,11 @@ class View:
     def is_plain(self) -> bool:
         """Whether every dimension is one rank, so that the view is a permutation."""
         dims = [d for _, s in self.steps for d, c in s if c == 1]
-        return not self.start and all(len(s) == 1 for _, s in self.steps) and len(dims) == len(self.steps) == len(set(dims))
+        return (
+            not self.start
+            and all(len(s) == 1 for _, s in self.steps)
+            and len(dims) == len(self.steps) == len(set(dims))
+        )
 
     @staticmethod
     def of(access: Access) -> View:
@@ -400,7 +404,9 @@ class _Writer:
                 sizes.append("1")
                 strides.append("0")
                 continue
-            sizes.append(_Number().code(FloorDiv(extent, self.a.group) if divided and r == self.a.batch[-1] else extent))
+            sizes.append(
+                _Number().code(FloorDiv(extent, self.a.group) if divided and r == self.a.batch[-1] else extent)
+            )
             strides.append(" + ".join(self.step(tensor, d, c) for d, c in steps[r]))
         offset = " + ".join([f"{tensor}.storage_offset()", *(self.step(tensor, d, c) for d, c in view.start)])
         return f"{tensor}.as_strided(({', '.join(sizes)}), ({', '.join(strides)}), {offset})"

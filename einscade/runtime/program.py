@@ -25,7 +25,7 @@ from einscade.ir.cascade import Cascade
 from einscade.ir.expr import Expr, FloorDiv, Mod
 from einscade.ir.text import parse_cascade, print_cascade
 
-__all__ = ["DTYPES", "Program", "evaluate", "parse_program"]
+__all__ = ["DTYPES", "MemoryOrder", "Program", "evaluate", "parse_program", "remember"]
 
 DTYPES: Mapping[str, torch.dtype] = {
     "f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16,
@@ -85,9 +85,23 @@ class Program:
         return [lengths[r] for r in tensor.ranks], [strides[r] for r in tensor.ranks], DTYPES[tensor.dtype]
 
 
-@functools.lru_cache(maxsize=1024)
+_parsed: dict[str, Program] = {}
+
+
 def parse_program(text: str) -> Program:
     """The program that `text` says. Raises `ValueError` (a `ParseError` where the cascade is at fault)."""
+    program = _parsed.get(text)
+    if program is None:
+        program = _parsed[text] = _parse(text)
+    return program
+
+
+def remember(program: Program) -> Program:
+    """`program`, or the equal one that was here before; its text will not have to be parsed in this process."""
+    return _parsed.setdefault(program.text, program)
+
+
+def _parse(text: str) -> Program:
     header, newline, body = text.partition("\n")
     if not newline:
         raise ValueError(f"not a program: {text[:60]!r} has a recipe but no cascade")

@@ -51,9 +51,7 @@ class StepRecord:
 
 
 def measures(cascade: Cascade) -> Measures:
-    return Measures(
-        analysis.passes(cascade), str(analysis.traffic(cascade)), str(analysis.footprint(cascade))
-    )
+    return Measures(analysis.passes(cascade), str(analysis.traffic(cascade)), str(analysis.footprint(cascade)))
 
 
 @functools.lru_cache(maxsize=256)
