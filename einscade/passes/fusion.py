@@ -126,7 +126,7 @@ class _Walk:
             own = a.index == tuple(map(var, made.output.ranks)) and not made.scan
             if own and a.tensor in self.reductions and a.tensor not in in_domain:
                 found.states[a.tensor] = None
-            elif own and self.rank in made.output.ranks and not self._complete(made):
+            elif own and self.rank in made.output.ranks and not self._complete(made, statement):
                 if a.tensor not in found.along:
                     self._visit(made, found)
                     found.along[a.tensor] = None
@@ -137,12 +137,15 @@ class _Walk:
             else:
                 found.fixed[a.tensor] = None
 
-    def _complete(self, made: Einsum) -> bool:
+    def _complete(self, made: Einsum, reader: Einsum) -> bool:
         """Whether a statement along the rank is better complete before the loop begins than computed inside it: a
-        selection, or a reduction that has to traverse another long rank."""
+        selection, a reduction that has to traverse another long rank, or one that lacks a long rank of its reader and
+        would be computed again for every tile of it (a norm of the keys, the sum(f) O*dO of a gradient)."""
         if made.reduce is None:
             return False
         if made.reduce.monoid == "topk":
+            return True
+        if any(is_long(self.cascade, r) and r not in made.ranks for r in reader.ranks):
             return True
         long = [r for r in made.reduce.ranks if is_long(self.cascade, r)]
         read = [self.cascade.definitions[a.tensor] for a in made.reads if a.tensor in self.cascade.definitions]

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 import sympy
 
 from einscade.ir import Access, Cascade, Einsum, Expr, Rank, Tensor, accesses, var
+from einscade.passes.fusion import is_long
 from einscade.passes.normalise import normal, predicate
 from einscade.passes.statements import Names, without_unused
 from einscade.passes.terms import at, conjoin, conjuncts, depends, reads_outside_where, renamed, variables
@@ -27,7 +28,7 @@ def inlined(cascade: Cascade) -> Cascade:
     body = []
     for s in cascade.body:
         s = _written_out(s, written, cascade)
-        if s.reduce is None and s.scan is None and _may_inline(s, cascade, written):
+        if s.reduce is None and s.scan is None and _may_inline(s, cascade):
             written[s.name] = s
             if s.name not in cascade.outputs:
                 continue
@@ -66,23 +67,22 @@ def _replaced(expr: Expr, value: object) -> Expr:
     return expr.xreplace(found) if found else expr
 
 
-def _may_inline(s: Einsum, cascade: Cascade, written: Mapping[str, Einsum]) -> bool:
-    """Not what a contraction would compute again for every point of the ranks it lacks: a feature map, a rotation."""
-    if isinstance(s.expr, Access) or all(
-        isinstance(f.as_base_exp()[0], Access) or f.is_number for f in sympy.Mul.make_args(s.expr)
-    ):
+def _may_inline(s: Einsum, cascade: Cascade) -> bool:
+    """Not what a contraction would compute again for every point of the ranks it lacks: a feature map, a rotation, or,
+    of what other statements make, something that lacks a long rank. A scale is no such thing."""
+    factors = [f.as_base_exp() for f in sympy.Mul.make_args(s.expr)]
+    if all(b.is_number or (isinstance(b, Access) and e.is_positive) for b, e in factors):
         return True
-    if any(a.tensor in cascade.definitions for a in accesses(s.expr)):
-        return True
+    made = any(a.tensor in cascade.definitions for a in accesses(s.expr))
     for user in cascade.users(s.name):
         if user.reduce is None or user.reduce.monoid != "sum":
             continue
         for term in sympy.Add.make_args(user.expr):
-            factors = sympy.Mul.make_args(term)
-            for a in factors:
-                if isinstance(a, Access) and a.tensor == s.name and len(factors) > 1:
+            operands = sympy.Mul.make_args(term)
+            for a in operands:
+                if isinstance(a, Access) and a.tensor == s.name and len(operands) > 1 and depends(a, user.reduce.ranks):
                     lacking = set(user.ranks) - variables(a)
-                    if depends(a, user.reduce.ranks) and lacking:
+                    if any(is_long(cascade, r) or not made for r in lacking):
                         return False
     return True
 

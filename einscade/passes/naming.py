@@ -14,6 +14,7 @@ import sympy
 from einscade.ir import Access, Cascade, Einsum, Rank, Reduction, Scan, Tensor, accesses, var
 from einscade.ir.expr import FUNCTIONS
 from einscade.ir.verify import WORDS
+from einscade.passes.fusion import is_long
 from einscade.passes.terms import variables
 
 __all__ = ["named"]
@@ -73,14 +74,21 @@ def _fresh(prefix: str, taken: set[str]) -> str:
 def _rank_names(cascade: Cascade) -> dict[str, str]:
     """Every rank's name, in the order of the table."""
     reduced = {r for s in cascade.body if s.reduce for r in s.reduce.ranks}
-    made = {r for s in cascade.body if s.name not in cascade.outputs for r in s.output.ranks}
     first = [r for o in cascade.outputs for r in cascade.tensors[o].ranks]
     seen = dict.fromkeys([*first, *_walk(cascade), *(r.name for r in cascade.ranks)])
-    contracted = {r for s in cascade.body if s.reduce and reduced & set(s.output.ranks) for r in s.reduce.ranks}
-    along = [r for r in seen if r in reduced and r not in contracted]
+    contracted = {
+        r
+        for s in cascade.body
+        if s.reduce and reduced & set(s.output.ranks)
+        for r in s.reduce.ranks
+        if not is_long(cascade, r)
+    }
+    main = cascade.tensors[cascade.outputs[0]].ranks
     inner = [r for r in seen if r in contracted]
-    rows = [r for r in seen if r not in reduced and r in first and (r in made or not along)]
-    only = [r for r in seen if r not in reduced and r in first and r not in rows]
+    tiles = [t for s in cascade.body if (t := set(s.output.ranks)) & (reduced - contracted)]
+    rows = [r for r in main if r not in contracted and (not tiles or any(r in t for t in tiles))]
+    along = [r for r in seen if r in reduced and r not in contracted and r not in rows]
+    only = [r for r in seen if r in first and r not in (*rows, *along, *inner)]
     names: dict[str, str] = {}
     taken = _reserved(cascade)
     groups = (

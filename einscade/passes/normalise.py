@@ -35,6 +35,10 @@ def normal(expr: Any) -> Any:
         return _number(expr)
     if isinstance(expr, sympy.Pow):
         return _power(normal(expr.base), expr.exp)
+    if isinstance(expr, sympy.Mul) and sum(a.is_number for a in expr.args) > 1:
+        numbers = sympy.Mul(*(a for a in expr.args if a.is_number), evaluate=False)  # rounded together, once
+        expr = _number(numbers) * sympy.Mul(*(a for a in expr.args if not a.is_number))
+        return normal(expr)
     args = tuple(normal(a) for a in expr.args)
     if isinstance(expr, Where):
         return _choice(*args)

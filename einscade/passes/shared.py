@@ -25,7 +25,7 @@ from einscade.passes.terms import (
     variables,
 )
 
-__all__ = ["constants_folded", "domains_sunk", "factors_out", "shared"]
+__all__ = ["constants_folded", "domains_sunk", "factors_out", "guarded", "shared"]
 
 
 def factors_out(cascade: Cascade) -> Cascade:
@@ -83,7 +83,8 @@ def _scores(cascade: Cascade, names: Names) -> Cascade:
             continue
         users = []
         for t in cascade.body:
-            if t.reduce and t.reduce.ranks == s.reduce.ranks and _contains_terms(t.expr, s.expr):
+            same = t.reduce is None or t.reduce.ranks == s.reduce.ranks
+            if same and t.scan is None and _contains_terms(t.expr, s.expr):
                 users.append(t.name)
         if len(users) > 1:
             ranks = tuple(r for r in s.ranks if depends(s.expr, (r,)))
@@ -138,7 +139,7 @@ def _extracted(cascade: Cascade, expr: Expr, users: list[str], output: Tensor, f
     for name in users:
         user = cascade.definitions[name]
         reduced = user.reduce.ranks if user.reduce else ()
-        common = [c for c in common if c in conjuncts(user.domain) and depends(c, reduced)]
+        common = [c for c in common if c in conjuncts(user.domain) and (user.reduce is None or depends(c, reduced))]
     body: list[Einsum] = []
     for s in cascade.body:
         if s.name == first.name:
@@ -162,10 +163,11 @@ def _replaced(expr: Expr, part: Expr, by: Expr) -> Expr:
 
 
 def _repeated(cascade: Cascade) -> tuple[Expr, list[str]] | None:
-    """The largest expression over a reduced and another rank that two reductions both compute."""
+    """The largest expression along a reduced rank that two statements both compute."""
     users: dict[Expr, list[str]] = {}
+    reduced = {r for s in cascade.body if s.reduce for r in s.reduce.ranks}
     for s in cascade.body:
-        if s.reduce is None:
+        if s.scan is not None:
             continue
         seen = {
             node
@@ -175,11 +177,12 @@ def _repeated(cascade: Cascade) -> tuple[Expr, list[str]] | None:
             and isinstance(node, sympy.Expr)
             and node.args
             and any(a.tensor in cascade.definitions for a in accesses(node))
-            and depends(node, s.reduce.ranks)
+            and depends(node, reduced)
         }
         for node in seen:
             users.setdefault(node, []).append(s.name)
     many = [(e, u) for e, u in users.items() if len(u) > 1 and _worth(e)]
+    many = [(e, u) for e, u in many if any(cascade.definitions[n].reduce for n in u)]
     if not many:
         return None
     return max(many, key=lambda pair: (sympy.count_ops(pair[0]), sympy.default_sort_key(pair[0])))
@@ -235,7 +238,14 @@ def _divided(expr: Expr, name: str, c: Expr) -> Expr:
 
 
 def _without_aliases(cascade: Cascade) -> Cascade:
-    """A statement that only reads another at its own ranks, and is its only reader, is merged with it."""
+    """A statement that only reads another at its own ranks is that other one, if it has no conditions or is the only
+    reader."""
+    for s in cascade.body:
+        made = cascade.definitions.get(s.expr.tensor) if isinstance(s.expr, Access) else None
+        plain = s.reduce is None and s.scan is None and s.domain == sympy.true and s.name not in cascade.outputs
+        if made is not None and plain and s.expr == made.output() and made.scan is None:
+            body = [_rereading(t, s.output, made.output) for t in cascade.body if t.name != s.name]
+            cascade = cascade.replace(body=tuple(body))
     readers = Counter(a.tensor for s in cascade.body for a in s.reads)
     body = list(cascade.body)
     for s in cascade.body:
@@ -250,6 +260,46 @@ def _without_aliases(cascade: Cascade) -> Cascade:
         merged = made.replace(output=s.output, domain=conjoin([*conjuncts(made.domain), *conjuncts(s.domain)]))
         body[body.index(s)] = merged
     return cascade.replace(body=tuple(body))
+
+
+def guarded(cascade: Cascade) -> Cascade:
+    """A quotient of two sums over the same points is 0 where there are none, whatever a program made of 0 / 0."""
+    body = []
+    for s in cascade.body:
+        if s.reduce is None and s.scan is None:
+            numerators = [f for f in sympy.Mul.make_args(s.expr) if isinstance(f, Access)]
+            denominators = [1 / f for f in sympy.Mul.make_args(s.expr) if f.is_Pow and isinstance(1 / f, Access)]
+            for d in denominators:
+                ranks = _summed_weights(d, cascade)
+                if ranks and any(_summed_over(n, cascade) == ranks for n in numerators):
+                    s = s.replace(domain=conjoin([*conjuncts(s.domain), sympy.Ne(d, 0)]))
+        body.append(s)
+    return cascade.replace(body=tuple(body))
+
+
+def _summed_over(access: Access, cascade: Cascade) -> tuple[str, ...] | None:
+    made = cascade.definitions.get(access.tensor)
+    return made.reduce.ranks if made is not None and made.reduce is not None and made.reduce.monoid == "sum" else None
+
+
+def _summed_weights(access: Access, cascade: Cascade) -> tuple[str, ...] | None:
+    """The ranks over which the tensor sums exponentials, and nothing else: 0 only where it sums nothing."""
+    made = cascade.definitions.get(access.tensor)
+    if made is None or made.reduce is None or made.reduce.monoid != "sum":
+        return None
+    weight = made.expr
+    if isinstance(weight, Access) and weight.tensor in cascade.definitions:
+        weight = cascade.definitions[weight.tensor].expr
+    return made.reduce.ranks if isinstance(weight, sympy.exp) else None
+
+
+def _rereading(s: Einsum, old: Tensor, new: Tensor) -> Einsum:
+    calls = {}
+    for a in s.reads:
+        if a.tensor == old.name:
+            index = dict(zip(old.ranks, a.index, strict=True))
+            calls[a] = Access(new.name, *(index[r] for r in new.ranks))
+    return s.replace(expr=s.expr.xreplace(calls), domain=s.domain.xreplace(calls)) if calls else s
 
 
 def domains_sunk(cascade: Cascade) -> Cascade:
@@ -268,7 +318,7 @@ def domains_sunk(cascade: Cascade) -> Cascade:
                 c
                 for c in conjuncts(user.domain)
                 if variables(c) <= {*s.output.ranks, *cascade.symbols}
-                and not any(a.tensor == name for a in accesses(c))
+                and not any(a.tensor in cascade.definitions for a in accesses(c))
                 and (depends(c, inner) or not inner & set(s.output.ranks) or user.reduce is None)
             ]
             mine = own if plain else []

@@ -30,7 +30,7 @@ def unshifted(cascade: Cascade) -> tuple[Cascade, frozenset[str]]:
         if s.reduce.monoid == "sum":
             exponent, rest = exponential(s.expr)
             shift, kept = (sympy.S.Zero, exponent) if exponent is None else _split(exponent, s, over)
-            if shift == 0:
+            if shift == 0 or _is_maximum(shift, kept, s, cascade):
                 return None
             shifted.add(s.name)
             return s.replace(expr=rest * sympy.exp(kept)), sympy.exp(shift)
@@ -44,9 +44,16 @@ def unshifted(cascade: Cascade) -> tuple[Cascade, frozenset[str]]:
 
 
 def stabilised(cascade: Cascade, shifted: frozenset[str]) -> Cascade:
-    """Every sum of exponentials of computed scores, and every one that had a shift, shifted by its maximum."""
+    """Sums of exponentials that had a shift, and those of computed scores that are normalised (one of them is the sum
+    of nothing but exp(X)), shifted by their maximum."""
     names = Names(cascade)
     over = reduced_over(cascade)
+    normalised = set()
+    for s in cascade.body:
+        exponent, rest = exponential(s.expr)
+        if exponent is not None and rest.is_number and s.reduce is not None and s.reduce.monoid == "sum":
+            if any(a.tensor in cascade.definitions for a in accesses(exponent)):
+                normalised.add((exponent, s.reduce.ranks))
     made: dict[tuple[Expr, tuple[str, ...], frozenset[object]], Tensor] = {}
     before: dict[str, list[Einsum]] = {}
 
@@ -57,8 +64,7 @@ def stabilised(cascade: Cascade, shifted: frozenset[str]) -> Cascade:
         exponent, rest = exponential(s.expr)
         if exponent is None or not depends(exponent, s.reduce.ranks):
             return None
-        computed = any(a.tensor in cascade.definitions for a in accesses(exponent))
-        if _split(exponent, s, over)[0] != 0 or not (computed or s.name in shifted):
+        if _split(exponent, s, over)[0] != 0 or not (s.name in shifted or (exponent, s.reduce.ranks) in normalised):
             return None
         domain = frozenset(conjuncts(s.domain))
         rows = tuple(r for r in s.output.ranks if depends(exponent, (r,)) or depends(s.domain, (r,)))
@@ -72,6 +78,15 @@ def stabilised(cascade: Cascade, shifted: frozenset[str]) -> Cascade:
         return s.replace(expr=rest * sympy.exp(exponent - shift)), sympy.exp(shift)
 
     return _rescaled(cascade, with_shift, before)
+
+
+def _is_maximum(shift: Expr, kept: Expr, s: Einsum, cascade: Cascade) -> bool:
+    """Whether a sum of exp(kept + shift) already has the shift that it should have."""
+    made = cascade.definitions.get((-shift).tensor) if isinstance(-shift, Access) else None
+    if made is None or made.reduce is None or s.reduce is None or -shift != made.output():
+        return False
+    same = made.reduce.monoid == "max" and made.reduce.ranks == s.reduce.ranks and made.expr == kept
+    return same and set(conjuncts(made.domain)) == set(conjuncts(s.domain))
 
 
 def exponential(expr: Expr) -> tuple[Expr | None, Expr]:

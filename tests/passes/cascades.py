@@ -56,7 +56,7 @@ cascade mean(x[b,m]: f32, w[b,m]: f32) -> A
   G[b] = max(m) w[b,m]
   N[b] = sum(m) exp(2*w[b,m] - 2*G[b]) * x[b,m]
   Z[b] = sum(m) exp(2*w[b,m] - 2*G[b])
-  A[b] = N[b] / Z[b]
+  A[b] = N[b] / Z[b] if Z[b] != 0
 """
 
 SIGMOID = """
