@@ -67,25 +67,28 @@ def _gradients(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-def _assert_gradients(fast: nn.Module, model: nn.Module, x: torch.Tensor) -> None:
-    """Gradients as close to float64's as eager's are, within the factor of 1.5 that DESIGN allows."""
-    exact = _gradients(copy.deepcopy(model).double(), x.double())
-    plain = _gradients(model, x)
-    ours = _gradients(fast, x)
-    assert len(exact) == len(plain) == len(ours)
-
-    def error(grads: list[torch.Tensor]) -> float:
-        return float(torch.stack([(g - e).norm() for g, e in zip(grads, exact, strict=True)]).norm())
-
-    scale = float(torch.stack([e.norm() for e in exact]).norm())
-    assert error(ours) / scale <= max(1.5 * error(plain) / scale, 4 * torch.finfo(torch.float32).eps)
+def _assert_gradients(fast: nn.Module, model: nn.Module, shape: tuple[int, ...]) -> None:
+    """Gradients as close to float64's as eager's are, within the factor of 1.5 that DESIGN allows: over a few inputs, for
+    on a single small one either error may be lucky."""
+    errors = {"plain": 0.0, "ours": 0.0, "exact": 0.0}
+    exact_model = copy.deepcopy(model).double()
+    for seed in range(4):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        exact, plain, ours = _gradients(exact_model, x.double()), _gradients(model, x), _gradients(fast, x)
+        assert len(exact) == len(plain) == len(ours)
+        for e, p, o in zip(exact, plain, ours, strict=True):
+            errors["exact"] += float(e.norm()) ** 2
+            errors["plain"] += float((p - e).norm()) ** 2
+            errors["ours"] += float((o - e).norm()) ** 2
+    floor = 4 * torch.finfo(torch.float32).eps * errors["exact"] ** 0.5
+    assert errors["ours"] ** 0.5 <= max(1.5 * errors["plain"] ** 0.5, floor)
 
 
 @pytest.mark.parametrize("key_heads", [4, 2, 1])
 def test_gradients(key_heads: int) -> None:
     model = CausalAttention(key_heads=key_heads)
     fast = einscade.optimize(copy.deepcopy(model), inner="eager")
-    _assert_gradients(fast, model, torch.randn(2, 19, 32))
+    _assert_gradients(fast, model, (2, 19, 32))
     assert rewritten_sites(fast) == 1
 
 
@@ -103,7 +106,7 @@ def test_gradients_of_the_input_through_a_bias() -> None:
 
     model = Biased()
     fast = einscade.optimize(copy.deepcopy(model), inner="eager")
-    _assert_gradients(fast, model, torch.randn(2, 19, 32))
+    _assert_gradients(fast, model, (2, 19, 32))
     assert rewritten_sites(fast) == 1
 
 
@@ -145,7 +148,7 @@ def test_checkpointing_inside() -> None:
 
     model = Stack()
     fast = einscade.optimize(copy.deepcopy(model), inner="eager")
-    _assert_gradients(fast, model, torch.randn(2, 19, 32))
+    _assert_gradients(fast, model, (2, 19, 32))
 
 
 def test_autocast() -> None:
