@@ -58,8 +58,9 @@ def lower(gm: fx.GraphModule, region: Region, program: Program) -> fx.Node:
             gm.graph.erase_node(n)
         raise
     _describe(node, made, region)
+    inside = set(region.nodes)  # what of it others still need (another region may share it) stays as it was
     for output, result in zip(region.outputs, results, strict=True):
-        output.node.replace_all_uses_with(result)
+        output.node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in inside)
     for n in sorted(region.nodes, key=position.__getitem__, reverse=True):
         if not n.users:
             gm.graph.erase_node(n)

@@ -120,7 +120,8 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         plan: Gradient = ctx.plan
-        inputs, saved = ctx.saved_tensors[: len(plan.inputs)], ctx.saved_tensors[len(plan.inputs) :]
+        kept = ctx.saved_tensors  # once: checkpointing unpacks them, by computing them again
+        inputs, saved = kept[: len(plan.inputs)], kept[len(plan.inputs) :]
         needed = list(ctx.needs_input_grad[3:])
         return None, None, None, *plan.run(inputs, saved, grads, needed, ctx.sizes, ctx.shapes)
 

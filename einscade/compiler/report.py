@@ -41,6 +41,12 @@ class Site:
     device: torch.device | None = None
     sizes: tuple[tuple[str, int], ...] = ()
     differentiable: tuple[bool, ...] = ()
+    frame: int | None = None
+
+    @property
+    def place(self) -> tuple[int | None, str, str]:
+        """What two compilations of one place have in common: the traced frame, the module, the line."""
+        return self.frame, self.module_path, self.source
 
     @property
     def cascade(self) -> Cascade | None:
@@ -88,8 +94,8 @@ class Report:
         """The sites of one more graph. A place compiled again (for other shapes, for training) is told once, as it is
         now. `unchanged`: why the graph as a whole was left alone."""
         with self._lock:
-            again = {(s.module_path, s.source) for s in sites}
-            self.sites[:] = [s for s in self.sites if (s.module_path, s.source) not in again] + list(sites)
+            again = {s.place for s in sites}
+            self.sites[:] = [s for s in self.sites if s.place not in again] + list(sites)
             self.graphs += 1
             if unchanged is not None and unchanged not in self.unchanged_graphs:
                 self.unchanged_graphs.append(unchanged)

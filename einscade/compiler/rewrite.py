@@ -98,12 +98,14 @@ def _differentiable(gm: fx.GraphModule) -> set[fx.Node]:
 
 def _site(gm: fx.GraphModule, region: Region, recipe: str, differentiable: Collection[fx.Node]) -> Site:
     where = (region.module_path, region.source)
+    frame = _frame()
     if region.cascade is None:
-        return Site(*where, UNCHANGED, region.reason)
+        return Site(*where, UNCHANGED, region.reason, frame=frame)
     program = remember(program_of(region, recipe))
     sizes = tuple((s, _hint(region.sizes[s])) for s in region.cascade.symbols)
     device = region.inputs[0].meta["val"].device
-    site = Site(*where, REWRITTEN, None, program, device, sizes, tuple(n in differentiable for n in region.inputs))
+    needed = tuple(n in differentiable for n in region.inputs)
+    site = Site(*where, REWRITTEN, None, program, device, sizes, needed, frame)
     try:
         check(region)
         site.kernel  # noqa: B018  (built here, where progress is shown, rather than in the first call)
@@ -114,6 +116,14 @@ def _site(gm: fx.GraphModule, region: Region, recipe: str, differentiable: Colle
         site.status, site.reason = UNCHANGED, f"internal error, {first_line(error)}"
         warn_once(f"{region.module_path or 'a site'} ({region.source}) is left as it was: {site.reason}")
     return site
+
+
+def _frame() -> int | None:
+    """Dynamo's number of the code that is being compiled, the same when it is compiled again; None outside Dynamo."""
+    from torch._guards import CompileContext
+
+    compile_id = CompileContext.current_compile_id()
+    return None if compile_id is None else compile_id.frame_id
 
 
 def _hint(size: Any) -> int:

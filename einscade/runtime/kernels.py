@@ -46,7 +46,7 @@ TUNING_SECONDS = 20.0
 MOST_SCHEDULES = {"triton": 8, "tiled_torch": 3}
 """So many schedules of an emitter are written out; the cost model has put the likely ones first."""
 
-FLAT = "flat"
+LAST_RESORTS = ("flat", "interpreter")
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Kernel:
     def _tune(self, inputs: Sequence[Tensor], sizes: Mapping[str, int]) -> None:
         """Times the candidates on these inputs, the likely ones first, and keeps the order on disk."""
         self.tuned = True
-        contenders = [c for c in self.candidates if c.kind not in (FLAT, "interpreter")]
+        contenders = [c for c in self.candidates if c.kind not in LAST_RESORTS]
         if len(contenders) < 2 or not autotuning():
             return
         started, best = time.perf_counter(), float("inf")
@@ -224,15 +224,16 @@ def _candidates(
         found = [*calls, *_generated("tiled_torch", loops, orders, described, sizes)]
     if not found:
         found = _generated("tiled_torch", loops, orders, Device.of("cpu"), sizes)
-    return [*found, _last_resort(program.cascade, Schedule(target=target_of(described)))]
+    return [*found, *_last_resorts(program.cascade, Schedule(target=target_of(described)))]
 
 
-def _last_resort(cascade: Cascade, schedule: Schedule) -> Candidate:
-    """One Einsum after another, whole; where even that cannot be written, the reference interpreter."""
+def _last_resorts(cascade: Cascade, schedule: Schedule) -> list[Candidate]:
+    """One Einsum after another, whole; and should even that fail, the reference interpreter."""
+    interpreter = Candidate("interpreter", interpreted(cascade), schedule, cascade.symbols)
     try:
-        return Candidate(FLAT, tiled_torch.emit_flat(cascade), schedule, cascade.symbols)
+        return [Candidate("flat", tiled_torch.emit_flat(cascade), schedule, cascade.symbols), interpreter]
     except Unsupported:
-        return Candidate("interpreter", interpreted(cascade), schedule, cascade.symbols)
+        return [interpreter]
 
 
 def _generated(
