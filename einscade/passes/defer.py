@@ -16,7 +16,7 @@ from sympy.logic.boolalg import Boolean
 
 from einscade.ir import Cascade, Einsum, Expr, Tensor, Where, accesses
 from einscade.passes.rewrite import NotApplicable
-from einscade.passes.statements import Names
+from einscade.passes.statements import Names, wide
 from einscade.passes.terms import conjoin, depends, reduced_over, split_factors
 
 __all__ = ["Defer", "guards"]
@@ -62,7 +62,7 @@ def _deferred(s: Einsum, names: Names, over: dict[str, frozenset[str]]) -> list[
     total: list[tuple[Boolean, Expr]] = []
     for factor, rests in parts.items():
         constant, inner = split_factors(sympy.Add(*rests), ranks)
-        tensor = Tensor(names("N"), s.output.ranks, "f32")
+        tensor = Tensor(names("N"), s.output.ranks, wide(s.output.dtype))
         sums.append(Einsum(tensor, inner, s.reduce, s.domain))
         total.append((conjoin(guards(factor)), constant * factor * tensor()))
     if len(total) == 1:

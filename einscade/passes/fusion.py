@@ -14,7 +14,7 @@ from einscade.ir import Access, Cascade, Einsum, Expr, accesses, var
 from einscade.passes.correction import Correction, NoCorrection, derive
 from einscade.passes.terms import closure
 
-__all__ = ["Carried", "Loop", "Plan", "is_long", "plan_loops"]
+__all__ = ["Carried", "Loop", "Plan", "inner_ranks", "is_long", "plan_loops"]
 
 # A rank of constant extent below this is short: worth a loop only if reductions over it depend on each other.
 LONG = 512
@@ -58,20 +58,8 @@ def is_long(cascade: Cascade, rank: str) -> bool:
 
 def plan_loops(cascade: Cascade, join: bool = True) -> Plan:
     """Loops for every rank that needs them; with `join` false, no reduction shares a loop with one that it reads."""
-    over: dict[str, list[Einsum]] = {}
-    scanned = {cascade.rank_table[s.scan.rank].origin or s.scan.rank for s in cascade.body if s.scan}
-    for s in cascade.body:
-        in_loop = any(cascade.rank_table[r].origin in scanned for r in s.ranks)
-        if s.reduce and s.reduce.monoid != "topk" and s.scan is None and not in_loop:
-            for r in s.reduce.ranks:
-                over.setdefault(r, []).append(s)
-    inner: dict[str, set[str]] = {}
-    for rank, reductions in over.items():
-        walk = _Walk(cascade, rank, frozenset(x.name for x in reductions))
-        for reduction in reductions:
-            for name in walk.read(reduction).along:
-                if cascade.definitions[name].reduce:
-                    inner.setdefault(name, set()).add(rank)
+    over = _reductions(cascade)
+    inner = _inside(cascade, over)
     ranks = sorted(over, key=lambda r: not is_long(cascade, r))
     loops: list[Loop] = []
     refusals: list[str] = []
@@ -89,6 +77,39 @@ def plan_loops(cascade: Cascade, join: bool = True) -> Plan:
                 joined += sum(bool(c.states) for c in loop.reductions)
                 taken |= {*loop.along}
     return Plan(tuple(loops), tuple(refusals), joined)
+
+
+def inner_ranks(cascade: Cascade) -> frozenset[str]:
+    """The ranks that are reduced inside traversals of other ranks only: widths that scores contract."""
+    over = _reductions(cascade)
+    inner = _inside(cascade, over)
+    return frozenset(
+        rank for rank, reductions in over.items() if all(_is_inner(cascade, r, rank, inner) for r in reductions)
+    )
+
+
+def _reductions(cascade: Cascade) -> dict[str, list[Einsum]]:
+    """The reductions over each rank that are in no loop yet."""
+    over: dict[str, list[Einsum]] = {}
+    scanned = {cascade.rank_table[s.scan.rank].origin or s.scan.rank for s in cascade.body if s.scan}
+    for s in cascade.body:
+        in_loop = any(cascade.rank_table[r].origin in scanned for r in s.ranks)
+        if s.reduce and s.reduce.monoid != "topk" and s.scan is None and not in_loop:
+            for r in s.reduce.ranks:
+                over.setdefault(r, []).append(s)
+    return over
+
+
+def _inside(cascade: Cascade, over: dict[str, list[Einsum]]) -> dict[str, set[str]]:
+    """For each reduction that a traversal of another rank computes inside, those ranks."""
+    inner: dict[str, set[str]] = {}
+    for rank, reductions in over.items():
+        walk = _Walk(cascade, rank, frozenset(x.name for x in reductions))
+        for reduction in reductions:
+            for name in walk.read(reduction).along:
+                if cascade.definitions[name].reduce:
+                    inner.setdefault(name, set()).add(rank)
+    return inner
 
 
 def _is_inner(cascade: Cascade, r: Einsum, rank: str, inner: dict[str, set[str]]) -> bool:

@@ -19,7 +19,7 @@ from sympy.logic.boolalg import Boolean
 from einscade.ir import MONOIDS, Access, Cascade, Einsum, Expr, Tensor, Where, accesses, var
 from einscade.ir.intervals import decide, rank_ranges
 from einscade.passes.normalise import limit, normal, predicate
-from einscade.passes.statements import Names
+from einscade.passes.statements import Names, wide
 from einscade.passes.terms import conjoin, conjuncts, depends
 
 __all__ = ["masks_to_domains"]
@@ -48,7 +48,7 @@ def masks_to_domains(cascade: Cascade) -> Cascade:
         if row != sympy.true:
             identity = MONOIDS[s.reduce.monoid].identity if s.reduce else sympy.Integer(0)
             if s.name in cascade.outputs:
-                inner = Tensor(names(f"{s.name}m"), s.output.ranks, "f32")
+                inner = Tensor(names(f"{s.name}m"), s.output.ranks, wide(s.output.dtype))
                 body.append(s.replace(output=inner))
                 body.append(_as_domain(Einsum(s.output, Where(row, inner(), identity))))
                 continue

@@ -14,7 +14,7 @@ import sympy
 from einscade.ir import Access, Cascade, Einsum, Rank, Reduction, Scan, Tensor, accesses, var
 from einscade.ir.expr import FUNCTIONS
 from einscade.ir.verify import WORDS
-from einscade.passes.fusion import is_long
+from einscade.passes.fusion import inner_ranks
 from einscade.passes.terms import variables
 
 __all__ = ["named"]
@@ -76,13 +76,7 @@ def _rank_names(cascade: Cascade) -> dict[str, str]:
     reduced = {r for s in cascade.body if s.reduce for r in s.reduce.ranks}
     first = [r for o in cascade.outputs for r in cascade.tensors[o].ranks]
     seen = dict.fromkeys([*first, *_walk(cascade), *(r.name for r in cascade.ranks)])
-    contracted = {
-        r
-        for s in cascade.body
-        if s.reduce and reduced & set(s.output.ranks)
-        for r in s.reduce.ranks
-        if not is_long(cascade, r)
-    }
+    contracted = inner_ranks(cascade)
     main = cascade.tensors[cascade.outputs[0]].ranks
     inner = [r for r in seen if r in contracted]
     tiles = [t for s in cascade.body if (t := set(s.output.ranks)) & (reduced - contracted)]

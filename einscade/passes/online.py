@@ -35,7 +35,7 @@ from einscade.ir import (
 from einscade.passes.correction import Correction, derive, old
 from einscade.passes.fusion import Carried, Loop, Plan, common_ranks, plan_loops
 from einscade.passes.rewrite import NotApplicable
-from einscade.passes.statements import Names, without_unused
+from einscade.passes.statements import Names, wide, without_unused
 from einscade.passes.terms import closure, conjoin, conjuncts, depends, ordered, reads_outside_where
 
 __all__ = ["Loops", "Online"]
@@ -97,10 +97,16 @@ def separated(cascade: Cascade) -> Cascade:
         serial = max(mixed, key=lambda r: _length(cascade, r))
         rest = tuple(r for r in reduced if r != serial)
         kept = s.output.ranks[:-2] + rest + s.output.ranks[-2:]
-        partial = Tensor(names(f"{s.name}p"), kept, "f32")
+        partial = Tensor(names(f"{s.name}p"), kept, _stored(s))
         body.append(Einsum(partial, s.expr, Reduction(s.reduce.monoid, (serial,)), s.domain))
         body.append(Einsum(s.output, partial(), Reduction(s.reduce.monoid, rest)))
     return cascade.replace(body=tuple(body))
+
+
+def _stored(s: Einsum) -> str:
+    """The dtype of a reduction's running value: booleans and counts as they are, all else wide."""
+    exact = s.output.dtype == "bool" or (s.output.dtype[0] in "iu" and s.reduce and s.reduce.monoid == "sum")
+    return s.output.dtype if exact else wide(s.output.dtype)
 
 
 def _length(cascade: Cascade, rank: str) -> float:
@@ -137,7 +143,9 @@ class _Emit:
         for carried in self.loop.reductions:
             output = c.tensors[carried.name]
             name = output.name if output.name not in c.outputs else self.names(f"{output.name}R")
-            self.running[carried.name] = Tensor(name, self._with_step(output.ranks), "f32")
+            self.running[carried.name] = Tensor(
+                name, self._with_step(output.ranks), _stored(c.definitions[carried.name])
+            )
         for name in (*self.loop.along, *self.loop.rows):
             self.inside[name] = name if name not in live else self.names(f"{name}t")
         self.made = [self._along(c.definitions[n]) for n in self.loop.along]
@@ -222,7 +230,7 @@ class _Emit:
         assert s.reduce is not None
         ranks = tuple(self.m0 if r == self.m else r for r in s.reduce.ranks)
         running = self.running[s.name]
-        local = Tensor(self.names(f"{s.name}L"), running.ranks, "f32")
+        local = Tensor(self.names(f"{s.name}L"), running.ranks, running.dtype)
         expr = self._now(s.expr)
         domain = self._bounded(s, self._now(s.domain))
         self.made.append(Einsum(local, expr, Reduction(s.reduce.monoid, ranks), domain))
@@ -304,8 +312,8 @@ class _Emit:
             raise NotApplicable(f"{s.name} sums over {', '.join(s.reduce.ranks)} at once; its moments would too")
         states = tuple(a for a in carried.states if moment.has(a))
         kept = tuple(r for r in owner.ranks if r in self.common or r == self.m1 or depends(moment, (r,)))
-        running = Tensor(self.names(f"{s.name}A"), kept, "f32")
-        local = Tensor(self.names(f"{running.name}L"), kept, "f32")
+        running = Tensor(self.names(f"{s.name}A"), kept, owner.dtype)
+        local = Tensor(self.names(f"{running.name}L"), kept, owner.dtype)
         self.aux.append((moment, running))
         correction = derive(moment, "sum", states, self.m)
         bound = self.index < self.extent
@@ -320,7 +328,8 @@ class _Emit:
         found = dict.fromkeys(conjuncts(s.domain))
         for a in s.reads:
             if a.tensor in self.loop.along:
-                found |= dict.fromkeys(self._points(a.tensor))
+                inner = self.cascade.definitions[a.tensor].reduce
+                found |= dict.fromkeys(c for c in self._points(a.tensor) if not inner or not depends(c, inner.ranks))
         return list(found)
 
     # -- outside --

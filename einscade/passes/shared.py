@@ -8,13 +8,14 @@ statement that all of its readers agree on.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection, Iterator
 
 import sympy
 from sympy.logic.boolalg import Boolean
 
 from einscade.ir import Access, Cascade, Einsum, Expr, Tensor, accesses, var
 from einscade.passes.normalise import normal
-from einscade.passes.statements import Names
+from einscade.passes.statements import Names, wide
 from einscade.passes.terms import (
     conjoin,
     conjuncts,
@@ -56,7 +57,7 @@ def factors_out(cascade: Cascade) -> Cascade:
             continue
         inner = s.replace(expr=bound * sympy.Mul(*waiting))
         if s.name in cascade.outputs:
-            inner = inner.replace(output=Tensor(names(f"{s.name}c"), s.output.ranks, "f32"))
+            inner = inner.replace(output=Tensor(names(f"{s.name}c"), s.output.ranks, wide(s.output.dtype)))
             body += [inner, Einsum(s.output, leaving * inner.output())]
         else:
             left[s.name] = leaving
@@ -72,7 +73,7 @@ def shared(cascade: Cascade) -> Cascade:
         expr, users = found
         first = next(s for s in cascade.body if s.name in users)
         ranks = tuple(r for r in first.ranks if depends(expr, (r,)))
-        cascade = _extracted(cascade, expr, users, Tensor(names("W"), ranks, "f32"), first)
+        cascade = _extracted(cascade, expr, users, Tensor(names("W"), ranks, wide(first.output.dtype)), first)
     return cascade
 
 
@@ -88,7 +89,7 @@ def _scores(cascade: Cascade, names: Names) -> Cascade:
                 users.append(t.name)
         if len(users) > 1:
             ranks = tuple(r for r in s.ranks if depends(s.expr, (r,)))
-            cascade = _extracted(cascade, s.expr, users, Tensor(names("T"), ranks, "f32"), s)
+            cascade = _extracted(cascade, s.expr, users, Tensor(names("T"), ranks, wide(s.output.dtype)), s)
     return cascade
 
 
@@ -112,7 +113,7 @@ def _rows(cascade: Cascade, names: Names) -> Cascade:
         number, own = own.as_coeff_Mul()
         if own not in made:
             ranks = tuple(r for r in s.output.ranks if depends(own, (r,)))
-            made[own] = Tensor(names("T"), ranks, "f32")
+            made[own] = Tensor(names("T"), ranks, wide(s.output.dtype))
             body.append(Einsum(made[own], own))
         rest = [replaced(a, s) for a in expr.args if a not in free]
         return expr.func(number * made[own](), *rest)
@@ -171,13 +172,8 @@ def _repeated(cascade: Cascade) -> tuple[Expr, list[str]] | None:
             continue
         seen = {
             node
-            for node in sympy.preorder_traversal(s.expr)
-            if not isinstance(node, Access)
-            and getattr(node, "is_extended_real", None) is not False
-            and isinstance(node, sympy.Expr)
-            and node.args
-            and any(a.tensor in cascade.definitions for a in accesses(node))
-            and depends(node, reduced)
+            for node in _values(s.expr)
+            if any(a.tensor in cascade.definitions for a in accesses(node)) and depends(node, reduced)
         }
         for node in seen:
             users.setdefault(node, []).append(s.name)
@@ -186,6 +182,15 @@ def _repeated(cascade: Cascade) -> tuple[Expr, list[str]] | None:
     if not many:
         return None
     return max(many, key=lambda pair: (sympy.count_ops(pair[0]), sympy.default_sort_key(pair[0])))
+
+
+def _values(expr: Expr) -> Iterator[Expr]:
+    """The real-valued parts of an expression that are no accesses: not indices, not conditions."""
+    if isinstance(expr, Access | Boolean) or not expr.args:
+        return
+    yield expr
+    for a in expr.args:
+        yield from _values(a)
 
 
 def _worth(expr: Expr) -> bool:
@@ -197,43 +202,52 @@ def _worth(expr: Expr) -> bool:
 def constants_folded(cascade: Cascade) -> Cascade:
     """A constant that every reader multiplies a contraction by goes into the contraction; what is left a mere alias
     of a contraction becomes the contraction."""
+    reduced = {r for s in cascade.body if s.reduce for r in s.reduce.ranks}
     for s in reversed(cascade.body):
         if s.reduce is None or s.reduce.monoid != "sum" or s.name in cascade.outputs or s.scan is not None:
             continue
+        # A sum divided by its length stays so: online divides by the length so far.
+        ranks = {*cascade.rank_table, *(() if reduced & set(s.output.ranks) else cascade.symbols)}
         coefficients: set[Expr] = set()
         for user in cascade.users(s.name):
-            coefficients |= _coefficients(user.expr, s.name)
+            coefficients |= _coefficients(user.expr, s.name, ranks)
             if any(a.tensor == s.name for a in accesses(user.domain)):
                 coefficients.add(sympy.Integer(1))
-        if len(coefficients) == 1 and (c := abs(coefficients.pop())) not in (0, 1):
+        if len(coefficients) == 1 and (c := sympy.Abs(coefficients.pop())) not in (0, 1):
             body = tuple(
-                t.replace(expr=c * t.expr) if t.name == s.name else t.replace(expr=_divided(t.expr, s.name, c))
+                t.replace(expr=c * t.expr) if t.name == s.name else t.replace(expr=_divided(t.expr, s.name, c, ranks))
                 for t in cascade.body
             )
             cascade = cascade.replace(body=body)
     return _without_aliases(cascade)
 
 
-def _coefficients(expr: Expr, name: str) -> set[Expr]:
+def _coefficients(expr: Expr, name: str, ranks: Collection[str]) -> set[Expr]:
     """The constants that accesses to a tensor are multiplied by, wherever they occur."""
     if isinstance(expr, Access):
         found: set[Expr] = {sympy.Integer(1)} if expr.tensor == name else set()
-        return found.union(*(_coefficients(i, name) for i in expr.index))
+        return found.union(*(_coefficients(i, name, ranks) for i in expr.index))
     if isinstance(expr, sympy.Mul) and any(isinstance(f, Access) and f.tensor == name for f in expr.args):
-        own = expr.as_coeff_Mul()[0]
+        own = _scalar(expr, ranks)
         return {own}.union(
-            *(_coefficients(f, name) for f in expr.args if not (isinstance(f, Access) and f.tensor == name))
+            *(_coefficients(f, name, ranks) for f in expr.args if not (isinstance(f, Access) and f.tensor == name))
         )
-    return set().union(*(_coefficients(a, name) for a in expr.args)) if expr.args else set()
+    return set().union(*(_coefficients(a, name, ranks) for a in expr.args)) if expr.args else set()
 
 
-def _divided(expr: Expr, name: str, c: Expr) -> Expr:
+def _scalar(product: Expr, ranks: Collection[str]) -> Expr:
+    """The factors that are the same at every point: numbers, and what extents make (1/sqrt(E))."""
+    return sympy.Mul(*(f for f in sympy.Mul.make_args(product) if not f.has(Access) and not depends(f, ranks)))
+
+
+def _divided(expr: Expr, name: str, c: Expr, ranks: Collection[str]) -> Expr:
     if not expr.args or isinstance(expr, Access):
         return expr
     if isinstance(expr, sympy.Mul) and any(isinstance(f, Access) and f.tensor == name for f in expr.args):
-        number, rest = expr.as_coeff_Mul()
-        return normal(number / c) * sympy.Mul(*(_divided(f, name, c) for f in sympy.Mul.make_args(rest)))
-    args = tuple(_divided(a, name, c) for a in expr.args)
+        scalar = _scalar(expr, ranks)
+        rest = expr.args if scalar == 1 else sympy.Mul.make_args(expr / scalar)
+        return normal(scalar / c) * sympy.Mul(*(_divided(f, name, c, ranks) for f in rest))
+    args = tuple(_divided(a, name, c, ranks) for a in expr.args)
     return expr if args == expr.args else expr.func(*args)
 
 

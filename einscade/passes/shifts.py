@@ -13,7 +13,7 @@ import sympy
 
 from einscade.ir import Access, Cascade, Einsum, Expr, Reduction, Tensor, accesses, var
 from einscade.passes.normalise import normal
-from einscade.passes.statements import Names, without_unused
+from einscade.passes.statements import Names, wide, without_unused
 from einscade.passes.terms import conjuncts, depends, reduced_over
 
 __all__ = ["factored", "stabilised", "unshifted"]
@@ -71,7 +71,7 @@ def stabilised(cascade: Cascade, shifted: frozenset[str]) -> Cascade:
         key = next((k for k in made if k[:2] == (exponent, s.reduce.ranks) and k[2] <= domain), None)
         if key is None:
             key = (exponent, s.reduce.ranks, domain)
-            made[key] = Tensor(names("G"), rows, "f32")
+            made[key] = Tensor(names("G"), rows, wide(s.output.dtype))
             over[made[key].name] = frozenset(s.reduce.ranks)
             before[s.name] = [Einsum(made[key], exponent, Reduction("max", s.reduce.ranks), s.domain)]
         shift = made[key]()
@@ -138,7 +138,7 @@ def _rescaled(
         statement, factor = changed
         statement = statement.replace(expr=normal(statement.expr))
         if s.name in cascade.outputs:
-            inner = Tensor(names(f"{s.name}u"), s.output.ranks, "f32")
+            inner = Tensor(names(f"{s.name}u"), s.output.ranks, wide(s.output.dtype))
             statement = statement.replace(output=inner)
             body.append(statement)
             body.append(Einsum(s.output, factored(_undone(statement, factor, inner()))))
