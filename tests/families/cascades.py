@@ -98,27 +98,34 @@ def apply(c: Cascade, *rewrites: Rewrite, optional: tuple[Rewrite, ...] = ()) ->
     return c
 
 
-def tile_sizes(c: Cascade, tile: int) -> dict[str, int]:
-    """That size for every symbol that no input's shape gives."""
-    given = {str(x) for t in c.inputs for r in t.ranks for x in c.extent(r).free_symbols}
+def tile_sizes(c: Cascade, tile: int, sizes: Mapping[str, int] | None = None) -> dict[str, int]:
+    """That size for every symbol that neither an input's shape nor `sizes` gives."""
+    given = {str(x) for t in c.inputs for r in t.ranks for x in c.extent(r).free_symbols} | {*(sizes or {})}
     return {s: tile for s in c.symbols if s not in given}
 
 
 def generated(
-    c: Cascade, data: Mapping[str, torch.Tensor], tile: int = 4, grid: Mapping[str, int] | None = None
+    c: Cascade,
+    data: Mapping[str, torch.Tensor],
+    tile: int = 4,
+    grid: Mapping[str, int] | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The outputs of the tiled-PyTorch emitter's module for the cascade; `grid` tiles further ranks."""
-    tiles = tile_sizes(c, tile)
+    """The outputs of the tiled-PyTorch emitter's module for the cascade. `grid` tiles further ranks, `sizes` gives
+    symbols that are not tiles."""
+    tiles = tile_sizes(c, tile, sizes)
     source = emit(plan(c), Schedule(tiles=tuple(sorted({**tiles, **(grid or {})}.items()))))
     module = types.ModuleType(c.name)
     exec(compile(source.text, f"<{c.name}>", "exec"), module.__dict__)
-    sizes = infer_sizes(c, {name: tuple(t.shape) for name, t in data.items()}, tiles)
-    outputs = module.run(*(data[t.name] for t in c.inputs), **{s: sizes[s] for s in c.symbols if s not in tiles})
+    known = infer_sizes(c, {name: tuple(t.shape) for name, t in data.items()}, {**tiles, **(sizes or {})})
+    outputs = module.run(*(data[t.name] for t in c.inputs), **{s: known[s] for s in c.symbols if s not in tiles})
     return dict(zip(c.outputs, outputs, strict=True))
 
 
-def interpreted(c: Cascade, data: Mapping[str, torch.Tensor], tile: int = 4) -> dict[str, torch.Tensor]:
-    return interpret(c, data, tile_sizes(c, tile))
+def interpreted(
+    c: Cascade, data: Mapping[str, torch.Tensor], tile: int = 4, sizes: Mapping[str, int] | None = None
+) -> dict[str, torch.Tensor]:
+    return interpret(c, data, {**tile_sizes(c, tile, sizes), **(sizes or {})})
 
 
 def assert_same(actual: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
