@@ -71,7 +71,15 @@ def _pointwise(r: Raiser, node: Node, name: str, index: Index) -> Expr:
         values[key] = _argument(r, node, value, index, logical)
     for key, default in _SCALARS.items():
         values.setdefault(key, const(default))
+    if name == "mul" and node not in r.core and any(_is_fill(v) for v in values.values()):
+        if any(isinstance(v, sympy.Add) for v in values.values()):
+            # (1 - x) * -1e9 must not become -1e9 + 1e9 * x, which loses every score it is added to.
+            raise Unraisable(f"{node.target} by a very large number on the side")
     return _lifted(LOGICAL[name] if logical else NUMERIC[name], SimpleNamespace(**values))
+
+
+def _is_fill(value: Any) -> bool:
+    return isinstance(value, sympy.Expr) and value.is_number and bool(abs(value) > 100)
 
 
 def _argument(r: Raiser, node: Node, value: Any, index: Index, logical: bool) -> Any:

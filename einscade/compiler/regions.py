@@ -8,7 +8,7 @@ contractions by how ranks flow, and everything between them is raised operation 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,17 @@ def find(gm: GraphModule, constants: Mapping[str, torch.Tensor] | None = None,
     return _Finder(gm, dict(constants or {}), set(parameters)).run()
 
 
+@dataclass(frozen=True, eq=False)
+class _Draft:
+    """A candidate with its nodes; `root` is the node whose value the region is for."""
+
+    scores: tuple[Node, ...]
+    values: Node
+    core: frozenset[Node]
+    root: Node
+    order: int
+
+
 class _Finder:
     def __init__(self, gm: GraphModule, constants: dict[str, torch.Tensor], parameters: set[str]) -> None:
         self.gm = gm
@@ -65,7 +76,6 @@ class _Finder:
             elif node.op == "placeholder":
                 if node.name in parameters or _is_weight(node):
                     self.static.add(node)
-        self.owned: set[Node] = set()
 
     def _attribute(self, node: Node) -> None:
         value: Any = self.gm
@@ -78,36 +88,35 @@ class _Finder:
             self.constants.setdefault(node.name, value)
 
     def run(self) -> list[Region]:
-        regions = []
-        for candidate in self._candidates():
-            region = self._region(candidate)
-            if region is not None:
-                regions.append(region)
-                self.owned |= set(region.nodes)
-        return regions
-
-    def _candidates(self) -> Iterable[Candidate]:
-        return scan(self.gm, self.static, self.position)
+        drafts = [self._draft(c) for c in scan(self.gm, self.static, self.position)]
+        holders: dict[Node, list[_Draft]] = {}
+        for draft in drafts:
+            for node in draft.core:
+                holders.setdefault(node, []).append(draft)
+        found = {draft: self._region(draft, holders) for draft in drafts}
+        return [found[d] for d in drafts if not any(_within(d, e) and found[e].cascade for e in holders[d.values])]
 
     # -- one region --
 
-    def _region(self, candidate: Candidate) -> Region | None:
-        values = candidate.values
-        nodes = self._between(candidate)
-        result = self._result(values, nodes)
-        core = self._extended(result, nodes)
-        scores = [s for s in candidate.scores if s in core]
-        core_list = tuple(sorted(core, key=self.position.__getitem__))
+    def _draft(self, candidate: Candidate) -> _Draft:
+        core = self._between(candidate)
+        core = self._extended(self._result(candidate.values, core), core)
+        root = self._root(candidate.values, core)
+        return _Draft(candidate.scores, candidate.values, frozenset(core), root, self.position[candidate.values])
+
+    def _region(self, draft: _Draft, holders: Mapping[Node, list[_Draft]]) -> Region:
+        core, values = draft.core, draft.values
+        scores = [s for s in draft.scores if s in core]
+        nodes = tuple(sorted(core, key=self.position.__getitem__))
         where = (_module_path(values), _source(values))
         products = {p for node in (*scores, values) for p in products_of(node)}
-        main = self._root(values, core)
-        others = [n for n in core_list if n is not main and is_tensor(n) and self._escapes(n, core)]
+        others = [n for n in nodes if n is not draft.root and is_tensor(n) and _escapes(n, core, holders)]
         try:
-            raised = raise_region(core, products, scores, values, [main, *others], self.constants, _cascade_name(where[0]))
+            raised = raise_region(core, products, scores, values, [draft.root, *others], self.constants, "attention")
         except Unraisable as stop:
-            return Region(None, (), {}, (), core_list, *where, reason=str(stop))
+            return Region(None, (), {}, (), nodes, *where, reason=str(stop))
         sizes = {new: self._size(old) for new, old in raised.symbols.items() if new in raised.cascade.symbols}
-        return Region(raised.cascade, raised.inputs, sizes, raised.outputs, core_list, *where)
+        return Region(raised.cascade, raised.inputs, sizes, raised.outputs, nodes, *where)
 
     def _between(self, candidate: Candidate) -> set[Node]:
         """The nodes on the paths from what makes the intermediate to what consumes it."""
@@ -198,9 +207,6 @@ class _Finder:
             node = user
         return node
 
-    def _escapes(self, node: Node, core: set[Node]) -> bool:
-        return any(u not in core for u in readers(node))
-
     def _size(self, symbol: str) -> int | torch.SymInt | Node:
         """The node that holds a symbol, or a SymInt equal to it."""
         fallback: torch.SymInt | None = None
@@ -224,6 +230,23 @@ _RESHAPES = frozenset({
     "aten::view", "aten::_unsafe_view", "aten::reshape", "aten::permute", "aten::transpose", "aten::t", "aten::squeeze",
     "aten::unsqueeze",
 })  # fmt: skip
+
+
+def _within(inner: _Draft, outer: _Draft) -> bool:
+    """Whether a region is a step of another (a mixing of heads), or the same one found by another of its ends."""
+    if inner is outer or not inner.core <= outer.core:
+        return False
+    return inner.core < outer.core or inner.order > outer.order
+
+
+def _escapes(node: Node, core: Collection[Node], holders: Mapping[Node, list[_Draft]]) -> bool:
+    """Whether a node of a region is read from outside: by no region, or by one that does not make it again itself."""
+    for user in readers(node):
+        if user not in core:
+            users = holders.get(user, [])
+            if not users or any(node not in other.core for other in users):
+                return True
+    return False
 
 
 def _is_weight(node: Node) -> bool:
@@ -257,8 +280,3 @@ def _source(node: Node) -> str:
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     own = [f for f in frames if "/torch/" not in f[0]] or frames
     return f"{own[-1][0].rsplit('/', 1)[-1]}:{own[-1][1]}" if own else ""
-
-
-def _cascade_name(path: str) -> str:
-    return "attention"
-

@@ -65,13 +65,21 @@ class _Scan:
         self.static, self.position = static, position
         self.marks: dict[Node, Marks] = {}
         self.pairs: dict[Node, _Pair] = {}
-        self.found: list[Candidate] = []
+        self.matches: list[tuple[tuple[Mark, ...], Node, Node, Node]] = []
+        self.whole: list[Node] = []
 
     def run(self, gm: GraphModule) -> list[Candidate]:
         for node in gm.graph.nodes:
             if node.op == "call_function":
                 self.node(node)
-        return self.found
+        found = [Candidate((node,), node, None) for node in self.whole]
+        for makers, values, intermediate, other in self.matches:
+            # Judged at the end: a sum over m that normalises may come after the values in the graph.
+            scores = {m[0] for m in makers if self.counts(m, other)}
+            if scores:
+                ordered = tuple(sorted(scores, key=self.position.__getitem__))
+                found.append(Candidate(ordered, values, intermediate))
+        return sorted(found, key=lambda c: self.position[c.values])
 
     def of(self, node: Node) -> Marks:
         return self.marks.get(node, ())
@@ -82,7 +90,7 @@ class _Scan:
             self.static.add(node)
         name = op_name(node)
         if name in SCALED_DOT_PRODUCT:
-            self.found.append(Candidate((node,), node, None))
+            self.whole.append(node)
             return
         if not is_tensor(node):
             return
@@ -192,14 +200,14 @@ class _Scan:
             marks = self.of(side.node)
             if not marks:
                 continue
-            alive = {m for d, dim in enumerate(marks) if d not in side.reduced for m in dim}
+            # Where the other operand has no width of its own, it has to lack the rows: else this scales, or sums, weights.
+            kept = [d for d in range(len(marks)) if d not in side.reduced and (other.free or d in side.free)]
+            alive = {m for d in kept for m in marks[d]}
             gone = {m for d in side.reduced for m in marks[d]}
-            makers = tuple(dict.fromkeys(m[0] for m in gone if (m[0], 1 - m[1]) in alive
-                                         and self.counts(m, other.node)))  # fmt: skip
+            makers = [m for m in gone if (m[0], 1 - m[1]) in alive]
             if makers:
-                ordered = sorted(makers, key=self.position.__getitem__)
-                self.found.append(Candidate(tuple(ordered), node, side.node))
-                for maker in makers:
+                self.matches.append((tuple(makers), node, side.node, other.node))
+                for maker, _ in makers:
                     self.pairs[maker].matched = True
         dims: list[set[Mark]] = [set() for _ in shape(node)]
         for side in (left, right):

@@ -6,21 +6,29 @@ replaces are both known; the cascade gets the former and must give the latter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from einscade.compiler.regions import Region, find
 from einscade.ir.interpret import interpret
 
 
-def trace(function: Callable[..., Any], args: Sequence[Any], mode: str = "fake") -> GraphModule:
-    """A functional ATen graph with fake tensors on its nodes."""
-    with torch.no_grad():
-        gm = make_fx(torch.func.functionalize(function, remove="mutations"), tracing_mode=mode)(*args)
+def trace(function: Callable[..., Any], args: Sequence[Any], dynamic: Collection[int] = ()) -> GraphModule:
+    """A functional ATen graph with fake tensors on its nodes; dimensions whose size is in `dynamic` get symbols."""
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    fakes = []
+    for arg in args:
+        sizes = [DimDynamic.DUCK if n in dynamic else DimDynamic.STATIC for n in arg.shape]
+        fakes.append(mode.from_tensor(arg, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes)))
+    functional = torch.func.functionalize(function, remove="mutations")
+    with torch.no_grad(), mode:
+        gm = make_fx(functional, _allow_non_fake_inputs=True)(*fakes)
     gm.graph.eliminate_dead_code()
     return gm
 
