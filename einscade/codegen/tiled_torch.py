@@ -30,6 +30,7 @@ from einscade.codegen.tiles import (
     existence,
     guarded,
     may_be_infinite,
+    reads_maxima,
     tile_loop,
     with_fills,
 )
@@ -411,7 +412,8 @@ class _FlatWriter(_Writer):
                 e.name, e.output.ranks, self.from_before(e, self.divisible(e)), reduce.monoid if reduce else None,
                 reduce.ranks if reduce else (), self.module.points[e.name], self.module.results[e.name], source=e,
             ))  # fmt: skip
-        if may_be_infinite(statements, (t.name for t in self.cascade.inputs)):
+        inputs = (t.name for t in self.cascade.inputs)
+        if may_be_infinite(statements, inputs) or reads_maxima(self.cascade, self.nest.inputs):
             maxima = [s.name for s in statements if s.monoid in ("max", "min")]
             taken = {*self.cascade.tensors}
 

@@ -29,8 +29,8 @@ from einscade.ir.cascade import MONOIDS, Cascade, Einsum
 from einscade.ir.expr import Access, Expr, accesses, var
 
 __all__ = [
-    "Finite", "State", "Statement", "TileLoop", "existence", "guarded", "may_be_infinite", "missing_value", "tile_loop",
-    "with_fills",
+    "Finite", "State", "Statement", "TileLoop", "existence", "guarded", "may_be_infinite", "missing_value",
+    "reads_maxima", "tile_loop", "with_fills",
 ]  # fmt: skip
 
 
@@ -254,7 +254,7 @@ class _Builder:
         domain = self._domain(body)
         skippable = self._skippable(body)
         body = self._share_corrections(body)
-        if may_be_infinite(body, (t.name for t in self.cascade.inputs)):
+        if may_be_infinite(body, (t.name for t in self.cascade.inputs)) or reads_maxima(self.cascade, self.nest.inputs):
             maxima = {s.name for s in body if s.monoid in ("max", "min")}
             maxima |= {state.new for state in self.states.values() if state.init.is_infinite}
             body = guarded(body, maxima, self.fresh)
@@ -360,6 +360,22 @@ def may_be_infinite(statements: Iterable[Statement], inputs: Iterable[str]) -> b
         if s.monoid is None and len(terms) > 1 and any(a.tensor in inputs for t in terms for a in accesses(t)):
             return True
     return False
+
+
+def reads_maxima(cascade: Cascade, inputs: Iterable[str]) -> bool:
+    """Whether a nest with these inputs reads a maximum, made in another nest, that nothing may have entered."""
+
+    def is_extreme(name: str) -> bool:
+        made = cascade.definitions.get(name)
+        if made is None:
+            return False
+        if made.scan is not None:
+            return bool(made.scan.init.is_infinite)
+        if made.reduce is not None:
+            return made.reduce.monoid in ("max", "min")
+        return isinstance(made.expr, Access) and is_extreme(made.expr.tensor)
+
+    return any(map(is_extreme, inputs))
 
 
 def guarded(statements: list[Statement], extremes: Iterable[str], fresh: Callable[[str], str]) -> list[Statement]:
