@@ -26,10 +26,10 @@ class Exp2(sympy.Function):
     is_extended_real = True
 
 
-def base2(loop: TileLoop) -> TileLoop:
-    """The loop with every exponential in base 2, scores and maxima in the unit of their contraction."""
+def base2(loop: TileLoop, unit: Expr | None = None) -> TileLoop:
+    """The loop with every exponential in base 2, scores and maxima in the unit of their contraction, or in `unit`."""
     chain = _chain(loop)
-    unit = _unit(loop, chain)
+    unit = unit or _unit(loop, chain)
 
     def units(expr: sympy.Basic) -> sympy.Basic:
         return expr.xreplace({a: unit * a for a in expr.atoms(Access) if a.tensor in chain})

@@ -80,7 +80,12 @@ def schedules(program: LoopProgram) -> tuple[Schedule, ...]:
     points = [s for s in shape.statements if s.monoid is None and shape.m in s.ranks]
     narrow = max(shape.width(shape.e), shape.width(shape.f)) <= 64 and len(points) == 1
     wide = max(shape.width(shape.e), shape.width(shape.f)) > 128
+    gathers = any(
+        a.tensor in shape.loop.nest.inputs and {shape.p, shape.m} <= free_vars(a) for s in points for a in s.reads
+    )
     space = [(3, 128, 2), (2, 128, 2)] if narrow else [(2, 64, 2)] if wide else [(2, 128, 2), (2, 64, 3)]
+    if gathers:  # addresses take registers
+        space = [(2, 64, 2 if wide else 3)]
     found = []
     for groups, columns, stages in space:
         tiles = {shape.p: groups * GROUP_ROWS}
@@ -122,9 +127,8 @@ class _Module:
         self.shares = self.e == self.f and shape.dtype == self.dtype(shape.result.tensor)
         self._check_fit()
         self.statements, self.score, self.epilogue, self.rescale = self._in_base2()
-        predicate = shape.keep
-        self.bounds = bounds(predicate, shape.m, shape.p, var("row"), self.rows, self.columns)
-        self.masks: dict[Boolean, str] = {}
+        self.factor = _factor(self.score, shape.e)
+        self.bounds = bounds(shape.keep, shape.m, shape.p, var("row"), self.rows, self.columns)
         self.used: set[str] = set()
         self.loads = self._loads()
         self.sizes = self._sizes()
@@ -151,12 +155,31 @@ class _Module:
         if shape.rescale is not None:
             ranks = tuple(r for r in shape.accumulator.ranks if r != shape.f)
             body = (*body, Statement("rescale", ranks, shape.rescale))
-        loop = base2(replace(shape.loop, body=body, states=shape.states))
+        loop = base2(replace(shape.loop, body=body, states=shape.states), self._unit())
         statements = {s.name: s for s in loop.body}
         rescale = statements["rescale"].expr if shape.rescale is not None else None
         score = statements[shape.score.name]
-        rest = tuple(_spread(s) for s in loop.body if s.name not in ("rescale", score.name))
-        return rest, score, loop.epilogue, rescale
+        rest = tuple(s for s in loop.body if s.name not in ("rescale", score.name))
+        factor = _factor(score, shape.e)
+        if factor.is_number and score.fill is None:  # it joins the numbers of whatever reads the score
+            both = score.expr / factor
+            scaled = {a: factor * a for s in rest for a in s.reads if a.tensor == score.name}
+            rest = tuple(replace(s, expr=s.expr.xreplace(scaled)) for s in rest)
+            score = replace(score, expr=both)
+        return tuple(map(_spread, rest)), score, loop.epilogue, rescale
+
+    def _unit(self) -> Expr | None:
+        """What a modified score `c*score + ...` is kept in: c times the score's own factor, so that adding to it is one
+        multiply-add for each point. None: what `base2` chooses."""
+        shape = self.shape
+        access = Access(shape.score.name, *map(var, shape.score.ranks))
+        readers = [s for s in shape.statements if access in s.reads]
+        number = _factor(shape.score, shape.e)
+        if len(readers) != 1 or not readers[0].expr.is_Add or not number.is_number:
+            return None
+        unit = number * readers[0].expr.coeff(access)
+        rest = readers[0].expr - readers[0].expr.coeff(access) * access
+        return unit if unit.is_number and unit.is_positive and not rest.has(access) else None
 
     # -- what the kernel reads besides the operands --
 
@@ -178,27 +201,21 @@ class _Module:
                 raise Unsupported(f"{a} is read where the kernel does not")
         loads = []
         for i, a in enumerate(sorted(found, key=sympy.default_sort_key)):
-            moves = shape.m in free_vars(a) or a.has(*(x for x in accesses(a) if x != a and x.tensor == "")) or any(
-                x != a for x in accesses(a)
+            moves = (
+                shape.m in free_vars(a)
+                or a.has(*(x for x in accesses(a) if x != a and x.tensor == ""))
+                or any(x != a for x in accesses(a))
             )
             loads.append(_Load(a, None if moves else f"{self.name(a.tensor)}_at{i}"))
         return tuple(loads)
 
-    @property
-    def factor(self) -> Expr:
-        """What the score is multiplied by beyond the unit it is kept in."""
-        both = [a for a in accesses(self.score.expr) if self.shape.e in free_vars(a)]
-        factor = self.score.expr / sympy.Mul(*both)
-        return sympy.Integer(1) if factor.is_number and float(factor) == 1 else factor
-
     def _pointers(self) -> list[str]:
         """Arguments for tensors read or written by address: the pointer and a stride for each dimension."""
-        tensors = [*dict.fromkeys(x.access.tensor for x in self.loads), *self._row_results()]
-        return [a for t in tensors for a in self._pointer(t)]
+        read = [a for t in dict.fromkeys(x.access.tensor for x in self.loads) for a in self._pointer(t, self.name(t))]
+        return read + [a for t in self._row_results() for a in self._pointer(t, f"{self.name(t)}_to")]
 
-    def _pointer(self, tensor: str) -> list[str]:
-        n = self.name(tensor)
-        return [n, *(f"{n}_{i}" for i in range(len(self.cascade.tensors[tensor].ranks)))]
+    def _pointer(self, tensor: str, name: str) -> list[str]:
+        return [name, *(f"{name}_{i}" for i in range(len(self.cascade.tensors[tensor].ranks)))]
 
     def _row_results(self) -> list[str]:
         return [r for r in self.shape.results if r != self.shape.result.tensor]
@@ -238,7 +255,14 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
 TILE_{shape.e.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_e}, 16, 2))
 TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
 """.strip("\n")
-        parts = [constants, *helpers, _TURN.strip("\n") if self.groups > 1 else "", *body, _TILE_MAP.strip("\n"), self._run()]
+        parts = [
+            constants,
+            *helpers,
+            _TURN.strip("\n") if self.groups > 1 else "",
+            *body,
+            _TILE_MAP.strip("\n"),
+            self._run(),
+        ]
         return head + "\n" + "\n\n\n".join(p for p in parts if p) + "\n"
 
     def _place(self) -> str:
@@ -332,7 +356,9 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
             "    if next_stage == STAGES:",
             "        next_stage = 0",
             "        next_phase = phase ^ 1",
-            *_indent(self._copy(k, self._coordinates(shape.keys, "(end - 2 - tile) * STEP"), "next_stage", "next_phase")),
+            *_indent(
+                self._copy(k, self._coordinates(shape.keys, "(end - 2 - tile) * STEP"), "next_stage", "next_phase")
+            ),
             *_indent(self._copy(v, self._coordinates(shape.values, "(end - 1 - tile) * STEP"), "stage", "phase")),
             "    stage = next_stage",
             "    phase = next_phase",
@@ -368,15 +394,14 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
     def _context(self) -> list[str]:
         """What the elementwise part reads besides the scores and the running values."""
         hoisted = [x.name for x in self.loads if x.name is not None]
-        moving = [a for t in dict.fromkeys(x.access.tensor for x in self.loads if x.name is None) for a in self._pointer(t)]
+        tensors = dict.fromkeys(x.access.tensor for x in self.loads if x.name is None)
+        moving = [a for t in tensors for a in self._pointer(t, self.name(t))]
         return [self.shape.p + "_", *self.shape.batch, *hoisted, *moving, *self.sizes]
 
     def _printer(self, guard: str) -> Printer:
         shape = self.shape
         variables = {shape.p: Value(f"{shape.p}_", (shape.p,), "i"), shape.m: Value(f"{shape.m}_", (shape.m,), "i")}
-        return Printer(
-            (shape.p, shape.m), {}, variables, self._element, shape.dtype == "bf16", guard, self.used
-        )
+        return Printer((shape.p, shape.m), {}, variables, self._element, shape.dtype == "bf16", guard, used=self.used)
 
     def _element(self, access: Access, printer: Printer) -> Value:
         """A read by address: before the loop where nothing in it moves, else with the tile's points."""
@@ -396,6 +421,8 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
         for r in sorted(groups, key=len):
             address = f"{address} + {printer.align(Value(' + '.join(groups[r]), r), ranks)}"
         inside = []
+        if printer.inside is not None and set(printer.inside.ranks) <= set(ranks):
+            inside.append(printer.align(printer.inside, ranks))
         if self.shape.p in ranks:
             limit = printer.value(self.shape.extent(self.shape.p)).code
             inside.append(printer.align(Value(f"{self.shape.p}_ < {limit}", (self.shape.p,)), ranks))
@@ -413,7 +440,8 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
     def _weigh(self) -> str:
         """The Einsums between the two products, on one tile."""
         shape = self.shape
-        masked, full = self._printer("finite"), self._printer("finite" if shape.always_guard else "")
+        masked = self._printer("finite")
+        full = self._printer("finite" if shape.always_guard or not self._is_static() else "")
         self._name_hoisted(masked)
         self._name_hoisted(full)
         lines = [
@@ -426,21 +454,19 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
                 ranks = () if p not in state.ranks else (p,)
                 printer.names[state.name] = Value(self.name(state.name), ranks)
             printer.names[shape.score.name] = Value(self.name(shape.score.name), (p, m))
-        self.masks = {}
         for s in (self.score, *self.statements):
             lines += self._comment(s)
             lines += self._statement(s, masked, full)
         result = [self.name(s.new) for s in shape.states]
         if self.rescale is not None:
-            v = full.value(self.rescale)
-            other = masked.value(self.rescale)
-            lines += self._either("rescale", v.code, other.code)
+            codes = [full.value(self.rescale).code, masked.value(self.rescale).code]
+            lines += self._both(*([f"rescale = {c}"] for c in codes))
             result.append("rescale")
         weights = full.names[shape.weights]
         result.append(f"gl.convert_layout({weights.atom()}.to({_GLUON[shape.dtype]}), WEIGHTS)")
         arguments = [self.name(shape.score.name), *self._state_names(), f"{m}_first", *self._context()]
         lines.append(f"return {', '.join(result)}")
-        return _function("weigh", [*arguments, "MASKED: gl.constexpr"], lines)
+        return _function("weigh", [*arguments, self._masked_argument()], lines)
 
     def _name_hoisted(self, printer: Printer) -> None:
         for x in self.loads:
@@ -451,61 +477,65 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
             ranks = (self.shape.p,) if self.shape.p in free_vars(x.access) else ()
             printer.names[x.name] = Value(x.name, ranks, kind)
 
-    def _either(self, name: str, full: str, masked: str) -> list[str]:
-        if full == masked:
-            return [f"{name} = {full}"] if name != full else []
-        return ["if MASKED:", f"    {name} = {masked}", "else:", f"    {name} = {full}"]
-
     def _statement(self, s: Statement, masked: Printer, full: Printer) -> list[str]:
+        """A statement on a tile whose points all exist, and what is different on a tile across an edge."""
         name = self.name(s.name)
-        lines: list[str] = []
+        shape = self.shape
+        keep: list[str] = []
+        if s.keep != sympy.true and any(x.name is None and x.access in s.reads for x in self.loads):
+            keep = self._mask(masked, s.keep)  # an index may be out of bounds where no point exists
+            masked.inside = masked.names["keep"]
         if s is self.score:
-            v = Value(name, (self.shape.p, self.shape.m))
-            codes = [v.code, v.code]
-            if self.factor != 1:
-                scaled = self.factor * Access(s.name, *map(var, s.ranks))
-                codes = [full.value(scaled).code, masked.value(scaled).code]
-        elif isinstance(s.expr, Finite) and not self.shape.always_guard:
-            inner = full.value(s.expr.args[0])
-            v, codes = inner, [inner.code, masked.value(s.expr).code]
+            expr = Access(s.name, *map(var, s.ranks)) * self.factor
         else:
-            v = full.value(s.expr)
-            codes = [v.code, masked.value(s.expr).code]
+            expr = s.expr
+        v, other = full.value(expr), masked.value(expr)
+        masked.inside = None
+        split = s.name in {x.new for x in shape.states if x.name in shape.split}
+        codes = [self._split_update(s, full)] * 2 if split else [v.code, other.code]
+        lines = [[f"{name} = {c}"] if c != name else [] for c in codes]
         if s.monoid is not None and s is not self.score:
-            if s.mask_operand:
-                identity = s.identity if s.identity is not None else sympy.Integer(0)
-                filled = self._filled(masked, Value(codes[1], v.ranks, v.kind), s.keep, identity, lines)
-                lines += [] if lines else ["if MASKED:"]
-                lines += [f"    {name} = {filled}", "else:", f"    {name} = {full.floating(v).code}"]
-                v, codes = Value(name, v.ranks), [name, name]
-            v, code = self._reduced(s, Value(codes[0], v.ranks, v.kind))
-            lines.append(f"{name} = {code}")
-        else:
-            if s.name in {x.new for x in self.shape.states} and self._is_split(s.name):
-                codes = [self._split_update(s, full)] * 2
-                v = Value(name, v.ranks)
-            lines += self._either(name, codes[0], codes[1])
+            lines, v = self._reduction(s, [replace(v, code=c) for c in codes], masked)
         kind = "f" if s is self.score else v.kind
         for printer in (masked, full):
             printer.names[s.name] = Value(name, v.ranks, kind)
         if s.fill is not None:
-            before = len(lines)
-            filled = self._filled(masked, masked.names[s.name], s.row, s.fill, lines)
-            lines += [] if len(lines) > before else ["if MASKED:"]
-            lines.append(f"    {name} = {filled}")
-        return lines
+            mask = [] if keep and s.row == s.keep else self._mask(masked, s.row)
+            lines[1] = [*lines[1], *mask, f"{name} = {self._filled(masked, masked.names[s.name], s.fill)}"]
+        lines[1] = [*keep, *lines[1]]
+        return self._both(*lines)
 
-    def _filled(self, printer: Printer, v: Value, predicate: Boolean, fill: Expr, lines: list[str]) -> str:
-        """Code for the value with `fill` where the predicate fails, after the line that makes the mask."""
-        keep = printer.value(predicate)
-        mask = self.masks.get(predicate)
-        if mask is None:
-            mask = "keep" if not self.masks else f"keep{len(self.masks)}"
-            self.masks[predicate] = mask
-            lines += ["if MASKED:", f"    {mask} = {keep.code}"]
+    def _both(self, full: list[str], masked: list[str]) -> list[str]:
+        """Lines for full and for masked tiles, told apart only where they differ."""
+        if full == masked:
+            return full
+        if masked[: len(full)] == full:
+            return [*full, "if MASKED:", *_indent(masked[len(full) :])]
+        return ["if MASKED:", *_indent(masked), "else:", *_indent(full or ["pass"])]
+
+    def _mask(self, printer: Printer, predicate: Boolean) -> list[str]:
+        """The line that makes `keep`, where the predicate holds."""
+        v = printer.value(predicate)
+        printer.names["keep"] = Value("keep", v.ranks, "b")
+        return [f"keep = {v.code}"]
+
+    def _filled(self, printer: Printer, v: Value, fill: Expr) -> str:
+        keep = printer.names["keep"]
         ranks = printer.sort(keep, v)
-        m = printer.align(Value(mask, keep.ranks, "b"), ranks)
-        return f"gl.where({m}, {printer.align(printer.floating(v), ranks)}, {printer.value(fill).code})"
+        value = printer.align(printer.floating(v), ranks)
+        return f"gl.where({printer.align(keep, ranks)}, {value}, {printer.value(fill).code})"
+
+    def _reduction(self, s: Statement, operands: list[Value], masked: Printer) -> tuple[list[list[str]], Value]:
+        """A reduction along the tile; one that would notice missing points has them at its identity."""
+        name = self.name(s.name)
+        results = [self._reduced(s, v) for v in operands]
+        lines = [[f"{name} = {code}"] for _, code in results]
+        if s.mask_operand:
+            identity = s.identity if s.identity is not None else sympy.Integer(0)
+            keep = self._mask(masked, s.keep)
+            filled = Value(self._filled(masked, operands[1], identity), (self.shape.p, self.shape.m))
+            lines[1] = [*keep, f"{name} = {self._reduced(s, filled)[1]}"]
+        return lines, results[0][0]
 
     def _is_split(self, new: str) -> bool:
         return any(x.new == new and x.name in self.shape.split for x in self.shape.states)
@@ -521,7 +551,11 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
         if factor == 1:
             return f"{name} + {self.name(part.tensor)}"
         row = printer.value(factor)
-        spread = f"gl.convert_layout({row.code}, gl.SliceLayout(1, {name}.type.layout))[:, None]" if row.ranks else row.atom()
+        spread = (
+            f"gl.convert_layout({row.code}, gl.SliceLayout(1, {name}.type.layout))[:, None]"
+            if row.ranks
+            else row.atom()
+        )
         return f"{name} * {spread} + {self.name(part.tensor)}"
 
     def _reduced(self, s: Statement, operand: Value) -> tuple[Value, str]:
@@ -583,12 +617,23 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
         if self.rescale is not None:
             lines.append(f"{acc} = {acc} * gl.convert_layout(rescale, RESULT_ROW)[:, None]")
         lines.append(f"return {', '.join([*states, acc, 'next_weights', 'stage', 'phase'])}")
-        return _function("advance", [*self._advance_arguments(), "group: gl.constexpr", "MASKED: gl.constexpr"], lines)
+        return _function("advance", [*self._advance_arguments(), self._masked_argument(), "group: gl.constexpr"], lines)
 
     def _advance_arguments(self) -> list[str]:
         acc = self.name(self.shape.accumulator.name)
         tiles, barriers = self._tiles(), self._barriers()[1:]
-        return ["tile", *self._state_names(), acc, "weights", "stage", "phase", *tiles, *barriers, "zero", *self._context()]
+        return [
+            "tile",
+            *self._state_names(),
+            acc,
+            "weights",
+            "stage",
+            "phase",
+            *tiles,
+            *barriers,
+            "zero",
+            *self._context(),
+        ]
 
     def _view(self, tile: str, rows: int, width: int, rank: str) -> str:
         return f"{tile}._reinterpret({_GLUON[self.shape.dtype]}, [{rows}, {width}], TILE_{rank.upper()})"
@@ -637,12 +682,11 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
         ]
         result = [*states, acc, "weights", "stage", "phase"]
         passed = [x if x != f"{q}_tile" else f"{q}_rows" for x in self._advance_arguments()]
-        for count, masked in self._loops():
-            lines += [
-                f"for _ in range({count}):",
-                "    tile -= 1",
-                *_indent(_call(result, "advance", [*passed, "group", masked]).splitlines()),
-            ]
+        lines += [
+            "for _ in range(end - 1 - first):",
+            "    tile -= 1",
+            *_indent(_call(result, "advance", [*passed, self._edge(), "group"]).splitlines()),
+        ]
         lines += [
             f"mbarrier.wait({v}_full.index(stage), phase)",
             f"{v}_tile = {self._view(f'{v}_tiles.index(stage)', self.columns, self.f, shape.f)}",
@@ -664,15 +708,20 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
         ]
         return _function("compute", [*self._compute_arguments(), "group: gl.constexpr"], lines)
 
-    def _loops(self) -> list[tuple[str, str]]:
-        """The iterations after the first: how many, and whether they are masked."""
+    def _edge(self) -> str:
+        """Whether a tile after the first one visited is masked."""
         b = self.bounds
         if not self._classes():
-            return [("end - 1 - first", "True")]
-        full_first = "full_first" if b.lower else "first"
-        loops = [("tile - full_end", "True")] if b.upper else []
-        loops.append((f"{'full_end' if b.upper else 'tile'} - {full_first}", "False"))
-        return loops + ([("full_first - first", "True")] if b.lower else [])
+            return "True"
+        edges = (["tile >= full_end"] if b.upper else []) + (["tile < full_first"] if b.lower else [])
+        return " | ".join(f"({e})" for e in edges) if len(edges) > 1 else edges[0] if edges else "False"
+
+    def _is_static(self) -> bool:
+        """Whether it is known, where the code is made, which iterations are masked."""
+        return not self._classes() or not (self.bounds.upper or self.bounds.lower)
+
+    def _masked_argument(self) -> str:
+        return "MASKED: gl.constexpr" if self._is_static() else "MASKED"
 
     def _compute_arguments(self) -> list[str]:
         o = self.name(self.shape.result.tensor)
@@ -686,7 +735,7 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
         p, f = shape.p, shape.f
         names = {shape.accumulator.name: Value(self.name(shape.accumulator.name), (p, f))}
         variables = {p: Value(f"{p}_", (p,), "i")}
-        printer = Printer((p, f), names, variables, self._element, shape.dtype == "bf16", "finite", self.used)
+        printer = Printer((p, f), names, variables, self._element, shape.dtype == "bf16", "finite", used=self.used)
         self._name_hoisted(printer)
         lines = [f"{p}_ = gl.convert_layout({p}_, RESULT_ROW)"]
         lines += [f"{x.name} = gl.convert_layout({x.name}, RESULT_ROW)" for x in self.loads
@@ -716,12 +765,11 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
 
     def _store_row(self, output: str, printer: Printer) -> list[str]:
         t = self.cascade.tensors[output]
-        n = self.name(output)
+        to = f"{self.name(output)}_to"
         p = self.shape.p
-        scalars = [f"{r}.to(gl.int64) * {n}_stride{i}" for i, r in enumerate(t.ranks) if r != p]
-        at = t.ranks.index(p)
+        scalars = [f"{r}.to(gl.int64) * {to}_{i}" for i, r in enumerate(t.ranks) if r != p]
         limit = printer.value(self.shape.extent(p)).code
-        where = " + ".join([f"{n}_out", *scalars, f"{p}_ * {n}_stride{at}"])
+        where = " + ".join([to, *scalars, f"{p}_ * {to}_{t.ranks.index(p)}"])
         dtype = _GLUON.get(t.dtype)
         if dtype is None:
             raise Unsupported(f"the output {output} is {t.dtype}")
@@ -740,7 +788,9 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
 
         def ring(x: str, count: str, operand: Operand, rows: int, width: int, name: str) -> str:
             block = [1] * len(operand.batch) + [rows, width]
-            return f"{name} = gl.allocate_shared_memory({dtype}, [{count}, {', '.join(map(str, block))}], {x}_map.layout)"
+            return (
+                f"{name} = gl.allocate_shared_memory({dtype}, [{count}, {', '.join(map(str, block))}], {x}_map.layout)"
+            )
 
         lines = [
             ring(q, "GROUPS", shape.queries, GROUP_ROWS, self.e, f"{q}_tile"),
@@ -750,7 +800,9 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
         if not self.shares:
             block = [1] * len(shape.result.batch) + [GROUP_ROWS, self.f]
             out = _GLUON[self.dtype(shape.result.tensor)]
-            lines.append(f"{o}_tile = gl.allocate_shared_memory({out}, [GROUPS, {', '.join(map(str, block))}], {o}_map.layout)")
+            lines.append(
+                f"{o}_tile = gl.allocate_shared_memory({out}, [GROUPS, {', '.join(map(str, block))}], {o}_map.layout)"
+            )
         lines.append(f"{q}_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())")
         rings = self._barriers()[1:]
         lines += [f"{b} = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())" for b in rings]
@@ -781,7 +833,9 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
         device = f"{inputs[0]}.device"
         for r in shape.results:
             lines.append(f"{self.name(r)} = {self._allocation(r, device)}")
-        grid = [python(shape.extent(r)) for r in shape.batch] + [f"-(-{_paren(python(shape.extent(shape.p)))} // {self.rows})"]
+        grid = [python(shape.extent(r)) for r in shape.batch] + [
+            f"-(-{_paren(python(shape.extent(shape.p)))} // {self.rows})"
+        ]
         lines.append(f"programs = {' * '.join(_paren(g) for g in grid)}")
         maps = []
         sizes = ((shape.queries, GROUP_ROWS, self.e), (shape.keys, self.columns, self.e),
@@ -821,10 +875,18 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
         return code
 
 
+def _factor(score: Statement, e: str) -> Expr:
+    """What the score is multiplied by beyond the product along `e`."""
+    factor = score.expr / sympy.Mul(*(a for a in accesses(score.expr) if e in free_vars(a)))
+    return sympy.Integer(1) if factor.is_number and float(factor) == 1 else factor
+
+
 def _spread(s: Statement) -> Statement:
-    """Products of sums multiplied out: `A[h]*(m - p)` is a term of the columns and one of the rows, not of every
-    point."""
-    return replace(s, expr=sympy.expand_mul(s.expr, deep=False)) if s.monoid is None else s
+    """A number in front of a sum joins the numbers of its terms."""
+    number, rest = s.expr.as_independent(Access, *s.expr.free_symbols, as_Add=False)
+    if s.monoid is not None or not rest.is_Add:
+        return s
+    return replace(s, expr=sympy.Add(*(number * t for t in rest.args)))
 
 
 _REDUCTIONS = {
@@ -834,22 +896,22 @@ def row_parts(x):
     """Sums along rows as far as a thread goes alone: eight parts a row, in independent chains of additions."""
     return gl.sum(x.reshape([64, STEP // 8, 8]), axis=1)
 ''',
-    "row_sum": '''
+    "row_sum": """
 @gluon.jit
 def row_sum(x):
     return gl.convert_layout(gl.sum(row_parts(x), axis=1), ROW)
-''',
+""",
     "row_max": '''
 @gluon.jit
 def row_max(x):
     """Eight parts a row first: chains of maxima that do not wait for each other."""
     return gl.convert_layout(gl.max(gl.max(x.reshape([64, STEP // 8, 8]), axis=1), axis=1), ROW)
 ''',
-    "row_min": '''
+    "row_min": """
 @gluon.jit
 def row_min(x):
     return gl.convert_layout(gl.min(gl.min(x.reshape([64, STEP // 8, 8]), axis=1), axis=1), ROW)
-''',
+""",
 }
 
 _TURN = '''

@@ -48,8 +48,7 @@ class Operand:
 class Form:
     """`p`: the tiled grid rank; `m`: the coordinate of the loop; `e`, `f`: the widths of the two products.
 
-    score, weights: names of the values the first product makes and the second one reads; `factor` is what the
-    contraction multiplies the product by. `statements` run between the two, in order; `accumulator` is the state that
+    score: the first product; weights: the name of the value that the second one reads. `statements` run between the two, in order; `accumulator` is the state that
     the second product adds to, after scaling it by `rescale` (None: not at all). `split` names running sums that only
     the epilogue reads: each thread keeps its own part of them until then.
     """
@@ -65,7 +64,6 @@ class Form:
     keys: Operand
     values: Operand
     score: Statement
-    factor: Expr
     statements: tuple[Statement, ...]
     weights: str
     accumulator: State
@@ -103,7 +101,8 @@ def form(program: LoopProgram) -> Form:
     (m,) = loop.coordinates
     always_guard = any(s.expr.has(Finite) for s in loop.body) and _reads_infinities(cascade, loop)
     body = _with_limit(loop, m)
-    score, queries, keys, factor, p, e = _score(cascade, nest, body, m)
+    score, queries, keys, p, e = _score(cascade, nest, body, m)
+    body, score = _joined(body, score)
     product, accumulator, weights, values, f, rescale = _accumulation(cascade, loop, body, score, m)
     update = next(s for s in body if s.name == accumulator.new)
     states = tuple(s for s in loop.states if s is not accumulator)
@@ -122,7 +121,6 @@ def form(program: LoopProgram) -> Form:
         keys,
         values,
         score,
-        factor,
         statements,
         weights,
         accumulator,
@@ -192,7 +190,7 @@ def _reads_infinities(cascade: Cascade, loop: TileLoop) -> bool:
 
 def _score(
     cascade: Cascade, nest: SerialNest, body: Sequence[Statement], m: str
-) -> tuple[Statement, Operand, Operand, Expr, str, str]:
+) -> tuple[Statement, Operand, Operand, str, str]:
     found = [s for s in body if s.monoid == "sum" and m in s.ranks]
     if len(found) != 1:
         raise Unsupported(f"{len(found)} products along a short rank in the loop; the kernel runs one")
@@ -200,7 +198,7 @@ def _score(
     if len(s.reduced) != 1 or is_long(cascade, s.reduced[0]):
         raise Unsupported(f"{s.name} reduces {', '.join(s.reduced)}: one rank of constant width is needed")
     (e,) = s.reduced
-    both, rest = _factors(s.expr, e)
+    both, _ = _factors(s.expr, e)
     if len(both) != 2 or not all(isinstance(x, Access) and x.tensor in nest.inputs for x in both):
         raise Unsupported(f"{s.name} is no product of two inputs along {e}")
     moving = [a for a in both if m in free_vars(a)]
@@ -211,7 +209,22 @@ def _score(
     if len(long) != 1:
         raise Unsupported(f"{s.name}: {still[0].tensor} needs one long rank of its own, it has {len(long)}")
     (p,) = long
-    return s, _operand(cascade, still[0], p, e), _operand(cascade, moving[0], m, e), rest, p, e
+    return s, _operand(cascade, still[0], p, e), _operand(cascade, moving[0], m, e), p, e
+
+
+def _joined(body: list[Statement], score: Statement) -> tuple[list[Statement], Statement]:
+    """A value that is the score times a number, and its only reader, is the score."""
+    access = Access(score.name, *map(var, score.ranks))
+    readers = [s for s in body if any(a.tensor == score.name for a in s.reads)]
+    if len(readers) != 1 or readers[0].ranks != score.ranks or readers[0].monoid is not None:
+        return body, score
+    (reader,) = readers
+    number, rest = reader.expr.as_coeff_Mul()
+    if rest != access or not number.is_number or reader.keep != score.keep:
+        return body, score
+    expr = score.expr * (1 if float(number) == 1 else number)
+    joined = replace(score, name=reader.name, expr=expr, row=reader.row, fill=reader.fill)
+    return [joined if s is reader else s for s in body if s is not score], joined
 
 
 def _factors(expr: Expr, rank: str) -> tuple[list[Expr], Expr]:
@@ -296,7 +309,9 @@ def _split(
     found = set()
     for state in states:
         update = next(s for s in statements if s.name == state.new)
-        readers = [s for s in statements if any(a.tensor in (state.name, state.new) for a in s.reads) and s is not update]
+        readers = [
+            s for s in statements if any(a.tensor in (state.name, state.new) for a in s.reads) and s is not update
+        ]
         before = Access(state.name, *map(var, state.ranks))
         expr = sympy.expand(update.expr)
         rest = sympy.expand(expr - expr.coeff(before) * before)

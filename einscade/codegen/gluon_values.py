@@ -85,7 +85,8 @@ class Printer:
     """`dims` are the tile's two ranks; `names` what local tensors are, `variables` what ranks and sizes are.
 
     load: code for an element (or a tile of elements) of a tensor in memory. guard: how `Finite` is printed ("finite",
-    or "" where no row can be without points). approximate: whether `tanh` may be the hardware's. used: the helpers
+    or "" where no row can be without points). inside: the points that exist, where some of a tile may not, for reads by
+    address. approximate: whether `tanh` may be the hardware's. used: the helpers
     that the printed code calls.
     """
 
@@ -95,6 +96,7 @@ class Printer:
     load: Callable[[Access, Printer], Value]
     approximate: bool = False
     guard: str = "finite"
+    inside: Value | None = None
     used: set[str] = field(default_factory=set)
 
     def sort(self, *values: Value) -> tuple[str, ...]:
@@ -143,6 +145,20 @@ class Printer:
             return self._pow(expr)
         return self._function(expr)
 
+    def _converted(self, expr: sympy.Basic, v: Value) -> Value:
+        """A factor as float32. Of a sum of integers over the tile (`m - p`) each term is converted, a row or a column of
+        them, and not every point; both are exact below 2**24."""
+        if v.kind != "i" or len(v.ranks) < 2 or not isinstance(expr, sympy.Add):
+            return self.floating(v)
+        terms = [(self.floating(self.value(abs_)), sign) for abs_, sign in map(_signed, expr.args)]
+        terms.sort(key=lambda t: (t[1], -len(t[0].ranks)))
+        total, flip = terms[0]
+        part = (total, flip)
+        for term in terms[1:]:
+            part = self._plus(part, term, "f")
+        code = part[0].code
+        return Value(f"-({code})" if part[1] else code, part[0].ranks)
+
     # -- arithmetic --
 
     def _add(self, expr: sympy.Add) -> Value:
@@ -180,9 +196,12 @@ class Printer:
         """Factors of the same dimensions first, numbers with those of fewest dimensions."""
         numbers, rest = expr.as_independent(Access, *expr.free_symbols, as_Add=False)
         coefficient = numbers if numbers.is_Rational else sympy.Float(float(numbers))
-        values = [self.value(f) for f in sympy.Mul.make_args(rest)]
+        if abs(abs(float(coefficient)) - 1) < 1e-12:  # a factor and its inverse
+            coefficient = sympy.Integer(round(float(coefficient)))
+        factors = sympy.Mul.make_args(rest)
+        values = [self.value(f) for f in factors]
         kind = "f" if any(v.kind == "f" for v in values) or not coefficient.is_Integer else "i"
-        values = [self.floating(v) if kind == "f" else v for v in values]
+        values = [self._converted(f, v) if kind == "f" else v for f, v in zip(factors, values, strict=True)]
         negative = coefficient.is_negative
         if abs(coefficient) != 1:
             values.append(_number(abs(coefficient)))
@@ -279,6 +298,11 @@ _FUNCTIONS: Mapping[type, str] = {
     Exp2: "gl.exp2", sympy.exp: "gl.exp", sympy.log: "gl.log", sympy.sin: "gl.sin", sympy.cos: "gl.cos",
     sympy.erf: "gl.erf", sympy.Abs: "gl.abs", sympy.floor: "gl.floor", sympy.ceiling: "gl.ceil",
 }  # fmt: skip
+
+
+def _signed(term: Expr) -> tuple[Expr, bool]:
+    negative = bool(term.could_extract_minus_sign())
+    return (-term if negative else term), negative
 
 
 def _number(x: Expr) -> Value:
