@@ -30,7 +30,7 @@ ONE_PASS = (Defer(), Online(), Loops())
 
 
 def domain_of(window: int, sink: int) -> str:
-    return WINDOW_WITH_SINK.replace("5", str(window)).replace("< 2", f"< {sink}")
+    return f"m <= p & (p - m < {window} | m < {sink})"
 
 
 def exists(p: int, m: int, window: int, sink: int) -> bool:
