@@ -6,7 +6,8 @@
 
 The first line is the recipe and, after `->`, the ranks in memory order (outermost first) of every output that is not
 stored in the order of its own ranks. The rest is the cascade's text. This is what the operator in a graph carries, so
-that a graph with it needs nothing else.
+that a graph with it needs nothing else. There it is one line, with `;;` for the ends of lines: compilers quote a
+graph's constants in comments of what they generate.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ DTYPES: Mapping[str, torch.dtype] = {
     "i16": torch.int16, "i8": torch.int8, "u8": torch.uint8, "i4": torch.int8, "bool": torch.bool,
 }  # fmt: skip
 
+LINE_END = " ;; "
+
 MemoryOrder = tuple[tuple[str, tuple[str, ...]], ...]
 
 
@@ -47,7 +50,8 @@ class Program:
     @cached_property
     def text(self) -> str:
         orders = ", ".join(f"{name}[{','.join(ranks)}]" for name, ranks in self.out_order)
-        return self.recipe + (f" -> {orders}" if orders else "") + "\n" + print_cascade(self.cascade)
+        lines = self.recipe + (f" -> {orders}" if orders else "") + "\n" + print_cascade(self.cascade)
+        return lines.strip().replace("\n", LINE_END)
 
     def named_sizes(self, sizes: Sequence[Any]) -> dict[str, Any]:
         """`sizes` come in the order of `cascade.symbols`; they may be ints or SymInts."""
@@ -102,7 +106,7 @@ def remember(program: Program) -> Program:
 
 
 def _parse(text: str) -> Program:
-    header, newline, body = text.partition("\n")
+    header, newline, body = text.replace(LINE_END, "\n").partition("\n")
     if not newline:
         raise ValueError(f"not a program: {text[:60]!r} has a recipe but no cascade")
     recipe, _, orders = header.partition(" -> ")
