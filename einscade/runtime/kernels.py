@@ -32,8 +32,9 @@ from einscade.ir.device import Device
 from einscade.ir.text import parse_cascade, print_cascade
 from einscade.passes.pipeline import run
 from einscade.passes.recipes import RECIPES
-from einscade.runtime import cache, library
+from einscade.runtime import cache, library_call
 from einscade.runtime import device as machine
+from einscade.runtime.library import NotInLibrary
 from einscade.runtime.modules import interpreted, load
 from einscade.runtime.program import MemoryOrder, Program, parse_program
 from einscade.runtime.steps import StepRecord
@@ -43,7 +44,7 @@ __all__ = ["Candidate", "Kernel", "build", "kernel_for", "recompute_gradients"]
 TUNING_SECONDS = 20.0
 """No more than this is spent on measuring the candidates of one kernel."""
 
-MOST_SCHEDULES = {"triton": 8, "tiled_torch": 3}
+MOST_SCHEDULES = {"gluon": 4, "triton": 8, "tiled_torch": 3}
 """So many schedules of an emitter are written out; the cost model has put the likely ones first."""
 
 LAST_RESORTS = ("flat", "interpreter")
@@ -53,7 +54,7 @@ LAST_RESORTS = ("flat", "interpreter")
 class Candidate:
     """One way to run a cascade. `symbols` are the sizes that it takes.
 
-    `kind`: "triton", "tiled_torch", "library:sdpa", "flat" (every Einsum whole) or "interpreter".
+    `kind`: "gluon", "triton", "tiled_torch", "library:sdpa", "flat" (every Einsum whole) or "interpreter".
     """
 
     kind: str
@@ -218,13 +219,19 @@ def _candidates(
     loops = plan(rewritten)
     orders = _renamed_orders(program, rewritten)
     calls = _library_calls(program, steps)
-    if device.type == "cuda":
-        found = [*_generated("triton", loops, orders, described, sizes), *calls]
-    else:
-        found = [*calls, *_generated("tiled_torch", loops, orders, described, sizes)]
-    if not found:
-        found = _generated("tiled_torch", loops, orders, Device.of("cpu"), sizes)
+    generated = [c for kind in _emitters(described) for c in _generated(kind, loops, orders, described, sizes)]
+    if not generated:
+        generated = _generated("tiled_torch", loops, orders, described, sizes)
+    found = [*calls, *generated] if device.type == "cpu" else [*generated, *calls]
     return [*found, *_last_resorts(program.cascade, Schedule(target=target_of(described)))]
+
+
+def _emitters(device: Device) -> tuple[str, ...]:
+    """The emitters for a device, the ones that know most of it first; tiled torch is what all others fall back to."""
+    if device.kind == "cpu":
+        return ("tiled_torch",)
+    hopper = device.kind == "cuda" and device.capability[0] == 9
+    return ("gluon", "triton") if hopper else ("triton",)
 
 
 def _last_resorts(cascade: Cascade, schedule: Schedule) -> list[Candidate]:
@@ -240,20 +247,24 @@ def _generated(
     kind: str, loops: LoopProgram, orders: MemoryOrder, device: Device, sizes: Mapping[str, int]
 ) -> list[Candidate]:
     """What an emitter makes of a loop program, one candidate per schedule; nothing where it cannot lower it."""
-    if kind == "triton":
-        from einscade.codegen import triton as emitter
+    if kind == "gluon":
+        from einscade.codegen.gluon import emit, schedules
+    elif kind == "triton":
+        from einscade.codegen.triton_emit import emit
     else:
-        from einscade.codegen import tiled_torch as emitter
+        from einscade.codegen.tiled_torch import emit
     found = []
-    for schedule in candidates(loops, device, sizes)[: MOST_SCHEDULES[kind]]:
-        schedule = replace(schedule, out_order=orders)
-        try:
-            source = emitter.emit(loops, schedule)
-        except Unsupported:
-            break
-        tiles = dict(schedule.tiles)
-        symbols = tuple(s for s in loops.cascade.symbols if s not in tiles)
-        found.append(Candidate(kind, source, schedule, symbols))
+    try:
+        tried = schedules(loops) if kind == "gluon" else candidates(loops, device, sizes)
+        for schedule in tried[: MOST_SCHEDULES[kind]]:
+            schedule = replace(schedule, out_order=orders)
+            tiles = dict(schedule.tiles)
+            symbols = tuple(s for s in loops.cascade.symbols if s not in tiles)
+            found.append(Candidate(kind, emit(loops, schedule), schedule, symbols))
+    except Unsupported:
+        pass
+    except Exception as error:  # an emitter that breaks on a program costs its speed, not its result
+        _warn_once(f"{loops.cascade.name}: the {kind} emitter failed ({type(error).__name__}: {_first_line(error)})")
     return found
 
 
@@ -261,8 +272,8 @@ def _library_calls(program: Program, steps: Sequence[StepRecord]) -> list[Candid
     """The library call that computes the program, if one does: recognised on the raised cascade or on a later form."""
     for cascade in [program.cascade, *(parse_cascade(s.after) for s in steps if s.changed)]:
         try:
-            return [Candidate("library:sdpa", library.emit(cascade), Schedule(), cascade.symbols)]
-        except library.NotInLibrary:
+            return [Candidate("library:sdpa", library_call.emit(cascade), Schedule(), cascade.symbols)]
+        except NotInLibrary:
             continue
     return []
 

@@ -1,6 +1,7 @@
-"""Library calls as candidates: cascades that `scaled_dot_product_attention` computes, found by structure.
+"""Which cascades torch's `scaled_dot_product_attention` computes: found by structure.
 
-Comes in: a raised cascade. Goes out: `Source` in "torch" that calls the library, or `NotInLibrary` with the reason.
+Comes in: a raised (or canonical) cascade. Goes out: an `Attention`, from which `library_call` writes the call, or
+`NotInLibrary` with the reason.
 
 What is recognised, after pointwise statements are inlined, whatever its names and whichever way it was split up:
 
@@ -18,14 +19,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import sympy
-from sympy.logic.boolalg import And, Boolean, Not, Or
+from sympy.logic.boolalg import And, Boolean
 
-from einscade.codegen.source import Source
 from einscade.ir.cascade import Cascade, Einsum
-from einscade.ir.expr import Access, Expr, FloorDiv, Mod, Where, free_vars, var
-from einscade.runtime.program import DTYPES
+from einscade.ir.expr import Access, Expr, FloorDiv, free_vars, var
 
-__all__ = ["Attention", "NotInLibrary", "emit", "recognise"]
+__all__ = ["Attention", "NotInLibrary", "View", "recognise"]
 
 
 class NotInLibrary(Exception):
@@ -49,9 +48,6 @@ class Attention:
     scale: Expr
     bias: tuple[Expr, ...]
     domain: frozenset[Boolean]
-
-
-# --- recognition -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -325,250 +321,3 @@ class View:
 
 def _binding(statement: Einsum, access: Access) -> dict[Expr, Expr]:
     return dict(zip(map(var, statement.output.ranks), access.index, strict=True))
-
-
-# --- code ------------------------------------------------------------------------------------------------------------
-
-
-def emit(cascade: Cascade) -> Source:
-    """A module that calls the library for a recognised cascade. Raises NotInLibrary."""
-    a = recognise(cascade)
-    types = {cascade.tensors[x.tensor].dtype for x in (a.query, a.key, a.value)}
-    if len(types) != 1 or not types <= {"f64", "f32", "f16", "bf16"}:
-        raise NotInLibrary(f"queries, keys and values of types {', '.join(sorted(types))}")
-    return Source("torch", _Writer(cascade, a).text())
-
-
-class _Writer:
-    def __init__(self, cascade: Cascade, a: Attention) -> None:
-        self.cascade, self.a = cascade, a
-        self.axes = (*a.batch, a.p, a.m)
-        self.ranges: dict[str, str] = {}
-        self.lines: list[str] = []
-
-    def text(self) -> str:
-        a = self.a
-        self.lines = [
-            f"q = {self.operand(a.query, (*a.batch, a.p, a.e))}",
-            f"k = {self.operand(a.key, (*a.batch, a.m, a.e))}",
-            f"v = {self.operand(a.value, (*a.batch, a.m, a.f))}",
-        ]
-        self.mask()
-        heads = ", enable_gqa=True" if a.group > 1 else ""
-        scale = _Number().code(a.scale)
-        self.lines.append(
-            f"out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale={scale}{heads})"
-        )
-        self.lines.append(f"return ({self.result()},)")
-        symbols = list(self.cascade.symbols)
-        names = [t.name for t in self.cascade.inputs]
-        signature = ", ".join(names + (["*", *symbols] if symbols else []))
-        doc = "\n".join("    " + line for line in str(self.cascade).splitlines())
-        body = "\n".join("    " + line for line in self.lines)
-        return (
-            f'"""{self.cascade.name}: a call of torch\'s library, which computes this cascade\n\n{doc}\n"""\n\n'
-            "import torch\nimport torch.nn.functional as F\n\n\n"
-            f"def run({signature}) -> tuple[torch.Tensor, ...]:\n{body}\n"
-        )
-
-    def operand(self, access: Access, ranks: tuple[str, ...]) -> str:
-        """The tensor as [batch, head, row, column]: dimensions in the call's order, made four."""
-        view = View.of(access)
-        divided = any(i.has(FloorDiv) for i in access.index)
-        if view.is_plain:
-            dims = {steps[0][0]: rank for rank, steps in view.steps}
-            code = self.aligned(access.tensor, [dims[d] for d in sorted(dims)], ranks)
-        else:
-            code = self.strided(access.tensor, view, ranks, divided)
-        batch = len(ranks) - 2
-        sizes = [_Number().code(self.cascade.extent(r)) for r in self.a.batch]
-        if batch > 2:
-            if divided:
-                sizes[-1] = "-1"
-            return f"{code}.expand({', '.join(sizes)}, -1, -1).flatten(0, {batch - 2})"
-        if batch < 2:
-            return f"{code}[{'None, ' * (2 - batch)}...]"
-        missing = [r not in view.ranks for r in self.a.batch]
-        if any(missing):
-            sizes = [n if m else "-1" for n, m in zip(sizes, missing, strict=True)]
-            code += f".expand({', '.join(sizes)}, -1, -1)"
-        return code
-
-    def strided(self, tensor: str, view: View, ranks: tuple[str, ...], divided: bool) -> str:
-        """The view by its sizes and strides, where dimensions of the tensor are split among ranks."""
-        steps = dict(view.steps)
-        sizes, strides = [], []
-        for r in ranks:
-            extent = self.cascade.extent(r)
-            if r not in steps:
-                sizes.append("1")
-                strides.append("0")
-                continue
-            sizes.append(
-                _Number().code(FloorDiv(extent, self.a.group) if divided and r == self.a.batch[-1] else extent)
-            )
-            strides.append(" + ".join(self.step(tensor, d, c) for d, c in steps[r]))
-        offset = " + ".join([f"{tensor}.storage_offset()", *(self.step(tensor, d, c) for d, c in view.start)])
-        return f"{tensor}.as_strided(({', '.join(sizes)}), ({', '.join(strides)}), {offset})"
-
-    @staticmethod
-    def step(tensor: str, dimension: int, coefficient: Expr) -> str:
-        return (f"{coefficient} * " if coefficient != 1 else "") + f"{tensor}.stride({dimension})"
-
-    @staticmethod
-    def aligned(tensor: str, names: Sequence[str], ranks: Sequence[str]) -> str:
-        """A tensor with dimensions `names` as a view with dimensions `ranks`, of size 1 where it lacks one."""
-        order = [names.index(r) for r in ranks if r in names]
-        code = tensor if order == list(range(len(order))) else f"{tensor}.permute({', '.join(map(str, order))})"
-        missing = [axis for axis, r in enumerate(ranks) if r not in names]
-        for axis in missing:
-            code += f".unsqueeze({axis})"
-        return code
-
-    def mask(self) -> None:
-        """`mask` and `causal`: nothing where the domain is everything, `is_causal` where it is the plain triangle."""
-        a = self.a
-        offset = self.causal_offset()
-        if not a.domain and not a.bias:
-            self.lines.append("mask, causal = None, False")
-        elif offset == 0 and not a.bias:
-            self.lines.append("mask, causal = None, True")
-        elif offset is not None and not a.bias:
-            m = _Number().code(self.cascade.extent(a.m))
-            self.lines += [f"offset = {_Number().code(offset)}", "mask, causal = None, offset == 0"]
-            self.lines.append(f"if not causal and offset < {m} - 1:  # torch knows the triangle at the top left only")
-            before = len(self.lines)
-            code = self.fitted(self.expression(next(iter(a.domain))))
-            self.lines[before:] = ["    " + line for line in [*self.lines[before:], f"mask = {code}"]]
-        else:
-            parts = [self.expression(c) for c in sorted(a.domain, key=str)]
-            domain = " & ".join(f"({p})" for p in parts)
-            if a.bias:
-                bias = " + ".join(self.expression(b) for b in a.bias)
-                code = f"({bias}).to(q.dtype)"
-                if domain:
-                    code = f'torch.where({domain}, {code}, float("-inf"))'
-            else:
-                code = domain
-            self.lines.append(f"mask = {self.fitted(code)}")
-            self.lines.append("causal = False")
-
-    def fitted(self, code: str) -> str:
-        """A mask over `axes` as the call's four dimensions (or fewer)."""
-        batch = len(self.a.batch)
-        if batch <= 2:
-            return code
-        sizes = [_Number().code(self.cascade.extent(r)) for r in self.axes]
-        return f"({code}).expand({', '.join(sizes)}).flatten(0, {batch - 2})"
-
-    def causal_offset(self) -> Expr | None:
-        """`o` where the domain is `m <= p + o` and `o` depends on sizes only."""
-        if len(self.a.domain) != 1:
-            return None
-        condition = next(iter(self.a.domain))
-        if isinstance(condition, (sympy.Le, sympy.Lt)):
-            difference = condition.rhs - condition.lhs - (1 if isinstance(condition, sympy.Lt) else 0)
-        elif isinstance(condition, (sympy.Ge, sympy.Gt)):
-            difference = condition.lhs - condition.rhs - (1 if isinstance(condition, sympy.Gt) else 0)
-        else:
-            return None
-        offset = sympy.expand(difference - var(self.a.p) + var(self.a.m))
-        return None if offset.has(Access) or free_vars(offset) & set(self.cascade.rank_table) else offset
-
-    def expression(self, expr: Expr | Boolean) -> str:
-        return _Elementwise(self).code(expr)
-
-    def range(self, rank: str) -> str:
-        """The variable that holds a rank's values along its axis."""
-        if rank not in self.ranges:
-            shape = ["1"] * len(self.axes)
-            shape[self.axes.index(rank)] = "-1"
-            extent = _Number().code(self.cascade.extent(rank))
-            self.lines.append(f"{rank}_ = torch.arange({extent}, device=q.device).view({', '.join(shape)})")
-            self.ranges[rank] = f"{rank}_"
-        return self.ranges[rank]
-
-    def result(self) -> str:
-        a = self.a
-        batch = len(a.batch)
-        code = "out"
-        if batch < 2:
-            code = f"out[{', '.join(['0'] * (2 - batch))}]"
-        elif batch > 2:
-            sizes = ", ".join(_Number().code(self.cascade.extent(r)) for r in a.batch[:-1])
-            code = f"out.unflatten(0, ({sizes}))"
-        made = (*a.batch, a.p, a.f)
-        order = [made.index(r) for r in self.cascade.tensors[self.cascade.outputs[0]].ranks]
-        if order != list(range(len(order))):
-            code += f".permute({', '.join(map(str, order))})"
-        out = self.cascade.tensors[self.cascade.outputs[0]]
-        return code if out.dtype == self.cascade.tensors[a.query.tensor].dtype else f"{code}.to({DTYPES[out.dtype]})"
-
-
-class _Number:
-    """Expressions over sizes as Python."""
-
-    infix = {sympy.Add: " + ", sympy.Mul: " * "}  # noqa: RUF012
-
-    def code(self, expr: Expr) -> str:
-        if expr.is_Symbol:
-            return self.symbol(expr.name)
-        if isinstance(expr, Access):
-            return self.access(expr)
-        if expr.is_Integer:
-            return str(int(expr))
-        if expr.is_number:
-            return repr(float(expr))
-        if expr.is_Pow and expr.exp == -1:
-            return f"(1 / {self.code(expr.base)})"
-        args = [self.code(x) for x in expr.args]
-        for kind, sign in self.infix.items():
-            if isinstance(expr, kind):
-                return "(" + sign.join(args) + ")"
-        if isinstance(expr, FloorDiv):
-            return f"({args[0]} // {args[1]})"
-        if isinstance(expr, Mod):
-            return f"({args[0]} % {args[1]})"
-        return self.other(expr, args)
-
-    def symbol(self, name: str) -> str:
-        return name
-
-    def access(self, access: Access) -> str:
-        raise NotInLibrary(f"a size that depends on {access.tensor}")
-
-    def other(self, expr: Expr, args: list[str]) -> str:
-        if isinstance(expr, (sympy.Max, sympy.Min)):
-            return f"{type(expr).__name__.lower()}({', '.join(args)})"
-        raise NotInLibrary(f"{type(expr).__name__} in a size")
-
-
-_COMPARISONS = {sympy.Le: "<=", sympy.Lt: "<", sympy.Ge: ">=", sympy.Gt: ">", sympy.Eq: "==", sympy.Ne: "!="}
-
-
-class _Elementwise(_Number):
-    """Expressions over query and key positions as broadcasting torch code."""
-
-    def __init__(self, writer: _Writer) -> None:
-        self.writer = writer
-
-    def symbol(self, name: str) -> str:
-        return self.writer.range(name) if name in self.writer.axes else name
-
-    def access(self, access: Access) -> str:
-        names = [i.name if i.is_Symbol else None for i in access.index]
-        if None not in names and len(set(names)) == len(names) and set(names) <= set(self.writer.axes):
-            return self.writer.aligned(access.tensor, [n for n in names if n], self.writer.axes)
-        return f"{access.tensor}[{', '.join(self.code(i) for i in access.index)}]"
-
-    def other(self, expr: Expr, args: list[str]) -> str:
-        for kind, sign in _COMPARISONS.items():
-            if isinstance(expr, kind):
-                return f"({args[0]} {sign} {args[1]})"
-        if isinstance(expr, (And, Or)):
-            return "(" + (" & " if isinstance(expr, And) else " | ").join(args) + ")"
-        if isinstance(expr, Not):
-            return f"(~{args[0]})"
-        if isinstance(expr, Where):
-            return f"torch.where({', '.join(args)})"
-        raise NotInLibrary(f"{type(expr).__name__} in a bias or domain")

@@ -1,0 +1,249 @@
+"""Kernels: made once, kept on disk, chosen by measuring, replaced when they fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from einscade.codegen.source import Source
+from einscade.ir.interpret import interpret
+from einscade.ir.text import parse_cascade
+from einscade.runtime import kernels
+from einscade.runtime.cache import DiskCache
+from einscade.runtime.kernels import Candidate, build, kernel_for, recompute_gradients
+from einscade.runtime.program import Program, parse_program
+
+ATTENTION = parse_cascade("""
+cascade attention(Q[b,h,p,e], K[b,h,m,e], V[b,h,m,f]) -> O
+  where b < B, h < 4, p < P, m < M, e < 8, f < 8
+  S[b,h,p,m] = sum(e) 0.25 * Q[b,h,p,e] * K[b,h,m,e] if m <= p
+  G[b,h,p] = max(m) S[b,h,p,m]
+  W[b,h,p,m] = exp(S[b,h,p,m] - G[b,h,p])
+  Z[b,h,p] = sum(m) W[b,h,p,m]
+  O[b,h,p,f] = sum(m) W[b,h,p,m] * V[b,h,m,f] / Z[b,h,p]
+""")
+PROGRAM = Program("exact", ATTENTION)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A cache folder of its own, and no kernel in memory, before and after."""
+
+    def forget() -> None:
+        kernels._build.cache_clear()
+        kernels._ready.clear()
+        kernels._warn_once.cache_clear()
+
+    monkeypatch.setenv("EINSCADE_CACHE_DIR", str(tmp_path / "kernels"))
+    forget()
+    yield
+    forget()
+
+
+def _inputs(b: int = 2, p: int = 9, m: int = 9) -> tuple[tuple[torch.Tensor, ...], dict[str, int]]:
+    q, k, v = torch.randn(b, 4, p, 8), torch.randn(b, 4, m, 8), torch.randn(b, 4, m, 8)
+    return (q, k, v), {"B": b, "M": m, "P": p}
+
+
+def _check(outputs: tuple[torch.Tensor, ...] | list[torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> None:
+    expected = interpret(ATTENTION, dict(zip("QKV", inputs, strict=True)))["O"]
+    torch.testing.assert_close(outputs[0].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_every_candidate_computes_the_cascade() -> None:
+    inputs, sizes = _inputs(p=70, m=133)
+    kernel = build(ATTENTION, "exact", CPU, sizes)
+    kinds = [c.kind for c in kernel.candidates]
+    assert kinds[0] == "library:sdpa"
+    assert "tiled_torch" in kinds
+    assert kinds[-2:] == ["flat", "interpreter"]
+    for candidate in kernel.candidates:
+        _check(kernel._run(candidate, inputs, sizes), inputs)
+
+
+def test_equal_programs_share_one_kernel_and_neighbouring_lengths_too() -> None:
+    first = build(ATTENTION, "exact", CPU, {"B": 2, "P": 100, "M": 100})
+    assert build(parse_cascade(str(ATTENTION)), "exact", CPU, {"B": 2, "P": 128, "M": 65}) is first
+    assert build(ATTENTION, "exact", CPU, {"B": 2, "P": 129, "M": 65}) is not first
+
+
+def test_a_second_process_starts_from_the_disk() -> None:
+    """It neither rewrites nor emits: both would raise."""
+    _, sizes = _inputs()
+    first = build(ATTENTION, "exact", CPU, sizes)
+    code = f"""
+import torch
+from einscade.ir.text import parse_cascade
+from einscade.runtime import kernels
+def forbidden(*args): raise AssertionError("compiled again")
+kernels._make = forbidden
+kernel = kernels.build(parse_cascade('''{ATTENTION}'''), "exact", torch.device("cpu"), {sizes!r})
+assert kernel.from_disk
+print(kernel.candidate, len(kernel.steps), hash(kernel.source) == hash(kernel.candidates[0].source.text))
+q = torch.randn(2, 4, 9, 8)
+print(kernel((q, q, q), {sizes!r})[0].shape)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    source_key = "from einscade.runtime import cache; print(cache.source_fingerprint())"
+    here = kernels.cache.source_fingerprint()
+    there = subprocess.run([sys.executable, "-c", source_key], capture_output=True, text=True, env=environment).stdout
+    if there.strip() != here:
+        pytest.skip("the sources were edited while this test ran")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[0] == f"{first.candidate} {len(first.steps)} True"
+
+
+def test_what_comes_from_disk_is_what_went_there() -> None:
+    _, sizes = _inputs()
+    made = build(ATTENTION, "exact", CPU, sizes)
+    kernels._build.cache_clear()
+    read = build(ATTENTION, "exact", CPU, sizes)
+    assert (made.from_disk, read.from_disk) == (False, True)
+    assert read.candidates == made.candidates
+    assert read.rewritten == made.rewritten
+    assert read.steps == made.steps
+
+
+def test_a_corrupt_entry_is_made_anew() -> None:
+    inputs, sizes = _inputs()
+    made = build(ATTENTION, "exact", CPU, sizes)
+    DiskCache().path(made.address).write_bytes(b"einscade-cache-1 00\n{}")
+    kernels._build.cache_clear()
+    again = build(ATTENTION, "exact", CPU, sizes)
+    assert not again.from_disk
+    _check(again(inputs, sizes), inputs)
+
+
+def test_the_fastest_candidate_is_found_and_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {"library:sdpa": 3.0, "tiled_torch": 1.0}
+
+    def measured(run, device, best) -> float:
+        return seconds[run.args[0].kind]
+
+    monkeypatch.setattr(kernels, "_measure", measured)
+    inputs, sizes = _inputs()
+    kernel = build(ATTENTION, "exact", CPU, sizes)
+    assert kernel.candidate == "library:sdpa"
+    _check(kernel(inputs, sizes), inputs)
+    assert kernel.candidate == "tiled_torch"
+    kernels._build.cache_clear()
+    read = build(ATTENTION, "exact", CPU, sizes)
+    assert (read.candidate, read.tuned) == ("tiled_torch", True)
+
+
+def test_without_autotuning_the_model_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EINSCADE_AUTOTUNE", "0")
+    monkeypatch.setattr(kernels, "_measure", None)
+    inputs, sizes = _inputs()
+    kernel = build(ATTENTION, "exact", CPU, sizes)
+    _check(kernel(inputs, sizes), inputs)
+    assert kernel.candidate == "library:sdpa"
+
+
+def test_a_kernel_that_fails_is_replaced_and_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, sizes = _inputs()
+    kernel = build(ATTENTION, "exact", CPU, sizes)
+    kernel.tuned = True
+    broken = Source("torch", "def run(*inputs, **sizes):\n    raise RuntimeError('illegal instruction')\n")
+    unparsable = Source("torch", "def run(")
+    symbols = ATTENTION.symbols
+    kernel.candidates[:0] = [Candidate("triton", s, kernel.schedule, symbols) for s in (broken, unparsable)]
+    with pytest.warns(RuntimeWarning, match=r"the triton kernel failed \(RuntimeError: illegal instruction\); running"):
+        _check(kernel(inputs, sizes), inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _check(kernel(inputs, sizes), inputs)
+    assert kernel.candidate == "library:sdpa"
+
+
+def test_a_pass_that_breaks_costs_speed_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object) -> None:
+        raise AssertionError("a pass is wrong")
+
+    monkeypatch.setattr(kernels, "run", broken)
+    kernels._rewrite.cache_clear()
+    inputs, sizes = _inputs()
+    with pytest.warns(RuntimeWarning, match="rewriting failed"):
+        kernel = build(ATTENTION, "exact", CPU, sizes)
+    kernels._rewrite.cache_clear()
+    assert kernel.rewritten == ATTENTION
+    _check(kernel(inputs, sizes), inputs)
+
+
+def test_unknown_recipes_and_devices_are_refused() -> None:
+    with pytest.raises(ValueError, match="unknown recipe 'exat'"):
+        build(ATTENTION, "exat", CPU, {"B": 1, "P": 1, "M": 1})
+    with pytest.raises(ValueError, match="kernels are generated for cpu and cuda"):
+        build(ATTENTION, "exact", torch.device("mps"), {"B": 1, "P": 1, "M": 1})
+
+
+def test_no_entry_is_anything_but_text() -> None:
+    _, sizes = _inputs()
+    made = build(ATTENTION, "exact", CPU, sizes)
+    header, body = DiskCache().path(made.address).read_text().split("\n", 1)
+    assert header.startswith("einscade-cache-1 ")
+    assert json.loads(body)["entry"]["candidates"][0]["source"]["text"] == made.source
+
+
+# --- programs --------------------------------------------------------------------------------------------------------
+
+
+def test_programs_print_and_parse() -> None:
+    program = Program("exact", ATTENTION, (("O", ("b", "p", "h", "f")),))
+    assert program.text.startswith("exact -> O[b,p,h,f]\ncascade attention(")
+    assert parse_program(program.text) == program
+    assert parse_program(PROGRAM.text) == PROGRAM
+    (shape, strides, dtype) = program.outputs({"B": 2, "P": 5, "M": 3})[0]
+    assert (shape, strides, dtype) == ([2, 4, 5, 8], [160, 8, 32, 1], torch.float32)
+    with pytest.raises(ValueError, match="not a program"):
+        parse_program("exact")
+    with pytest.raises(ValueError, match="does not order"):
+        parse_program(PROGRAM.text.replace("exact", "exact -> O[b,p,f]", 1))
+
+
+def test_outputs_come_in_the_memory_order_asked_for() -> None:
+    program = Program("exact", ATTENTION, (("O", ("b", "p", "h", "f")),))
+    inputs, _ = _inputs(p=33, m=33)
+    (out,) = kernel_for(program.text, inputs, (2, 33, 33))(inputs)
+    _check((out,), inputs)
+    assert out.transpose(1, 2).is_contiguous()
+
+
+def test_inputs_that_contradict_the_program_are_refused() -> None:
+    (q, k, v), _ = _inputs()
+    with pytest.raises(ValueError, match=r"input K has shape \(2, 4, 3, 8\), the sizes say b=2, h=4, m=9, e=8"):
+        kernel_for(PROGRAM.text, (q, k[:, :, :3], v), (2, 9, 9))
+    with pytest.raises(ValueError, match=r"input Q is torch.float64, the cascade says torch.float32"):
+        kernel_for(PROGRAM.text, (q.double(), k, v), (2, 9, 9))
+    with pytest.raises(ValueError, match="has 3 inputs, 2 were given"):
+        kernel_for(PROGRAM.text, (q, k), (2, 9, 9))
+
+
+@pytest.mark.parametrize(("b", "p", "m"), [(0, 5, 5), (2, 0, 5), (2, 5, 0), (0, 0, 0)])
+def test_empty_ranks(b: int, p: int, m: int) -> None:
+    inputs, _ = _inputs(b, p, m)
+    (out,) = kernel_for(PROGRAM.text, inputs, (b, m, p))(inputs)
+    assert out.shape == (b, 4, p, 8)
+    assert (out == 0).all()
+
+
+def test_recomputed_gradients_are_those_of_the_flat_form() -> None:
+    inputs, _ = _inputs(p=6, m=6)
+    leaves = [x.double().requires_grad_() for x in inputs]
+    scores = (leaves[0] @ leaves[1].mT * 0.25).masked_fill(~torch.ones(6, 6).tril().bool(), -torch.inf)
+    out = scores.softmax(-1) @ leaves[2]
+    grad = torch.randn_like(out)
+    expected = torch.autograd.grad(out, [leaves[0], leaves[2]], grad)
+    found = recompute_gradients(PROGRAM.text, inputs, [grad.float()], [True, False, True], (2, 6, 6))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
