@@ -408,10 +408,11 @@ class _FlatWriter(_Writer):
         self.before = {e.name: f"{e.name}@before" for e in self.nest.einsums if e.scan}
         for e in self.nest.einsums:
             reduce = e.reduce
-            statements.append(Statement(
+            s = Statement(
                 e.name, e.output.ranks, self.from_before(e, self.divisible(e)), reduce.monoid if reduce else None,
                 reduce.ranks if reduce else (), self.module.points[e.name], self.module.results[e.name], source=e,
-            ))  # fmt: skip
+            )  # fmt: skip
+            statements += self.without_empty_divisions(s)
         inputs = (t.name for t in self.cascade.inputs)
         if may_be_infinite(statements, inputs) or reads_maxima(self.cascade, self.nest.inputs):
             maxima = [s.name for s in statements if s.monoid in ("max", "min")]
@@ -425,6 +426,21 @@ class _FlatWriter(_Writer):
 
             statements = guarded(statements, maxima, fresh)
         return with_fills(statements)
+
+    def without_empty_divisions(self, s: Statement) -> list[Statement]:
+        """A sum over nothing is 0 whatever it is divided by: where a row has no point, a divisor that is the same for
+        the whole row is 1, so that neither the sum nor its gradient meets 0 / 0."""
+        divisors = {
+            f.base
+            for f in sympy.Mul.make_args(s.expr)
+            if isinstance(f, sympy.Pow) and f.exp.is_negative and not free_vars(f) & set(s.reduced)
+        }
+        if s.monoid != "sum" or s.keep == s.row or not divisors or not any(d.has(Access) for d in divisors):
+            return [s]
+        ranks = tuple(r for r in s.ranks if r in free_vars(s.keep))
+        some = Statement(f"{s.name}_some", ranks, s.keep, "any", s.reduced)
+        safe = {d: Where(Access(some.name, *map(var, ranks)), d, 1) for d in divisors}
+        return [some, replace(s, expr=s.expr.xreplace(safe))]
 
     def from_before(self, e: Einsum, expr: Expr) -> Expr:
         """Another scan read one step back is a tensor of its own, which starts with the scan's initial value."""
