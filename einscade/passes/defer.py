@@ -17,7 +17,7 @@ from sympy.logic.boolalg import Boolean
 from einscade.ir import Cascade, Einsum, Expr, Tensor, Where, accesses
 from einscade.passes.rewrite import NotApplicable
 from einscade.passes.statements import Names, wide
-from einscade.passes.terms import conjoin, depends, reduced_over, split_factors
+from einscade.passes.terms import conjoin, conjuncts, depends, existence, reduced_over, split_factors
 
 __all__ = ["Defer", "guards"]
 
@@ -31,10 +31,11 @@ class Defer:
     def apply(self, cascade: Cascade) -> Cascade:
         over = reduced_over(cascade)
         names = Names(cascade)
+        points = existence(cascade)
         body: list[Einsum] = []
         changed = False
         for statement in cascade.body:
-            made = _deferred(statement, names, over)
+            made = _deferred(statement, names, over, points)
             changed |= len(made) > 1
             body += made
         if not changed:
@@ -42,7 +43,9 @@ class Defer:
         return cascade.replace(body=tuple(body))
 
 
-def _deferred(s: Einsum, names: Names, over: dict[str, frozenset[str]]) -> list[Einsum]:
+def _deferred(
+    s: Einsum, names: Names, over: dict[str, frozenset[str]], points: Callable[[Expr], tuple[Boolean, ...]]
+) -> list[Einsum]:
     if s.reduce is None or s.reduce.monoid != "sum" or s.scan is not None:
         return [s]
     ranks = s.reduce.ranks
@@ -58,12 +61,15 @@ def _deferred(s: Einsum, names: Names, over: dict[str, frozenset[str]]) -> list[
         parts.setdefault(sympy.Mul(*out), []).append(rest)
     if set(parts) == {sympy.Integer(1)}:
         return [s]
+    # A point that one term misses is missing from all: what the other terms do not say themselves, they are told.
+    everywhere = [c for c in points(s.expr) if depends(c, ranks)]
     sums: list[Einsum] = []
     total: list[tuple[Boolean, Expr]] = []
     for factor, rests in parts.items():
         constant, inner = split_factors(sympy.Add(*rests), ranks)
         tensor = Tensor(names("N"), s.output.ranks, wide(s.output.dtype))
-        sums.append(Einsum(tensor, inner, s.reduce, s.domain))
+        domain = conjoin([*conjuncts(s.domain), *(c for c in everywhere if c not in points(inner))])
+        sums.append(Einsum(tensor, inner, s.reduce, domain))
         total.append((conjoin(guards(factor)), constant * factor * tensor()))
     if len(total) == 1:
         return [*sums, Einsum(s.output, total[0][1], domain=total[0][0])]

@@ -80,11 +80,13 @@ def plan_loops(cascade: Cascade, join: bool = True) -> Plan:
 
 
 def inner_ranks(cascade: Cascade) -> frozenset[str]:
-    """The ranks that are reduced inside traversals of other ranks only: widths that scores contract."""
+    """Ranks that are reduced inside traversals of other ranks (only there, if long): widths that scores contract."""
     over = _reductions(cascade)
     inner = _inside(cascade, over)
     return frozenset(
-        rank for rank, reductions in over.items() if all(_is_inner(cascade, r, rank, inner) for r in reductions)
+        rank
+        for rank, reductions in over.items()
+        if (all if is_long(cascade, rank) else any)(_is_inner(cascade, r, rank, inner) for r in reductions)
     )
 
 

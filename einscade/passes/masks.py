@@ -82,15 +82,22 @@ def _hoisted(s: Einsum, cascade: Cascade) -> tuple[Einsum, Boolean]:
 
 
 def _ignored(s: Einsum, identity: Expr, cascade: Cascade) -> tuple[Boolean, Expr] | None:
-    """A choice in the expression one branch of which turns all of it into the identity: the condition, what is left."""
+    """A condition without which all of the expression is the identity: the condition, and what is left under it. One
+    choice may settle it (a masked score, whose shift is masked too), or all under the condition (a difference)."""
     choices = sorted(s.expr.atoms(Where), key=sympy.default_sort_key)
-    for choice in sorted(choices, key=lambda w: sum(v.has(w) for v in choices)):
-        condition, a, b = choice.args
-        for holds, fails, when in ((a, b, condition), (b, a, predicate(sympy.Not(condition)))):
-            fails = fails.xreplace(dict.fromkeys(_fills(fails, s, when, cascade), -sympy.oo))
-            if limit(s.expr.xreplace({choice: fails})) == identity:
-                holding = dict.fromkeys((when, *conjuncts(when)), sympy.true)
-                return when, normal(s.expr.xreplace({choice: holds}).xreplace(holding))
+    choices.sort(key=lambda w: sum(v.has(w) for v in choices))
+    same = {w.args[0]: [v for v in choices if v.args[0] == w.args[0]] for w in choices}
+    for group in [*([w] for w in choices), *(g for g in same.values() if len(g) > 1)]:
+        condition = group[0].args[0]
+        for kept, taken, other in ((condition, 1, 2), (predicate(sympy.Not(condition)), 2, 1)):
+            failing = {}
+            for w in group:
+                fills = _fills(w.args[other], s, kept, cascade)
+                failing[w] = w.args[other].xreplace(dict.fromkeys(fills, -sympy.oo))
+            if limit(s.expr.xreplace(failing)) == identity:
+                holding = {v: v.args[taken] for v in same[condition]}
+                true = dict.fromkeys((kept, *conjuncts(kept)), sympy.true)
+                return kept, normal(s.expr.xreplace(holding).xreplace(true))
     return None
 
 

@@ -39,7 +39,7 @@ def named(cascade: Cascade) -> Cascade:
         tensors[s.name] = _fresh("O" if place is not None else _role(cascade, s), taken)
         body.append(_renamed(s, tensors, ranks, variables_))
     inputs = tuple(
-        Tensor(tensors[t.name], tuple(ranks[r] for r in t.ranks), t.dtype, t.layout)
+        Tensor(tensors[t.name], tuple(ranks[r] for r in t.ranks), t.dtype, t.layout.renamed(tensors, ranks))
         for t in cascade.inputs
     )
     order = {r: i for i, r in enumerate(ranks.values())}
@@ -149,7 +149,7 @@ def _role(cascade: Cascade, s: Einsum) -> str:
     reduced = {r for t in cascade.body if t.reduce for r in t.reduce.ranks}
     along = bool(set(s.output.ranks) & reduced)
     if s.reduce is None:
-        return "W" if s.expr.has(sympy.exp) else "T"
+        return "W" if any(e.has(Access) for e in s.expr.atoms(sympy.exp)) else "T"
     if along:
         return "S"
     if s.reduce.monoid in ("max", "min"):
@@ -169,7 +169,10 @@ def _renamed(
         return _retensored(expr, tensors)
 
     output = Tensor(
-        tensors[s.name], tuple(ranks[r] for r in s.output.ranks), s.output.dtype, s.output.layout
+        tensors[s.name],
+        tuple(ranks[r] for r in s.output.ranks),
+        s.output.dtype,
+        s.output.layout.renamed(tensors, ranks),
     )
     reduce = s.reduce
     if reduce is not None:

@@ -129,6 +129,12 @@ def _comparison(expr: Relational) -> Boolean:
                 return outcomes[0]
             return condition if outcomes[0] == sympy.true else predicate(Not(condition))
     expr = expr.func(a, b) if (a, b) != expr.args else expr
+    if isinstance(expr, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)):
+        below = sympy.Lt if isinstance(expr, (sympy.Lt, sympy.Gt)) else sympy.Le
+        if isinstance(expr.lts, sympy.Abs):  # |x| <= b
+            return predicate(And(below(expr.lts.args[0], expr.gts), below(-expr.lts.args[0], expr.gts)))
+        if isinstance(expr.gts, sympy.Abs):
+            return predicate(Or(below(expr.lts, expr.gts.args[0]), below(expr.lts, -expr.gts.args[0])))
     if not isinstance(expr, Relational) or isinstance(expr, (sympy.Eq, sympy.Ne)):
         return expr
     difference = expr.gts - expr.lts

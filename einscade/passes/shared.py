@@ -134,7 +134,8 @@ def _covers(total: Expr, part: Expr) -> bool:
 
 
 def _extracted(cascade: Cascade, expr: Expr, users: list[str], output: Tensor, first: Einsum) -> Cascade:
-    """The expression as a statement before its first user, with the conditions that all users have in common."""
+    """The expression as a statement before its first user, with the conditions that all users have in common (which
+    they keep until `domains_sunk` sees that they read it)."""
     access = output()
     common = [c for c in conjuncts(first.domain) if variables(c) <= {*output.ranks, *cascade.symbols}]
     for name in users:
@@ -146,10 +147,7 @@ def _extracted(cascade: Cascade, expr: Expr, users: list[str], output: Tensor, f
         if s.name == first.name:
             body.append(Einsum(output, expr, domain=conjoin(common)))
         if s.name in users:
-            s = s.replace(
-                expr=_replaced(s.expr, expr, access),
-                domain=conjoin(c for c in conjuncts(s.domain) if c not in common),
-            )
+            s = s.replace(expr=_replaced(s.expr, expr, access))
         body.append(s)
     return cascade.replace(body=tuple(body))
 
@@ -206,6 +204,8 @@ def constants_folded(cascade: Cascade) -> Cascade:
     for s in reversed(cascade.body):
         if s.reduce is None or s.reduce.monoid != "sum" or s.name in cascade.outputs or s.scan is not None:
             continue
+        if s.output.dtype[0] in "iu":
+            continue  # a sum of integers stays one
         # A sum divided by its length stays so: online divides by the length so far.
         ranks = {*cascade.rank_table, *(() if reduced & set(s.output.ranks) else cascade.symbols)}
         coefficients: set[Expr] = set()
@@ -228,25 +228,25 @@ def _coefficients(expr: Expr, name: str, ranks: Collection[str]) -> set[Expr]:
         found: set[Expr] = {sympy.Integer(1)} if expr.tensor == name else set()
         return found.union(*(_coefficients(i, name, ranks) for i in expr.index))
     if isinstance(expr, sympy.Mul) and any(isinstance(f, Access) and f.tensor == name for f in expr.args):
-        own = _scalar(expr, ranks)
+        own = sympy.Mul(*(f for f in expr.args if _is_scalar(f, ranks)))
         return {own}.union(
             *(_coefficients(f, name, ranks) for f in expr.args if not (isinstance(f, Access) and f.tensor == name))
         )
     return set().union(*(_coefficients(a, name, ranks) for a in expr.args)) if expr.args else set()
 
 
-def _scalar(product: Expr, ranks: Collection[str]) -> Expr:
-    """The factors that are the same at every point: numbers, and what extents make (1/sqrt(E))."""
-    return sympy.Mul(*(f for f in sympy.Mul.make_args(product) if not f.has(Access) and not depends(f, ranks)))
+def _is_scalar(factor: Expr, ranks: Collection[str]) -> bool:
+    """Whether the factor is the same at every point: a number, or what extents make (1/sqrt(E))."""
+    return not factor.has(Access) and not depends(factor, ranks)
 
 
 def _divided(expr: Expr, name: str, c: Expr, ranks: Collection[str]) -> Expr:
     if not expr.args or isinstance(expr, Access):
         return expr
     if isinstance(expr, sympy.Mul) and any(isinstance(f, Access) and f.tensor == name for f in expr.args):
-        scalar = _scalar(expr, ranks)
-        rest = expr.args if scalar == 1 else sympy.Mul.make_args(expr / scalar)
-        return normal(scalar / c) * sympy.Mul(*(_divided(f, name, c, ranks) for f in rest))
+        scalar = sympy.Mul(*(f for f in expr.args if _is_scalar(f, ranks)))
+        rest = (_divided(f, name, c, ranks) for f in expr.args if not _is_scalar(f, ranks))
+        return normal(scalar / c) * sympy.Mul(*rest)
     args = tuple(_divided(a, name, c, ranks) for a in expr.args)
     return expr if args == expr.args else expr.func(*args)
 
@@ -322,30 +322,43 @@ def domains_sunk(cascade: Cascade) -> Cascade:
         s = cascade.definitions[name]
         if name in cascade.outputs or s.scan is not None:
             continue
-        users = list(cascade.users(name))
         common: list[Boolean] | None = None
-        for user in users:
-            reads = [a for a in reads_outside_where(user.expr) if a.tensor == name]
-            inner = set(user.reduce.ranks) if user.reduce else set()
-            plain = all(a == s.output() for a in user.reads if a.tensor == name) and reads
+        for user in cascade.users(name):
+            plain = all(a == s.output() for a in user.reads if a.tensor == name)
+            read = any(a.tensor == name for a in reads_outside_where(user.expr))
             own = [
                 c
                 for c in conjuncts(user.domain)
                 if variables(c) <= {*s.output.ranks, *cascade.symbols}
                 and not any(a.tensor in cascade.definitions for a in accesses(c))
-                and (depends(c, inner) or not inner & set(s.output.ranks) or user.reduce is None)
+                and _passes_on(c, s.output(), user)
             ]
-            mine = own if plain else []
+            mine = own if plain and read else []
             common = mine if common is None else [c for c in common if c in mine]
-        if not common:
+        if common:
+            moved = s.replace(domain=conjoin([*conjuncts(s.domain), *common]))
+            cascade = cascade.replace(body=tuple(moved if t.name == name else t for t in cascade.body))
+    body = tuple(
+        s.replace(domain=conjoin(c for c in conjuncts(s.domain) if not _implied(c, s, cascade))) for s in cascade.body
+    )
+    return cascade.replace(body=body)
+
+
+def _passes_on(condition: Boolean, access: Access, user: Einsum) -> bool:
+    """Whether points of the user without the condition are missing when the points read are. A read inside a reduction
+    of the user's own would only say what it reduces."""
+    inner = user.reduce.ranks if user.reduce else ()
+    return depends(condition, inner) or not depends(access, inner)
+
+
+def _implied(condition: Boolean, s: Einsum, cascade: Cascade) -> bool:
+    """Whether a tensor that the statement reads at its own ranks is missing where the condition fails."""
+    for a in reads_outside_where(s.expr):
+        made = cascade.definitions.get(a.tensor)
+        if made is None or a != made.output() or made.name == s.name or not _passes_on(condition, a, s):
             continue
-        moved = set(common)
-        body = []
-        for t in cascade.body:
-            if t.name == name:
-                t = t.replace(domain=conjoin([*conjuncts(t.domain), *common]))
-            elif t in users:
-                t = t.replace(domain=conjoin(c for c in conjuncts(t.domain) if c not in moved))
-            body.append(t)
-        cascade = cascade.replace(body=tuple(body))
-    return cascade
+        if made.reduce is not None and depends(condition, made.reduce.ranks):
+            continue  # says what it reduces, not where it exists
+        if condition in conjuncts(made.domain) or _implied(condition, made, cascade):
+            return True
+    return False

@@ -137,3 +137,22 @@ def test_running_variance_does_not_cancel() -> None:
         )
     exact = ((x.double() - x.double().mean()) ** 2).sum()
     assert abs(running["C"].double() - exact) / exact < 1e-3
+
+
+def test_terms_that_are_split_keep_the_points_of_the_whole() -> None:
+    text = """
+    cascade apart(Q[b,p,e]: f32, K[b,m,e]: f32, V[b,m,f]: f32) -> O
+      where b < B, p < P, m < M, e < 3, f < 5
+      S1[b,p,m] = sum(e) Q[b,p,e] * K[b,m,e] if m <= p
+      S2[b,p,m] = sum(e) Q[b,p,e] * K[b,m,e]
+      W1[b,p,m] = exp(S1[b,p,m])
+      W2[b,p,m] = exp(S2[b,p,m])
+      Z1[b,p] = sum(m) W1[b,p,m]
+      Z2[b,p] = sum(m) W2[b,p,m]
+      O[b,p,f] = sum(m) (W1[b,p,m] / Z1[b,p] - W2[b,p,m] / Z2[b,p]) * V[b,m,f]
+    """
+    before = cascade(text)
+    after = Defer().apply(before)
+    assert [s.domain for s in after.body if s.name.startswith("N")] != [sympy.true, sympy.true]
+    assert_equal(before, after, SIZES)
+    assert_equal(before, rewritten(before), SIZES, tiles=(1, 3))
