@@ -271,7 +271,7 @@ def _tokens(vocabulary: int, length: int) -> dict[str, torch.Tensor]:
 
 
 def attention_modules(model: torch.nn.Module, linear: bool = False) -> dict[str, torch.nn.Module]:
-    """The innermost modules named for attention: those that normalise scores, or instead those of `linear` attention."""
+    """The innermost modules named for attention: those that normalise scores, or instead the `linear` ones."""
 
     def named(module: torch.nn.Module) -> bool:
         return "attention" in type(module).__name__.lower()
