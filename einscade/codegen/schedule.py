@@ -260,22 +260,22 @@ def _fits(cascade: Cascade, nest: SerialNest, schedule: Schedule, device: Device
     for tensor, index in moving:
         ranks = tuple(dict.fromkeys(r for r in cascade.rank_table if r in free_vars(Access("_", *index))))
         shared += schedule.stages * elements(ranks) * _bytes(cascade.tensors[tensor].dtype)
-    still = {a.tensor for e in nest.body for a in e.reads if a.tensor in nest.inputs} - {t for t, _ in moving}
-    for tensor in still:
-        ranks = cascade.tensors[tensor].ranks
-        if len(ranks) > 1:
-            shared += elements(tuple(r for r in ranks if r in nest.grid or not is_long(cascade, r))) * _bytes(
-                cascade.tensors[tensor].dtype
-            )
+    read = dict.fromkeys((a.tensor, a.index) for e in nest.body for a in e.reads if a.tensor in nest.inputs)
+    for tensor, index in read:
+        if (tensor, index) not in moving and len(index) > 1:
+            ranks = tuple(r for r in cascade.rank_table if r in free_vars(Access("_", *index)))
+            kept = elements(tuple(r for r in ranks if r in nest.grid or not is_long(cascade, r)))
+            shared += kept * _bytes(cascade.tensors[tensor].dtype)
     if shared > device.shared:
         return False
+    least = max(tiles.values(), default=1)  # what a row statistic has, which no matrix unit reads
     scans = sum(elements(e.output.ranks) for e in nest.scans)
     scores = max((elements(e.output.ranks) for e in nest.body if nest.tile in e.output.ranks), default=0)
     wide = sum(1 for e in _contractions(nest) if nest.tile in e.output.ranks)
-    if any(cascade.tensors[t].dtype == "f32" for t, _ in moving):  # split into parts in registers before they multiply
-        scores += 4 * max(
-            elements(tuple(r for r in cascade.rank_table if r in free_vars(Access("_", *i)))) for _, i in moving
-        )
+    ranks_of = {(t, i): [r for r in cascade.rank_table if r in free_vars(Access("_", *i))] for t, i in moving}
+    single = [r for (t, _), r in ranks_of.items() if cascade.tensors[t].dtype == "f32" and elements(tuple(r)) > _power(least)]
+    if single:  # split into parts in registers before they multiply
+        scores += 4 * max(elements(tuple(r)) for r in single)
     threads = schedule.warps * (64 if device.kind == "hip" else 32)
     return (scans + scores * max(1, wide) * 1.75) / threads <= (472 if device.kind == "hip" else 215)
 

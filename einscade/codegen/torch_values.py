@@ -399,6 +399,7 @@ def read(access: Access, scope: Scope) -> Value:
     if name.declared:
         at = dict(zip(name.declared, access.index, strict=True))
         access = access.at(*(at[r] for r in name.ranks))
+    name, access = _unmerged(name, access, scope)
     simple: list[str | None] = []  # the rank of a dimension that is sliced
     taken: set[str] = set()
     for dim, i in enumerate(access.index):
@@ -417,6 +418,30 @@ def read(access: Access, scope: Scope) -> Value:
     if gathered:
         return _converted(_gather(name, access, simple, sorted(gathered), scope), name, scope)
     return _converted(_slices(name, access, simple, scope), name, scope)
+
+
+def _unmerged(name: Name, access: Access, scope: Scope) -> tuple[Name, Access]:
+    """A stored dimension read at `size * outer + inner`, over all of it, as two dimensions: a view, not a gather."""
+    if not name.stored or not name.extents:
+        return name, access
+    for dim, i in enumerate(access.index):
+        if not isinstance(i, sympy.Add) or len(i.args) != 2:
+            continue
+        inner = next((a for a in i.args if isinstance(a, sympy.Symbol) and a.name in scope.ranges), None)
+        size, outer = (i - inner).as_coeff_Mul() if inner is not None else (None, None)
+        if not isinstance(outer, sympy.Symbol) or outer.name not in scope.ranges or not size.is_Integer:
+            continue
+        whole = [scope.ranges[x.name] for x in (outer, inner)]
+        if any(r.lo is not None or r.at is not None or not r.size.isdigit() for r in whole):
+            continue
+        rows, columns = (int(r.size) for r in whole)
+        if columns != size or str(rows * columns) != name.extents[dim]:
+            continue
+        extents = (*name.extents[:dim], str(rows), str(columns), *name.extents[dim + 1 :])
+        ranks = (*name.ranks[:dim], outer.name, inner.name, *name.ranks[dim + 1 :])
+        name = replace(name, code=f"{name.code}.unflatten({dim}, ({rows}, {columns}))", ranks=ranks, extents=extents)
+        return _unmerged(name, access.at(*access.index[:dim], outer, inner, *access.index[dim + 1 :]), scope)
+    return name, access
 
 
 def _ranks_of(expr: Expr, scope: Scope) -> set[str]:

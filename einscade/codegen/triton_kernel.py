@@ -384,7 +384,8 @@ class _Writer:
         small = next((d for d in floats if d in ("bfloat16", "float16")), None)
         if small is None and floats and a.dtype == b.dtype:
             return a, b  # eight-bit floats as they are
-        if small is None and halves and any(v.kind == "i" or v.dtype not in (None, "float32") for v in (a, b)):
+        computed = a.dtype is None and b.dtype is None  # both from half-precision inputs: rounded as the weights are
+        if small is None and halves and (computed or any(v.kind == "i" or v.dtype not in (None, "float32") for v in (a, b))):
             small = halves[0]
         target = small or "float32"
 
