@@ -40,7 +40,20 @@ from sympy.logic.boolalg import Boolean
 
 from einscade.ir.expr import Access, Expr, accesses, free_vars, var
 
-__all__ = ["DENSE", "DTYPES", "MONOIDS", "Cascade", "Einsum", "Layout", "Monoid", "Rank", "Reduction", "Scan", "Tensor"]
+__all__ = [
+    "DENSE",
+    "DTYPES",
+    "MONOIDS",
+    "TENSOR_PARAMS",
+    "Cascade",
+    "Einsum",
+    "Layout",
+    "Monoid",
+    "Rank",
+    "Reduction",
+    "Scan",
+    "Tensor",
+]
 
 DTYPES = ("f64", "f32", "f16", "bf16", "f8e4m3", "f8e5m2", "i64", "i32", "i16", "i8", "u8", "i4", "bool")
 
@@ -87,16 +100,32 @@ class Rank:
     origin: str | None = None
 
 
+# Parameters of a layout that name other tensors.
+TENSOR_PARAMS = frozenset({"scales", "zeros", "mean", "codebook", "rotation", "smooth", "table", "index"})
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a tensor is stored. `kind`: dense, quantized, blocks (block-sparse) or paged; `params` are sorted pairs of
-    plain values (bits=8, group="m:64", scales="Ks", ...), names of tensors among them."""
+    plain values (bits=8, group="m:64,e:*", scales="Ks", ...), names of tensors among them. A group says how many
+    neighbours along a rank share a scale (*: all; ranks that it does not name: one)."""
 
     kind: str = "dense"
     params: tuple[tuple[str, str | int], ...] = ()
 
     def __getitem__(self, key: str) -> str | int:
         return dict(self.params)[key]
+
+    def renamed(self, tensors: Mapping[str, str], ranks: Mapping[str, str]) -> Layout:
+        """The same layout where the tensors that its parameters name, and the ranks in its group, are called anew."""
+
+        def new(key: str, value: str | int) -> str | int:
+            if key == "group" and isinstance(value, str):
+                pairs = (part.partition(":") for part in value.split(","))
+                return ",".join(f"{ranks.get(rank, rank)}{colon}{span}" for rank, colon, span in pairs)
+            return tensors.get(value, value) if key in TENSOR_PARAMS and isinstance(value, str) else value
+
+        return replace(self, params=tuple((key, new(key, value)) for key, value in self.params))
 
 
 DENSE = Layout()
@@ -194,6 +223,16 @@ class Cascade:
         for e in self.body:
             names |= free_vars(e.expr) | free_vars(e.domain) | (free_vars(e.scan.init) if e.scan else frozenset())
         return tuple(sorted(names - set(self.rank_table)))
+
+    @cached_property
+    def in_layouts(self) -> frozenset[str]:
+        """The tensors that other tensors' layouts name (scales, tables)."""
+        return frozenset(
+            value
+            for t in self.tensors.values()
+            for key, value in t.layout.params
+            if key in TENSOR_PARAMS and isinstance(value, str)
+        )
 
     def extent(self, rank: str) -> Expr:
         return self.rank_table[rank].extent

@@ -17,7 +17,7 @@ import sympy
 from sympy.core.relational import Equality, Relational, Unequality
 from sympy.logic.boolalg import And, BooleanFalse, BooleanTrue, Not, Or
 
-from einscade.ir.cascade import DTYPES, MONOIDS, Cascade, Einsum, Layout, Tensor
+from einscade.ir.cascade import DTYPES, MONOIDS, TENSOR_PARAMS, Cascade, Einsum, Layout, Tensor
 from einscade.ir.expr import FUNCTIONS, Access, FloorDiv, Mod, Round, Trunc, Where, accesses, free_vars, var
 
 __all__ = ["LAYOUTS", "TENSOR_PARAMS", "WORDS", "CascadeError", "verify"]
@@ -27,9 +27,8 @@ BOOL, INT, REAL = "boolean", "integer", "real"
 # Words of the text form, which no tensor, rank or symbol may be called.
 WORDS = frozenset({"cascade", "where", "if", "along", "from", "of", "oo", "nan", "pi", "true", "false"})
 
-# Kinds of layout, and the parameters of a layout that name other tensors.
+# Kinds of layout.
 LAYOUTS = frozenset({"dense", "quantized", "blocks", "paged"})
-TENSOR_PARAMS = frozenset({"scales", "zeros", "mean", "codebook", "rotation", "smooth", "table", "index"})
 
 _KIND = {"bool": BOOL} | {d: (INT if d[0] in "iu" else REAL) for d in DTYPES if d != "bool"}
 _FUNCTIONS: tuple[Any, ...] = tuple(FUNCTIONS.values())

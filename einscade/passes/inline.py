@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 import sympy
 
-from einscade.ir import Access, Cascade, Einsum, Expr, Rank, Tensor, accesses, var
+from einscade.ir import DENSE, Access, Cascade, Einsum, Expr, Rank, Tensor, accesses, var
 from einscade.passes.fusion import is_long
 from einscade.passes.normalise import normal, predicate
 from einscade.passes.statements import Names, without_unused
@@ -69,7 +69,10 @@ def _replaced(expr: Expr, value: object) -> Expr:
 
 def _may_inline(s: Einsum, cascade: Cascade) -> bool:
     """Not what a contraction would compute again for every point of the ranks it lacks: a feature map, a rotation, or,
-    of what other statements make, something that lacks a long rank. A scale is no such thing."""
+    of what other statements make, something that lacks a long rank. A scale is no such thing; but what has a layout
+    of its own, or is part of one (the scales of quantized values), is stored."""
+    if s.output.layout != DENSE or s.name in cascade.in_layouts:
+        return False
     factors = [f.as_base_exp() for f in sympy.Mul.make_args(s.expr)]
     if all(b.is_number or (isinstance(b, Access) and e.is_positive) for b, e in factors):
         return True
@@ -221,7 +224,7 @@ def deduplicated(cascade: Cascade) -> Cascade:
         reduce = (s.reduce.monoid, frozenset(s.reduce.ranks)) if s.reduce else None
         key = (frozenset(s.output.ranks), s.expr, frozenset(conjuncts(s.domain)), reduce, s.output.dtype == "bool")
         topk = s.reduce is not None and s.reduce.monoid == "topk"
-        if key in seen and s.scan is None and not topk and s.name not in cascade.outputs:
+        if key in seen and s.scan is None and not topk and s.name not in {*cascade.outputs, *cascade.in_layouts}:
             alias[s.name] = seen[key]
             continue
         seen.setdefault(key, s.output)
