@@ -166,7 +166,7 @@ def _trace(gm: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> f
 
     def run(*flat: Any) -> Any:
         tracer.owned = dict(zip(owned, flat, strict=False))
-        with stateless._reparametrize_module(gm, {name: tracer.owned[name] for name in state}):
+        with stateless._reparametrize_module(gm, {name: tracer.owned[name] for name in state}, tie_weights=True):
             return tracer.run(*flat[len(owned) :], enable_io_processing=False)
 
     with tracer.contexts(mode):

@@ -105,10 +105,10 @@ class _Recogniser:
                 break
             table = {}
             for access in found:
-                definition = self.cascade.definitions[access.tensor]
-                binding = _binding(definition, access)
-                table[access] = definition.expr.xreplace(binding)
-                conjuncts |= {c.xreplace(binding) for c in And.make_args(definition.domain)} - {sympy.true}
+                made = self.cascade.definitions[access.tensor]
+                binding = _binding(made, access)
+                table[access] = made.expr.xreplace(binding)
+                conjuncts |= {c.xreplace(binding) for c in And.make_args(made.domain)} - {sympy.true}
             expr = expr.xreplace(table)
         for access in expr.atoms(Access):
             definition = self.cascade.definitions.get(access.tensor)
