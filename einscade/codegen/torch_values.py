@@ -428,7 +428,9 @@ def _unmerged(name: Name, access: Access, scope: Scope) -> tuple[Name, Access]:
         if not isinstance(i, sympy.Add) or len(i.args) != 2:
             continue
         inner = next((a for a in i.args if isinstance(a, sympy.Symbol) and a.name in scope.ranges), None)
-        size, outer = (i - inner).as_coeff_Mul() if inner is not None else (None, None)
+        if inner is None:
+            continue
+        size, outer = (i - inner).as_coeff_Mul()
         if not isinstance(outer, sympy.Symbol) or outer.name not in scope.ranges or not size.is_Integer:
             continue
         whole = [scope.ranges[x.name] for x in (outer, inner)]
