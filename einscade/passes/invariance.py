@@ -62,6 +62,8 @@ def _change_of(statement: Einsum, cascade: Cascade, changes: Mapping[str, Change
     reduced = set(statement.reduce.ranks) if statement.reduce else set()
     monoid = statement.reduce.monoid if statement.reduce else None
 
+    if not isinstance(statement.expr, sympy.Expr):
+        raise NotApplicable(f"{statement.name} = {statement.expr} compares a tensor that would change")
     shift = _difference(changed, statement.expr)
     if shift == 0:
         return UNCHANGED
@@ -82,7 +84,7 @@ def _changed(access: Access, cascade: Cascade, changes: Mapping[str, Change]) ->
 
 def _difference(changed: Expr, original: Expr) -> Expr:
     """`changed - original`; a branch that is infinite stays so under a finite shift, so the other branch decides."""
-    if isinstance(original, Where) and isinstance(changed, Where):
+    if isinstance(original, Where) and isinstance(changed, Where) and original.args[0] == changed.args[0]:
         _, a, b = original.args
         _, changed_a, changed_b = changed.args
         if b.is_infinite:

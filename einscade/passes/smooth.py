@@ -65,6 +65,8 @@ def _shift(statement: Einsum, tensor: str, axis: int) -> Change:
     reduced = set(statement.reduce.ranks) if statement.reduce else set()
     if statement.reduce is not None and statement.reduce.monoid != "sum":
         raise NotApplicable(f"{statement.name} reduces {tensor} with {statement.reduce.monoid}, not with a sum")
+    if not isinstance(statement.expr, sympy.Expr):
+        raise NotApplicable(f"{statement.name} compares {tensor}")
     means = {a: a - Access("mean", *a.index[:axis], *a.index[axis + 1 :]) for a in reads}
     moved = sympy.expand(statement.expr.xreplace(means) - statement.expr)
     if any(a.tensor == tensor for a in accesses(moved)):

@@ -41,6 +41,13 @@ CAPPED = ATTENTION.replace(
     "  G[b,h,p]   = max(m) S[b,h,p,m]", "  T[b,h,p,m] = tanh(S[b,h,p,m])\n  G[b,h,p]   = max(m) T[b,h,p,m]"
 ).replace("exp(S[b,h,p,m]", "exp(T[b,h,p,m]")
 
+_MAXIMUM = "  G[b,h,p]   = max(m) S[b,h,p,m]"
+POSITIVE = ATTENTION.replace(
+    _MAXIMUM, "  T[b,h,p,m] = Where(S[b,h,p,m] > 0, S[b,h,p,m], -oo)\n  G[b,h,p]   = max(m) T[b,h,p,m]"
+).replace("exp(S[b,h,p,m]", "exp(T[b,h,p,m]")
+ANY_POSITIVE = ATTENTION.replace(_MAXIMUM, f"  A[b,h,p]: bool = any(m) S[b,h,p,m] > 0\n{_MAXIMUM}")
+COMPARED = ATTENTION.replace(_MAXIMUM, f"  A[b,g,m,e]: bool = K[b,g,m,e] > 0\n{_MAXIMUM}")
+
 
 def offset_keys(c: Cascade, p: int, m: int, seed: int = 0) -> dict[str, torch.Tensor]:
     """Keys with a large mean in every channel, as models have them: what smoothing is for."""
@@ -75,6 +82,9 @@ def test_smoothing_is_derived_after_defer_too() -> None:
         (SIGMOID, Smooth("K", "m"), "W = .* tells the change apart"),
         (CAPPED, Smooth("K", "m"), "T = .* tells the change apart"),
         (LOG_SUM_EXP, Smooth("K", "m"), "the output L depends on a shift of S"),
+        (POSITIVE, Smooth("K", "m"), "T = .* tells the change apart"),
+        (ANY_POSITIVE, Smooth("K", "m"), "A = .* compares a tensor that would change"),
+        (COMPARED, Smooth("K", "m"), "A compares K"),
         (LINEAR, Smooth("K", "m"), "O = .* tells the change apart"),
         (ATTENTION, Smooth("Q", "p"), "tells the change apart"),
         (ATTENTION, Smooth("K", "e"), "sums K over e"),
