@@ -16,7 +16,7 @@ from einscade.passes.inline import aligned, deduplicated, inlined, shaped, speci
 from einscade.passes.masks import masks_to_domains
 from einscade.passes.naming import named
 from einscade.passes.rewrite import NotApplicable
-from einscade.passes.shared import constants_folded, domains_sunk, factors_out, guarded, shared
+from einscade.passes.shared import aliases_merged, constants_folded, domains_sunk, factors_out, guarded, shared
 from einscade.passes.shifts import stabilised, unshifted
 from einscade.passes.statements import without_unused
 
@@ -37,7 +37,7 @@ class Canonicalise:
         cascade, shifted = unshifted(masks_to_domains(cascade))
         cascade = stabilised(deduplicated(cascade), shifted)
         cascade = deduplicated(shared(cascade))
-        cascade = guarded(domains_sunk(constants_folded(cascade)))
+        cascade = guarded(aliases_merged(domains_sunk(constants_folded(cascade))))
         cascade = named(shaped(without_unused(cascade)))
         if cascade == before:
             raise NotApplicable("it is in canonical form")

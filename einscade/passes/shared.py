@@ -26,7 +26,7 @@ from einscade.passes.terms import (
     variables,
 )
 
-__all__ = ["constants_folded", "domains_sunk", "factors_out", "guarded", "shared"]
+__all__ = ["aliases_merged", "constants_folded", "domains_sunk", "factors_out", "guarded", "shared"]
 
 
 def factors_out(cascade: Cascade) -> Cascade:
@@ -198,8 +198,7 @@ def _worth(expr: Expr) -> bool:
 
 
 def constants_folded(cascade: Cascade) -> Cascade:
-    """A constant that every reader multiplies a contraction by goes into the contraction; what is left a mere alias
-    of a contraction becomes the contraction."""
+    """A constant that every reader multiplies a contraction by goes into the contraction."""
     reduced = {r for s in cascade.body if s.reduce for r in s.reduce.ranks}
     for s in reversed(cascade.body):
         if s.reduce is None or s.reduce.monoid != "sum" or s.name in cascade.outputs or s.scan is not None:
@@ -219,7 +218,7 @@ def constants_folded(cascade: Cascade) -> Cascade:
                 for t in cascade.body
             )
             cascade = cascade.replace(body=body)
-    return _without_aliases(cascade)
+    return cascade
 
 
 def _coefficients(expr: Expr, name: str, ranks: Collection[str]) -> set[Expr]:
@@ -251,7 +250,7 @@ def _divided(expr: Expr, name: str, c: Expr, ranks: Collection[str]) -> Expr:
     return expr if args == expr.args else expr.func(*args)
 
 
-def _without_aliases(cascade: Cascade) -> Cascade:
+def aliases_merged(cascade: Cascade) -> Cascade:
     """A statement that only reads another at its own ranks is that other one, if it has no conditions or is the only
     reader."""
     for s in cascade.body:
@@ -266,7 +265,9 @@ def _without_aliases(cascade: Cascade) -> Cascade:
         if s.reduce is not None or s.scan is not None or not isinstance(s.expr, Access):
             continue
         made = next((t for t in body if t.name == s.expr.tensor), None)
-        if made is None or made.name in cascade.outputs or readers[made.name] != 1 or accesses(s.domain):
+        if made is None or made.name in cascade.outputs or readers[made.name] != 1:
+            continue
+        if any(a.tensor in cascade.definitions for a in accesses(s.domain)):
             continue
         if s.expr != made.output() or set(s.output.ranks) != set(made.output.ranks) or made.scan is not None:
             continue
