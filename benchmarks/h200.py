@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,18 +67,22 @@ class Row:
         key = f"h // {self.shared}" if self.shared > 1 else "h"
         rank = "g" if self.shared > 1 else "h"
         groups = f", g < {self.heads // self.shared}" if self.shared > 1 else ""
-        head = f"""cascade attention(Q[b,h,p,e]: bf16, K[b,{rank},m,e]: bf16, V[b,{rank},m,f]: bf16{self.extra}) -> O[b,h,p,f]: bf16
+        inputs = f"Q[b,h,p,e]: bf16, K[b,{rank},m,e]: bf16, V[b,{rank},m,f]: bf16{self.extra}"
+        head = f"""cascade attention({inputs}) -> O[b,h,p,f]: bf16
   where b < B, h < {self.heads}{groups}, p < P, m < M, e < {self.width}, f < {self.width}{self.ranks}
   R[b,h,p,m] = sum(e) Q[b,h,p,e] * K[b,{key},m,e] * {self.width**-0.5!r}  {self.domain}
   S[b,h,p,m] = {self.score}
 """
         if not self.normalised:
             return head + f"  O[b,h,p,f]: bf16 = sum(m) S[b,h,p,m] * V[b,{key},m,f]\n"
-        return head + f"""  G[b,h,p]   = max(m) S[b,h,p,m]
+        return (
+            head
+            + f"""  G[b,h,p]   = max(m) S[b,h,p,m]
   W[b,h,p,m] = exp(S[b,h,p,m] - G[b,h,p])
   Z[b,h,p]   = sum(m) W[b,h,p,m]
   O[b,h,p,f]: bf16 = sum(m) W[b,h,p,m] * V[b,{key},m,f] / Z[b,h,p]
 """
+        )
 
     def inputs(self, batch: int, n: int) -> list[Tensor]:
         def normal(heads: int) -> Tensor:
@@ -145,15 +150,20 @@ def ours(row: Row, folder: Path) -> dict[str, Any]:
     big = row.inputs(2, row.length)
     best: dict[str, Any] = {}
     for i, schedule in enumerate(gluon.schedules(program)):
-        module = load(gluon.emit(program, schedule).text, folder, f"{row.name}_{i}")
+        module = load(gluon.emit(program, schedule).text, folder, f"row{ROWS.index(row)}_{i}")
         sizes = {"B": 1, "P": 1000, "M": 1000}
         (out,) = module.run(*small, **sizes)
         e = error(out, exact)
         if not e <= 1.5 * plain:
             raise AssertionError(f"{row.name}: error {e:.2e}, plain bfloat16 has {plain:.2e}")
-        ms = milliseconds(lambda: module.run(*big, B=2, P=row.length, M=row.length))
+        ms = milliseconds(partial(module.run, *big, B=2, P=row.length, M=row.length))
         if not best or ms < best["ms"]:
-            best = {"ms": ms, "schedule": dict(schedule.tiles) | {"stages": schedule.stages}, "error": e, "plain": plain}
+            best = {
+                "ms": ms,
+                "schedule": dict(schedule.tiles) | {"stages": schedule.stages},
+                "error": e,
+                "plain": plain,
+            }
     return best
 
 
@@ -227,7 +237,8 @@ ROWS = (
     Row("prefix-LM 1024", 16, 1, 128, 8192, 620, domain="if m <= p | m < 1024",
         mask=lambda: lambda b, h, p, m: (m <= p) | (m < 1024)),
     Row("relative-position table", 16, 1, 128, 8192, 450, "R[b,h,p,m] + T[h, m - p + P - 1]", extra=", T[h,r]: bf16",
-        ranks=", r < P + M - 1", mod=from_table, make=lambda h, n: [torch.randn(h, 2 * n - 1, device="cuda").bfloat16()]),
+        ranks=", r < P + M - 1", mod=from_table,
+        make=lambda h, n: [torch.randn(h, 2 * n - 1, device="cuda").bfloat16()]),
     Row("dense bias", 16, 1, 128, 8192, 450, "R[b,h,p,m] + T[h,p,m]", extra=", T[h,p,m]: bf16", mod=biased,
         make=lambda h, n: [torch.randn(h, n, n, device="cuda").bfloat16()]),
     Row("sigmoid attention", 16, 1, 128, 8192, 600, "1 / (1 + exp(8.0 - R[b,h,p,m]))", mod=sigmoid, normalised=False),
@@ -275,7 +286,9 @@ def main() -> None:
                     result[name] = f"{type(problem).__name__}: {problem}"[:200]
             report["rows"][row.name] = result
             cells = [result.get(k, "") for k in ("tflops", "goal", "cudnn", "flex", "flex_tuned")]
-            text = "".join(f"{c if not isinstance(c, str) else c[:7]:>{w}}" for c, w in zip(cells, (10, 8, 8, 8, 8)))
+            text = "".join(
+                f"{c if not isinstance(c, str) else c[:7]:>{w}}" for c, w in zip(cells, (10, 8, 8, 8, 8), strict=True)
+            )
             tail = result.get("problem") or f"{result['error']:.1e} ({result['plain']:.1e})"
             print(f"{row.name:28}{text}  {tail}", flush=True)
             arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -11,40 +11,20 @@ Schedule: the tile of the long row rank is 64 a warpgroup; the serial tile is th
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-
 import sympy
-from sympy.logic.boolalg import Boolean
 
-from einscade.codegen.base2 import base2
-from einscade.codegen.gluon_bounds import Bounds, bounds
-from einscade.codegen.gluon_form import Form, Operand, form
+from einscade.codegen.gluon_form import Operand, form
+from einscade.codegen.gluon_plan import GROUP_ROWS, REGISTERS
+from einscade.codegen.gluon_points import GLUON_DTYPES, Points
+from einscade.codegen.gluon_text import REDUCTIONS, TILE_MAP, TURN, call, function, indent, paren, wrapped
 from einscade.codegen.gluon_values import HELPERS, Printer, Value
 from einscade.codegen.loops import LoopProgram
 from einscade.codegen.schedule import Schedule
 from einscade.codegen.source import Source, Unsupported
-from einscade.codegen.tiles import Finite, Statement
 from einscade.codegen.torch_values import python
-from einscade.ir.cascade import MONOIDS
-from einscade.ir.expr import Access, Expr, FloorDiv, accesses, free_vars, var
-from einscade.ir.text import print_einsum
+from einscade.ir.expr import Access, FloorDiv, accesses, free_vars, var
 
 __all__ = ["emit", "schedules"]
-
-GROUP_ROWS = 64
-"""Rows of a warpgroup: those of one warpgroup_mma instruction."""
-
-SHARED = 226 << 10
-REGISTERS = {1: 240, 2: 240, 3: 160}
-"""Registers a thread of each consumer may use, by the number of warpgroups; the loading warp gets 24."""
-
-_RESERVED = frozenset({
-    "gl", "gluon", "torch", "tma", "mbarrier", "run", "kernel", "load", "weigh", "advance", "compute", "group", "tile",
-    "stage", "phase", "first", "end", "full_first", "full_end", "weights", "keep", "programs", "row", "finite", "tanh",
-    "reciprocal", "row_max", "row_min", "row_sum", "row_parts", "tile_map", "MASKED", "ROWS", "COLUMNS",
-})  # fmt: skip
 
 _IMPORTS = """
 import torch
@@ -61,7 +41,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 """
 
 _TORCH = {"bf16": "torch.bfloat16", "f16": "torch.float16", "f32": "torch.float32"}
-_GLUON = {"bf16": "gl.bfloat16", "f16": "gl.float16", "f32": "gl.float32"}
 
 
 def emit(program: LoopProgram, schedule: Schedule) -> Source:
@@ -81,7 +60,9 @@ def schedules(program: LoopProgram) -> tuple[Schedule, ...]:
     narrow = max(shape.width(shape.e), shape.width(shape.f)) <= 64 and len(points) == 1
     wide = max(shape.width(shape.e), shape.width(shape.f)) > 128
     gathers = any(
-        a.tensor in shape.loop.nest.inputs and {shape.p, shape.m} <= free_vars(a) for s in points for a in s.reads
+        a.tensor in shape.loop.nest.inputs and shape.m in free_vars(a)
+        for s in (shape.score, *shape.statements)
+        for a in (*accesses(s.keep), *(s.reads if s is not shape.score else ()))
     )
     space = [(3, 128, 2), (2, 128, 2)] if narrow else [(2, 64, 2)] if wide else [(2, 128, 2), (2, 64, 3)]
     if gathers:  # addresses take registers
@@ -95,149 +76,14 @@ def schedules(program: LoopProgram) -> tuple[Schedule, ...]:
     return tuple(found)
 
 
-def _padded(width: int) -> int:
-    return max(32, 1 << (width - 1).bit_length())
-
-
-@dataclass(frozen=True)
-class _Load:
-    """A read of an input that is not an operand of a product; `name` is its variable if it is read before the loop."""
-
-    access: Access
-    name: str | None
-
-
-class _Module:
+class _Module(Points):
     """One module's text."""
-
-    def __init__(self, shape: Form, schedule: Schedule) -> None:
-        self.shape = shape
-        self.schedule = schedule
-        self.cascade = shape.cascade
-        tile = schedule.tile(shape.p)
-        if tile is None or tile % GROUP_ROWS or tile // GROUP_ROWS not in REGISTERS:
-            raise Unsupported(f"a tile of {tile} rows: 64 for each of one to three warpgroups is needed")
-        self.rows, self.groups = tile, tile // GROUP_ROWS
-        step = shape.loop.step
-        columns = int(step) if step.is_Integer else schedule.tile(str(step))
-        if columns not in (32, 64, 128, 256):
-            raise Unsupported(f"a tile of {columns} along {shape.m}: 32, 64, 128 or 256 are what the kernel takes")
-        self.columns, self.stages = columns, max(1, schedule.stages)
-        self.e, self.f = _padded(shape.width(shape.e)), _padded(shape.width(shape.f))
-        self.shares = self.e == self.f and shape.dtype == self.dtype(shape.result.tensor)
-        self._check_fit()
-        self.statements, self.score, self.epilogue, self.rescale = self._in_base2()
-        self.factor = _factor(self.score, shape.e)
-        self.bounds = bounds(shape.keep, shape.m, shape.p, var("row"), self.rows, self.columns)
-        self.used: set[str] = set()
-        self.loads = self._loads()
-        self.sizes = self._sizes()
-
-    def dtype(self, tensor: str) -> str:
-        return self.cascade.tensors[tensor].dtype
-
-    def name(self, tensor: str) -> str:
-        taken = tensor in _RESERVED or tensor in self.cascade.symbols or tensor in self.cascade.rank_table
-        return f"{tensor}_" if taken else tensor
-
-    def _check_fit(self) -> None:
-        tiles = self.stages * self.columns * (self.e + self.f) * 2
-        tiles += self.rows * (self.e if self.shares else self.e + self.f) * 2
-        if tiles + 1024 > SHARED:
-            raise Unsupported(f"{tiles} bytes of tiles do not fit in {SHARED} bytes of shared memory")
-        if self.f // 2 + self.columns * 3 // 4 + 32 > REGISTERS[self.groups]:
-            raise Unsupported(f"tiles of {self.columns} by {self.f} do not fit in {REGISTERS[self.groups]} registers")
-
-    def _in_base2(self) -> tuple[tuple[Statement, ...], Statement, tuple[Statement, ...], Expr | None]:
-        """The statements with exponentials in base 2; the rescaling factor travels as one of them."""
-        shape = self.shape
-        body = (shape.score, *shape.statements)
-        if shape.rescale is not None:
-            ranks = tuple(r for r in shape.accumulator.ranks if r != shape.f)
-            body = (*body, Statement("rescale", ranks, shape.rescale))
-        loop = base2(replace(shape.loop, body=body, states=shape.states), self._unit())
-        statements = {s.name: s for s in loop.body}
-        rescale = statements["rescale"].expr if shape.rescale is not None else None
-        score = statements[shape.score.name]
-        rest = tuple(s for s in loop.body if s.name not in ("rescale", score.name))
-        factor = _factor(score, shape.e)
-        if factor.is_number and score.fill is None:  # it joins the numbers of whatever reads the score
-            both = score.expr / factor
-            scaled = {a: factor * a for s in rest for a in s.reads if a.tensor == score.name}
-            rest = tuple(replace(s, expr=s.expr.xreplace(scaled)) for s in rest)
-            score = replace(score, expr=both)
-        return tuple(map(_spread, rest)), score, loop.epilogue, rescale
-
-    def _unit(self) -> Expr | None:
-        """What a modified score `c*score + ...` is kept in: c times the score's own factor, so that adding to it is one
-        multiply-add for each point. None: what `base2` chooses."""
-        shape = self.shape
-        access = Access(shape.score.name, *map(var, shape.score.ranks))
-        readers = [s for s in shape.statements if access in s.reads]
-        number = _factor(shape.score, shape.e)
-        if len(readers) != 1 or not readers[0].expr.is_Add or not number.is_number:
-            return None
-        unit = number * readers[0].expr.coeff(access)
-        rest = readers[0].expr - readers[0].expr.coeff(access) * access
-        return unit if unit.is_number and unit.is_positive and not rest.has(access) else None
-
-    # -- what the kernel reads besides the operands --
-
-    def _loads(self) -> tuple[_Load, ...]:
-        """Other inputs: an element or a row is read before the loop, the rest in it."""
-        shape = self.shape
-        operands = {shape.queries.tensor, shape.keys.tensor, shape.values.tensor}
-        found: dict[Access, None] = {}
-        for s in (*self.statements, *self.epilogue, self.score):
-            exprs = (self.factor, s.keep) if s is self.score else (s.expr, s.keep, s.row)
-            for expr in exprs:
-                for a in accesses(expr):
-                    if a.tensor in shape.loop.nest.inputs:
-                        found[a] = None
-        for a in found:
-            if a.tensor in operands:
-                raise Unsupported(f"{a.tensor} is an operand of a product and read elsewhere")
-            if self.cascade.tensors[a.tensor].layout.kind != "dense" or shape.f in free_vars(a):
-                raise Unsupported(f"{a} is read where the kernel does not")
-        loads = []
-        for i, a in enumerate(sorted(found, key=sympy.default_sort_key)):
-            moves = (
-                shape.m in free_vars(a)
-                or a.has(*(x for x in accesses(a) if x != a and x.tensor == ""))
-                or any(x != a for x in accesses(a))
-            )
-            loads.append(_Load(a, None if moves else f"{self.name(a.tensor)}_at{i}"))
-        return tuple(loads)
-
-    def _pointers(self) -> list[str]:
-        """Arguments for tensors read or written by address: the pointer and a stride for each dimension."""
-        read = [a for t in dict.fromkeys(x.access.tensor for x in self.loads) for a in self._pointer(t, self.name(t))]
-        return read + [a for t in self._row_results() for a in self._pointer(t, f"{self.name(t)}_to")]
-
-    def _pointer(self, tensor: str, name: str) -> list[str]:
-        return [name, *(f"{name}_{i}" for i in range(len(self.cascade.tensors[tensor].ranks)))]
-
-    def _row_results(self) -> list[str]:
-        return [r for r in self.shape.results if r != self.shape.result.tensor]
-
-    def _sizes(self) -> list[str]:
-        """Symbols that the kernel needs: in extents of the grid, bounds, predicates and expressions."""
-        shape = self.shape
-        tiles = set(dict(self.schedule.tiles))
-        names: set[str] = set()
-        for r in (shape.p, *shape.batch):
-            names |= free_vars(shape.extent(r))
-        for s in (*self.statements, *self.epilogue, self.score):
-            names |= free_vars(s.expr) | free_vars(s.keep) | free_vars(s.row)
-        return [s for s in self.cascade.symbols if s in names and s not in tiles]
-
-    # -- text --
 
     def text(self) -> str:
         shape = self.shape
         body = [self._place(), self._load(), self._weigh(), self._advance(), self._compute(), self._kernel()]
         helpers = [HELPERS[h].strip("\n") for h in HELPERS if h in self.used]
-        helpers += [_REDUCTIONS[h].strip("\n") for h in _REDUCTIONS if h in self.used]
+        helpers += [REDUCTIONS[h].strip("\n") for h in REDUCTIONS if h in self.used]
         title = f"{self.cascade.name}: written by einscade for the cascade"
         doc = "\n".join("    " + line for line in str(self.cascade).splitlines())
         head = f'"""{title}\n\n{doc}\n"""\n{_IMPORTS}\n'
@@ -258,9 +104,9 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
         parts = [
             constants,
             *helpers,
-            _TURN.strip("\n") if self.groups > 1 else "",
+            TURN.strip("\n") if self.groups > 1 else "",
             *body,
-            _TILE_MAP.strip("\n"),
+            TILE_MAP.strip("\n"),
             self._run(),
         ]
         return head + "\n" + "\n\n\n".join(p for p in parts if p) + "\n"
@@ -302,15 +148,7 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
                 lines.append(f"full_first = gl.minimum(gl.maximum({full_first}, first), full_end)")
         places = ", ".join([*shape.batch, "row", *self._ends()])
         doc = f'"""The program\'s place in the grid, and the tiles of {shape.m} it visits: `first <= tile < end`."""'
-        return _function("place", self.sizes, [doc, *lines, f"return {places}"])
-
-    def _classes(self) -> bool:
-        return self.bounds.full_end is not None
-
-    def _ends(self) -> list[str]:
-        """The names of the bounds that the loops use."""
-        full = ["full_first"] if self.bounds.lower else []
-        return ["first", "end", *([*full, *(["full_end"] if self.bounds.upper else [])] if self._classes() else [])]
+        return function("place", self.sizes, [doc, *lines, f"return {places}"])
 
     def _sharing(self) -> int:
         """How many neighbours along the innermost batch rank read the same keys."""
@@ -343,7 +181,7 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
         q, k, v = (self.name(x.tensor) for x in (shape.queries, shape.keys, shape.values))
         lines = [
             f'"""The loading warp: all of a program\'s tiles of {q}, {k} and {v}, in the order they are read."""',
-            *self._copy(k, f"{self._coordinates(shape.keys, f'(end - 1) * STEP')}", "0", wait=False),
+            *self._copy(k, f"{self._coordinates(shape.keys, '(end - 1) * STEP')}", "0", wait=False),
             f"mbarrier.expect({q}_full, GROUPS * {q}_map.block_type.nbytes)",
             "for group in gl.static_range(GROUPS):",
             f"    at = {self._coordinates(shape.queries, f'row + group * {GROUP_ROWS}')}",
@@ -356,15 +194,15 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
             "    if next_stage == STAGES:",
             "        next_stage = 0",
             "        next_phase = phase ^ 1",
-            *_indent(
+            *indent(
                 self._copy(k, self._coordinates(shape.keys, "(end - 2 - tile) * STEP"), "next_stage", "next_phase")
             ),
-            *_indent(self._copy(v, self._coordinates(shape.values, "(end - 1 - tile) * STEP"), "stage", "phase")),
+            *indent(self._copy(v, self._coordinates(shape.values, "(end - 1 - tile) * STEP"), "stage", "phase")),
             "    stage = next_stage",
             "    phase = next_phase",
             *self._copy(v, self._coordinates(shape.values, "first * STEP"), "stage", "phase"),
         ]
-        return _function("load", self._load_arguments(), lines)
+        return function("load", self._load_arguments(), lines)
 
     def _copy(self, x: str, at: str, stage: str, phase: str = "", wait: bool = True) -> list[str]:
         return [
@@ -373,213 +211,10 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
             f"tma.async_copy_global_to_shared({x}_map, {at}, {x}_full.index({stage}), {x}_tiles.index({stage}))",
         ]
 
-    def _barriers(self) -> list[str]:
-        q, k, v = (self.name(x.tensor) for x in (self.shape.queries, self.shape.keys, self.shape.values))
-        return [f"{q}_full", f"{k}_full", f"{k}_empty", f"{v}_full", f"{v}_empty"]
-
-    def _tiles(self) -> list[str]:
-        q, k, v = (self.name(x.tensor) for x in (self.shape.queries, self.shape.keys, self.shape.values))
-        return [f"{q}_tile", f"{k}_tiles", f"{v}_tiles"]
-
     def _load_arguments(self) -> list[str]:
         q, k, v = (self.name(x.tensor) for x in (self.shape.queries, self.shape.keys, self.shape.values))
         places = [*self.shape.batch, "row", "first", "end"]
         return [f"{q}_map", f"{k}_map", f"{v}_map", *self._tiles(), *self._barriers(), *places]
-
-    # -- the elementwise part --
-
-    def _state_names(self) -> list[str]:
-        return [self.name(s.name) for s in self.shape.states]
-
-    def _context(self) -> list[str]:
-        """What the elementwise part reads besides the scores and the running values."""
-        hoisted = [x.name for x in self.loads if x.name is not None]
-        tensors = dict.fromkeys(x.access.tensor for x in self.loads if x.name is None)
-        moving = [a for t in tensors for a in self._pointer(t, self.name(t))]
-        return [self.shape.p + "_", *self.shape.batch, *hoisted, *moving, *self.sizes]
-
-    def _printer(self, guard: str) -> Printer:
-        shape = self.shape
-        variables = {shape.p: Value(f"{shape.p}_", (shape.p,), "i"), shape.m: Value(f"{shape.m}_", (shape.m,), "i")}
-        return Printer((shape.p, shape.m), {}, variables, self._element, shape.dtype == "bf16", guard, used=self.used)
-
-    def _element(self, access: Access, printer: Printer) -> Value:
-        """A read by address: before the loop where nothing in it moves, else with the tile's points."""
-        for x in self.loads:
-            if x.access == access and x.name is not None and x.name in printer.names:
-                return printer.names[x.name]
-        n = self.name(access.tensor)
-        groups: dict[tuple[str, ...], list[str]] = {}
-        for i, index in enumerate(access.index):
-            v = printer.value(index)
-            if v.code == "0":
-                continue
-            groups.setdefault(v.ranks, []).append(f"{v.atom()}.to(gl.int64) * {n}_{i}" if len(v.ranks) < 2 and not
-                                                  v.code.isdigit() else f"{v.atom()} * {n}_{i}")  # fmt: skip
-        ranks = printer.sort(*(Value("", r) for r in groups))
-        address = n
-        for r in sorted(groups, key=len):
-            address = f"{address} + {printer.align(Value(' + '.join(groups[r]), r), ranks)}"
-        inside = []
-        if printer.inside is not None and set(printer.inside.ranks) <= set(ranks):
-            inside.append(printer.align(printer.inside, ranks))
-        if self.shape.p in ranks:
-            limit = printer.value(self.shape.extent(self.shape.p)).code
-            inside.append(printer.align(Value(f"{self.shape.p}_ < {limit}", (self.shape.p,)), ranks))
-        if self.shape.m in ranks:
-            assert self.shape.loop.limit is not None
-            limit = printer.value(self.shape.loop.limit).code
-            inside.append(printer.align(Value(f"{self.shape.m}_ < {limit}", (self.shape.m,)), ranks))
-        mask = f", mask={' & '.join(inside)}, other=0" if inside else ""
-        code = f"gl.load({address}{mask})"
-        dtype = self.dtype(access.tensor)
-        if dtype == "bool":
-            return Value(f"{code} != 0", ranks, "b")
-        return Value(code, ranks, "i") if dtype[0] in "iu" else Value(f"{code}.to(gl.float32)", ranks)
-
-    def _weigh(self) -> str:
-        """The Einsums between the two products, on one tile."""
-        shape = self.shape
-        masked = self._printer("finite")
-        full = self._printer("finite" if shape.always_guard or not self._is_static() else "")
-        self._name_hoisted(masked)
-        self._name_hoisted(full)
-        lines = [
-            '"""From a tile of scores to weights; the running values before it to those after it."""',
-        ]
-        m, p = shape.m, shape.p
-        lines.append(f"{m}_ = {m}_first + gl.arange(0, STEP, COLUMN)")
-        for printer in (masked, full):
-            for state in shape.states:
-                ranks = () if p not in state.ranks else (p,)
-                printer.names[state.name] = Value(self.name(state.name), ranks)
-            printer.names[shape.score.name] = Value(self.name(shape.score.name), (p, m))
-        for s in (self.score, *self.statements):
-            lines += self._comment(s)
-            lines += self._statement(s, masked, full)
-        result = [self.name(s.new) for s in shape.states]
-        if self.rescale is not None:
-            codes = [full.value(self.rescale).code, masked.value(self.rescale).code]
-            lines += self._both(*([f"rescale = {c}"] for c in codes))
-            result.append("rescale")
-        weights = full.names[shape.weights]
-        result.append(f"gl.convert_layout({weights.atom()}.to({_GLUON[shape.dtype]}), WEIGHTS)")
-        arguments = [self.name(shape.score.name), *self._state_names(), f"{m}_first", *self._context()]
-        lines.append(f"return {', '.join(result)}")
-        return _function("weigh", [*arguments, self._masked_argument()], lines)
-
-    def _name_hoisted(self, printer: Printer) -> None:
-        for x in self.loads:
-            if x.name is None:
-                continue
-            dtype = self.dtype(x.access.tensor)
-            kind = "b" if dtype == "bool" else "i" if dtype[0] in "iu" else "f"
-            ranks = (self.shape.p,) if self.shape.p in free_vars(x.access) else ()
-            printer.names[x.name] = Value(x.name, ranks, kind)
-
-    def _statement(self, s: Statement, masked: Printer, full: Printer) -> list[str]:
-        """A statement on a tile whose points all exist, and what is different on a tile across an edge."""
-        name = self.name(s.name)
-        shape = self.shape
-        keep: list[str] = []
-        if s.keep != sympy.true and any(x.name is None and x.access in s.reads for x in self.loads):
-            keep = self._mask(masked, s.keep)  # an index may be out of bounds where no point exists
-            masked.inside = masked.names["keep"]
-        if s is self.score:
-            expr = Access(s.name, *map(var, s.ranks)) * self.factor
-        else:
-            expr = s.expr
-        v, other = full.value(expr), masked.value(expr)
-        masked.inside = None
-        split = s.name in {x.new for x in shape.states if x.name in shape.split}
-        codes = [self._split_update(s, full)] * 2 if split else [v.code, other.code]
-        lines = [[f"{name} = {c}"] if c != name else [] for c in codes]
-        if s.monoid is not None and s is not self.score:
-            lines, v = self._reduction(s, [replace(v, code=c) for c in codes], masked)
-        kind = "f" if s is self.score else v.kind
-        for printer in (masked, full):
-            printer.names[s.name] = Value(name, v.ranks, kind)
-        if s.fill is not None:
-            mask = [] if keep and s.row == s.keep else self._mask(masked, s.row)
-            lines[1] = [*lines[1], *mask, f"{name} = {self._filled(masked, masked.names[s.name], s.fill)}"]
-        lines[1] = [*keep, *lines[1]]
-        return self._both(*lines)
-
-    def _both(self, full: list[str], masked: list[str]) -> list[str]:
-        """Lines for full and for masked tiles, told apart only where they differ."""
-        if full == masked:
-            return full
-        if masked[: len(full)] == full:
-            return [*full, "if MASKED:", *_indent(masked[len(full) :])]
-        return ["if MASKED:", *_indent(masked), "else:", *_indent(full or ["pass"])]
-
-    def _mask(self, printer: Printer, predicate: Boolean) -> list[str]:
-        """The line that makes `keep`, where the predicate holds."""
-        v = printer.value(predicate)
-        printer.names["keep"] = Value("keep", v.ranks, "b")
-        return [f"keep = {v.code}"]
-
-    def _filled(self, printer: Printer, v: Value, fill: Expr) -> str:
-        keep = printer.names["keep"]
-        ranks = printer.sort(keep, v)
-        value = printer.align(printer.floating(v), ranks)
-        return f"gl.where({printer.align(keep, ranks)}, {value}, {printer.value(fill).code})"
-
-    def _reduction(self, s: Statement, operands: list[Value], masked: Printer) -> tuple[list[list[str]], Value]:
-        """A reduction along the tile; one that would notice missing points has them at its identity."""
-        name = self.name(s.name)
-        results = [self._reduced(s, v) for v in operands]
-        lines = [[f"{name} = {code}"] for _, code in results]
-        if s.mask_operand:
-            identity = s.identity if s.identity is not None else sympy.Integer(0)
-            keep = self._mask(masked, s.keep)
-            filled = Value(self._filled(masked, operands[1], identity), (self.shape.p, self.shape.m))
-            lines[1] = [*keep, f"{name} = {self._reduced(s, filled)[1]}"]
-        return lines, results[0][0]
-
-    def _is_split(self, new: str) -> bool:
-        return any(x.new == new and x.name in self.shape.split for x in self.shape.states)
-
-    def _split_update(self, s: Statement, printer: Printer) -> str:
-        """The update of a sum that threads keep their parts of: factors of the rows meet the parts."""
-        state = next(x for x in self.shape.states if x.new == s.name)
-        before = Access(state.name, *map(var, state.ranks))
-        expr = sympy.expand(s.expr)
-        factor = expr.coeff(before)
-        (part,) = [a for a in accesses(expr - factor * before)]
-        name = self.name(state.name)
-        if factor == 1:
-            return f"{name} + {self.name(part.tensor)}"
-        row = printer.value(factor)
-        spread = (
-            f"gl.convert_layout({row.code}, gl.SliceLayout(1, {name}.type.layout))[:, None]"
-            if row.ranks
-            else row.atom()
-        )
-        return f"{name} * {spread} + {self.name(part.tensor)}"
-
-    def _reduced(self, s: Statement, operand: Value) -> tuple[Value, str]:
-        p, m = self.shape.p, self.shape.m
-        code = operand.code if operand.kind == "f" else f"{operand.atom()}.to(gl.float32)"
-        if operand.ranks != (p, m):
-            zero = f"gl.full([{GROUP_ROWS}, STEP], 0.0, gl.float32, SCORES)"
-            aligned = Printer((p, m), {}, {}, self._element).align(Value(code, operand.ranks), (p, m))
-            code = f"{zero} + {aligned}"
-        users = [x for x in self.statements if any(a.tensor == s.name for a in x.reads)]
-        split = s.monoid == "sum" and len(users) == 1 and self._is_split(users[0].name)
-        helper = "row_parts" if split else f"row_{s.monoid}"
-        self.used.add(helper)
-        if split or helper == "row_sum":
-            self.used.add("row_parts")
-        return Value(self.name(s.name), (p,)), f"{helper}({code})"
-
-    def _comment(self, s: Statement) -> list[str]:
-        if s.source is None:
-            return []
-        lines = textwrap.wrap(print_einsum(s.source), 108, subsequent_indent="  ")
-        return [f"# {line}" for line in lines]
-
-    # -- one iteration, and the loop --
 
     def _advance(self) -> str:
         shape = self.shape
@@ -606,7 +241,7 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
             *done,
             f"{score} = warpgroup_mma_wait(1, deps=[next_{score}])",
             f"mbarrier.arrive({k}_empty.index(stage))",
-            _call(
+            call(
                 [*states, *rescale, "next_weights"],
                 "weigh",
                 [score, *states, "tile * STEP", *self._context(), "MASKED"],
@@ -617,7 +252,7 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
         if self.rescale is not None:
             lines.append(f"{acc} = {acc} * gl.convert_layout(rescale, RESULT_ROW)[:, None]")
         lines.append(f"return {', '.join([*states, acc, 'next_weights', 'stage', 'phase'])}")
-        return _function("advance", [*self._advance_arguments(), self._masked_argument(), "group: gl.constexpr"], lines)
+        return function("advance", [*self._advance_arguments(), self._masked_argument(), "group: gl.constexpr"], lines)
 
     def _advance_arguments(self) -> list[str]:
         acc = self.name(self.shape.accumulator.name)
@@ -636,7 +271,7 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
         ]
 
     def _view(self, tile: str, rows: int, width: int, rank: str) -> str:
-        return f"{tile}._reinterpret({_GLUON[self.shape.dtype]}, [{rows}, {width}], TILE_{rank.upper()})"
+        return f"{tile}._reinterpret({GLUON_DTYPES[self.shape.dtype]}, [{rows}, {width}], TILE_{rank.upper()})"
 
     def _compute(self) -> str:
         shape = self.shape
@@ -676,7 +311,7 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
             f"{score} = warpgroup_mma_wait(0, deps=[{score}])",
             f"mbarrier.arrive({k}_empty.index(0))",
             "tile = end - 1",
-            _call([*states, *rescale, "weights"], "weigh", [score, *states, "tile * STEP", *self._context(), "True"]),
+            call([*states, *rescale, "weights"], "weigh", [score, *states, "tile * STEP", *self._context(), "True"]),
             "stage = 0",
             "phase = 0",
         ]
@@ -685,7 +320,7 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
         lines += [
             "for _ in range(end - 1 - first):",
             "    tile -= 1",
-            *_indent(_call(result, "advance", [*passed, self._edge(), "group"]).splitlines()),
+            *indent(call(result, "advance", [*passed, self._edge(), "group"]).splitlines()),
         ]
         lines += [
             f"mbarrier.wait({v}_full.index(stage), phase)",
@@ -696,32 +331,17 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
         ]
         store = f"{q}_rows" if self.shares else f"{o}_tile.index(group)._reinterpret"
         if not self.shares:
-            store = f"{o}_tile.index(group)._reinterpret({_GLUON[self.dtype(shape.result.tensor)]}, " \
+            store = f"{o}_tile.index(group)._reinterpret({GLUON_DTYPES[self.dtype(shape.result.tensor)]}, " \
                     f"[{GROUP_ROWS}, {self.f}], TILE_{shape.f.upper()})"  # fmt: skip
         source = f"{q}_tile" if self.shares else f"{o}_tile"
         lines += [
-            f"{store}.store({o}.to({_GLUON[self.dtype(shape.result.tensor)]}))",
+            f"{store}.store({o}.to({GLUON_DTYPES[self.dtype(shape.result.tensor)]}))",
             "fence_async_shared()",
             f"at = {self._coordinates(shape.result, f'row + group * {GROUP_ROWS}')}",
             f"tma.async_copy_shared_to_global({o}_map, at, {source}.index(group))",
             "tma.store_wait(0)",
         ]
-        return _function("compute", [*self._compute_arguments(), "group: gl.constexpr"], lines)
-
-    def _edge(self) -> str:
-        """Whether a tile after the first one visited is masked."""
-        b = self.bounds
-        if not self._classes():
-            return "True"
-        edges = (["tile >= full_end"] if b.upper else []) + (["tile < full_first"] if b.lower else [])
-        return " | ".join(f"({e})" for e in edges) if len(edges) > 1 else edges[0] if edges else "False"
-
-    def _is_static(self) -> bool:
-        """Whether it is known, where the code is made, which iterations are masked."""
-        return not self._classes() or not (self.bounds.upper or self.bounds.lower)
-
-    def _masked_argument(self) -> str:
-        return "MASKED: gl.constexpr" if self._is_static() else "MASKED"
+        return function("compute", [*self._compute_arguments(), "group: gl.constexpr"], lines)
 
     def _compute_arguments(self) -> list[str]:
         o = self.name(self.shape.result.tensor)
@@ -729,62 +349,12 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
         places = [*self.shape.batch, "row", *self._ends()]
         return [f"{o}_map", *tiles, *self._barriers(), *places, *self._pointers(), *self.sizes]
 
-    def _after(self) -> list[str]:
-        """The Einsums that follow the loop."""
-        shape = self.shape
-        p, f = shape.p, shape.f
-        names = {shape.accumulator.name: Value(self.name(shape.accumulator.name), (p, f))}
-        variables = {p: Value(f"{p}_", (p,), "i")}
-        printer = Printer((p, f), names, variables, self._element, shape.dtype == "bf16", "finite", used=self.used)
-        self._name_hoisted(printer)
-        lines = [f"{p}_ = gl.convert_layout({p}_, RESULT_ROW)"]
-        lines += [f"{x.name} = gl.convert_layout({x.name}, RESULT_ROW)" for x in self.loads
-                  if x.name is not None and p in free_vars(x.access) and self._read_after(x.access)]  # fmt: skip
-        for state in shape.states:
-            name = self.name(state.name)
-            if any(a.tensor == state.name for s in self.epilogue for a in (*s.reads, *accesses(s.row))):
-                whole = f"gl.sum({name}, axis=1)" if state.name in shape.split else name
-                lines.append(f"{name} = gl.convert_layout({whole}, RESULT_ROW)")
-            names[state.name] = Value(name, (p,))
-        for s in self.epilogue:
-            lines += self._comment(s)
-            v = printer.floating(printer.value(s.expr))
-            name, code = self.name(s.name), v.code
-            if s.row != sympy.true:
-                keep = printer.value(s.row)
-                ranks = printer.sort(v, keep)
-                code = f"gl.where({printer.align(keep, ranks)}, {printer.align(v, ranks)}, 0.0)"
-            lines.append(f"{name} = {code}")
-            names[s.name] = Value(name, v.ranks)
-        for r in self._row_results():
-            lines += self._store_row(r, printer)
-        return lines
-
-    def _read_after(self, access: Access) -> bool:
-        return any(access in accesses(s.expr) + accesses(s.row) for s in self.epilogue)
-
-    def _store_row(self, output: str, printer: Printer) -> list[str]:
-        t = self.cascade.tensors[output]
-        to = f"{self.name(output)}_to"
-        p = self.shape.p
-        scalars = [f"{r}.to(gl.int64) * {to}_{i}" for i, r in enumerate(t.ranks) if r != p]
-        limit = printer.value(self.shape.extent(p)).code
-        where = " + ".join([to, *scalars, f"{p}_ * {to}_{t.ranks.index(p)}"])
-        dtype = _GLUON.get(t.dtype)
-        if dtype is None:
-            raise Unsupported(f"the output {output} is {t.dtype}")
-        value = printer.names[output]
-        code = value.code if value.ranks else f"gl.full([{GROUP_ROWS}], {value.code}, gl.float32, RESULT_ROW)"
-        return [f"gl.store({where}, {code}.to({dtype}), mask={p}_ < {limit})"]
-
-    # -- the kernel and its launch --
-
     def _kernel(self) -> str:
         shape = self.shape
         q, k, v = (self.name(x.tensor) for x in (shape.queries, shape.keys, shape.values))
         o = self.name(shape.result.tensor)
         maps = [f"{x}_map" for x in (q, k, v, o)]
-        dtype = _GLUON[shape.dtype]
+        dtype = GLUON_DTYPES[shape.dtype]
 
         def ring(x: str, count: str, operand: Operand, rows: int, width: int, name: str) -> str:
             block = [1] * len(operand.batch) + [rows, width]
@@ -799,7 +369,7 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
         ]
         if not self.shares:
             block = [1] * len(shape.result.batch) + [GROUP_ROWS, self.f]
-            out = _GLUON[self.dtype(shape.result.tensor)]
+            out = GLUON_DTYPES[self.dtype(shape.result.tensor)]
             lines.append(
                 f"{o}_tile = gl.allocate_shared_memory({out}, [GROUPS, {', '.join(map(str, block))}], {o}_map.layout)"
             )
@@ -808,18 +378,18 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
         lines += [f"{b} = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())" for b in rings]
         lines += [f"mbarrier.init({q}_full, 1)", "for stage in gl.static_range(STAGES):"]
         lines += [f"    mbarrier.init({b}.index(stage), {'1' if b.endswith('_full') else 'GROUPS'})" for b in rings]
-        lines.append(_call([*shape.batch, "row", *self._ends()], "place", self.sizes))
+        lines.append(call([*shape.batch, "row", *self._ends()], "place", self.sizes))
         compute, load = ", ".join(self._compute_arguments()), ", ".join(self._load_arguments())
         lines.append("gl.warp_specialize(")
         lines.append("    [")
         for g in range(self.groups):
-            lines += _wrapped(f"(compute, ({compute}, {g})),", 8)
-        lines += _wrapped(f"(load, ({load})),", 8)
+            lines += wrapped(f"(compute, ({compute}, {g})),", 8)
+        lines += wrapped(f"(load, ({load})),", 8)
         regs = REGISTERS[self.groups]
         warps, registers = [4] * (self.groups - 1) + [1], [regs] * (self.groups - 1) + [24]
         lines += ["    ],", f"    {warps},", f"    {registers},", ")"]
         decorator = f"@gluon.jit(do_not_specialize={self.sizes!r})"
-        return _function("kernel", [*maps, *self._pointers(), *self.sizes], lines, decorator)
+        return function("kernel", [*maps, *self._pointers(), *self.sizes], lines, decorator)
 
     def _run(self) -> str:
         shape = self.shape
@@ -834,9 +404,9 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
         for r in shape.results:
             lines.append(f"{self.name(r)} = {self._allocation(r, device)}")
         grid = [python(shape.extent(r)) for r in shape.batch] + [
-            f"-(-{_paren(python(shape.extent(shape.p)))} // {self.rows})"
+            f"-(-{paren(python(shape.extent(shape.p)))} // {self.rows})"
         ]
-        lines.append(f"programs = {' * '.join(_paren(g) for g in grid)}")
+        lines.append(f"programs = {' * '.join(paren(g) for g in grid)}")
         maps = []
         sizes = ((shape.queries, GROUP_ROWS, self.e), (shape.keys, self.columns, self.e),
                  (shape.values, self.columns, self.f), (shape.result, GROUP_ROWS, self.f))  # fmt: skip
@@ -854,7 +424,7 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
         lines.append("    kernel[(programs,)](")
         lines += [f"        {m}," for m in maps]
         if others or self.sizes:
-            lines += _wrapped(", ".join([*others, *self.sizes]) + ",", 8)
+            lines += wrapped(", ".join([*others, *self.sizes]) + ",", 8)
         lines += ["        num_warps=4,", "    )"]
         lines.append(f"return {', '.join(outputs)},")
         signature = ", ".join(inputs + (["*", *symbols] if symbols else []))
@@ -873,105 +443,3 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
         if order != t.ranks:
             code += f".permute({', '.join(str(order.index(r)) for r in t.ranks)})"
         return code
-
-
-def _factor(score: Statement, e: str) -> Expr:
-    """What the score is multiplied by beyond the product along `e`."""
-    factor = score.expr / sympy.Mul(*(a for a in accesses(score.expr) if e in free_vars(a)))
-    return sympy.Integer(1) if factor.is_number and float(factor) == 1 else factor
-
-
-def _spread(s: Statement) -> Statement:
-    """A number in front of a sum joins the numbers of its terms."""
-    number, rest = s.expr.as_independent(Access, *s.expr.free_symbols, as_Add=False)
-    if s.monoid is not None or not rest.is_Add:
-        return s
-    return replace(s, expr=sympy.Add(*(number * t for t in rest.args)))
-
-
-_REDUCTIONS = {
-    "row_parts": '''
-@gluon.jit
-def row_parts(x):
-    """Sums along rows as far as a thread goes alone: eight parts a row, in independent chains of additions."""
-    return gl.sum(x.reshape([64, STEP // 8, 8]), axis=1)
-''',
-    "row_sum": """
-@gluon.jit
-def row_sum(x):
-    return gl.convert_layout(gl.sum(row_parts(x), axis=1), ROW)
-""",
-    "row_max": '''
-@gluon.jit
-def row_max(x):
-    """Eight parts a row first: chains of maxima that do not wait for each other."""
-    return gl.convert_layout(gl.max(gl.max(x.reshape([64, STEP // 8, 8]), axis=1), axis=1), ROW)
-''',
-    "row_min": """
-@gluon.jit
-def row_min(x):
-    return gl.convert_layout(gl.min(gl.min(x.reshape([64, STEP // 8, 8]), axis=1), axis=1), ROW)
-""",
-}
-
-_TURN = '''
-@gluon.constexpr_function
-def barrier(instruction, group):
-    return f"bar.{instruction} {8 + group % GROUPS.value}, 256; mov.u32 $0, 0;"
-
-
-@gluon.jit
-def take_turn(group: gl.constexpr):
-    """Wait until the warpgroup before this one has issued its products."""
-    text: gl.constexpr = barrier("sync", group)
-    gl.inline_asm_elementwise(text, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def pass_turn(group: gl.constexpr):
-    text: gl.constexpr = barrier("arrive", group + 1)
-    gl.inline_asm_elementwise(text, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-'''
-
-_TILE_MAP = '''
-def tile_map(x: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
-    """The copy engine's view of x as tiles of its last two dimensions; of a copy where its strides or address are
-    none that the engine can take."""
-    if x.numel() == 0:
-        x = x.new_zeros([max(1, n) for n in x.shape])
-    size = x.element_size()
-    usable = x.data_ptr() % 16 == 0 and x.stride(-1) == 1
-    usable &= all(n == 1 or (s > 0 and s * size % 16 == 0) for n, s in zip(x.shape[:-1], x.stride()[:-1]))
-    if not usable:
-        x = x.clone(memory_format=torch.contiguous_format)
-    strides = [s if n > 1 else x.shape[-1] for n, s in zip(x.shape[:-1], x.stride()[:-1])] + [1]
-    layout = gl.NVMMASharedLayout(min(128, width * size), 8 * size, x.dim())
-    return TensorDescriptor(x, list(x.shape), strides, [1] * (x.dim() - 2) + [rows, width], layout)
-'''
-
-
-def _paren(code: str) -> str:
-    return code if code.replace("_", "").isalnum() or code.startswith("-(-") else f"({code})"
-
-
-def _indent(lines: Iterable[str]) -> list[str]:
-    return ["    " + line for line in lines]
-
-
-def _wrapped(text: str, depth: int) -> list[str]:
-    pad = " " * depth
-    return textwrap.wrap(text, 112, initial_indent=pad, subsequent_indent=pad + " ", break_long_words=False)
-
-
-def _call(targets: Sequence[str], function: str, arguments: Sequence[str]) -> str:
-    return "\n".join(textwrap.wrap(
-        f"{', '.join(targets)} = {function}({', '.join(arguments)})", 104, subsequent_indent="    ", break_long_words=False,
-    ))  # fmt: skip
-
-
-def _function(name: str, arguments: Sequence[str], lines: Sequence[str], decorator: str = "@gluon.jit") -> str:
-    head = "\n".join(textwrap.wrap(
-        f"def {name}({', '.join(arguments)}):", 112, subsequent_indent=" " * (5 + len(name)), break_long_words=False,
-    ))  # fmt: skip
-    body = "\n".join("    " + part for line in lines for part in line.split("\n"))
-    return f"{decorator}\n{head}\n{body}"

@@ -48,9 +48,10 @@ class Operand:
 class Form:
     """`p`: the tiled grid rank; `m`: the coordinate of the loop; `e`, `f`: the widths of the two products.
 
-    score: the first product; weights: the name of the value that the second one reads. `statements` run between the two, in order; `accumulator` is the state that
-    the second product adds to, after scaling it by `rescale` (None: not at all). `split` names running sums that only
-    the epilogue reads: each thread keeps its own part of them until then.
+    score: the first product; weights: the name of the value that the second one reads. `statements` run between the
+    two, in order; `accumulator` is the state that the second product adds to, after scaling it by `rescale` (None: not
+    at all). `split` names running sums that only the epilogue reads: each thread keeps its own part of them until
+    then. keep: where points exist; always_guard: whether a tile without masks can hold infinite scores.
     """
 
     cascade: Cascade

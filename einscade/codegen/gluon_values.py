@@ -146,14 +146,13 @@ class Printer:
         return self._function(expr)
 
     def _converted(self, expr: sympy.Basic, v: Value) -> Value:
-        """A factor as float32. Of a sum of integers over the tile (`m - p`) each term is converted, a row or a column of
-        them, and not every point; both are exact below 2**24."""
+        """A factor as float32. Of a sum of integers over the tile (`m - p`) each term is converted, a row or a column
+        of them, and not every point; both are exact below 2**24."""
         if v.kind != "i" or len(v.ranks) < 2 or not isinstance(expr, sympy.Add):
             return self.floating(v)
         terms = [(self.floating(self.value(abs_)), sign) for abs_, sign in map(_signed, expr.args)]
         terms.sort(key=lambda t: (t[1], -len(t[0].ranks)))
-        total, flip = terms[0]
-        part = (total, flip)
+        part = terms[0]
         for term in terms[1:]:
             part = self._plus(part, term, "f")
         code = part[0].code

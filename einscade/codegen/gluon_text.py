@@ -1,0 +1,95 @@
+"""Parts of a generated Gluon module that are the same in all of them, and how its functions are laid out."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+
+__all__ = ["REDUCTIONS", "TILE_MAP", "TURN", "call", "function", "indent", "paren", "wrapped"]
+
+REDUCTIONS = {
+    "row_parts": '''
+@gluon.jit
+def row_parts(x):
+    """Sums along rows as far as a thread goes alone: eight parts a row, in independent chains of additions."""
+    return gl.sum(x.reshape([64, STEP // 8, 8]), axis=1)
+''',
+    "row_sum": """
+@gluon.jit
+def row_sum(x):
+    return gl.convert_layout(gl.sum(row_parts(x), axis=1), ROW)
+""",
+    "row_max": '''
+@gluon.jit
+def row_max(x):
+    """Eight parts a row first: chains of maxima that do not wait for each other."""
+    return gl.convert_layout(gl.max(gl.max(x.reshape([64, STEP // 8, 8]), axis=1), axis=1), ROW)
+''',
+    "row_min": """
+@gluon.jit
+def row_min(x):
+    return gl.convert_layout(gl.min(gl.min(x.reshape([64, STEP // 8, 8]), axis=1), axis=1), ROW)
+""",
+}
+
+TURN = '''
+@gluon.constexpr_function
+def barrier(instruction, group):
+    return f"bar.{instruction} {8 + group % GROUPS.value}, 256; mov.u32 $0, 0;"
+
+
+@gluon.jit
+def take_turn(group: gl.constexpr):
+    """Wait until the warpgroup before this one has issued its products."""
+    text: gl.constexpr = barrier("sync", group)
+    gl.inline_asm_elementwise(text, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def pass_turn(group: gl.constexpr):
+    text: gl.constexpr = barrier("arrive", group + 1)
+    gl.inline_asm_elementwise(text, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+'''
+
+TILE_MAP = '''
+def tile_map(x: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
+    """The copy engine's view of x as tiles of its last two dimensions; of a copy where its strides or address are
+    none that the engine can take."""
+    if x.numel() == 0:
+        x = x.new_zeros([max(1, n) for n in x.shape])
+    size = x.element_size()
+    usable = x.data_ptr() % 16 == 0 and x.stride(-1) == 1
+    usable &= all(n == 1 or (s > 0 and s * size % 16 == 0) for n, s in zip(x.shape[:-1], x.stride()[:-1]))
+    if not usable:
+        x = x.clone(memory_format=torch.contiguous_format)
+    strides = [s if n > 1 else x.shape[-1] for n, s in zip(x.shape[:-1], x.stride()[:-1])] + [1]
+    layout = gl.NVMMASharedLayout(min(128, width * size), 8 * size, x.dim())
+    return TensorDescriptor(x, list(x.shape), strides, [1] * (x.dim() - 2) + [rows, width], layout)
+'''
+
+
+def paren(code: str) -> str:
+    return code if code.replace("_", "").isalnum() or code.startswith("-(-") else f"({code})"
+
+
+def indent(lines: Iterable[str]) -> list[str]:
+    return ["    " + line for line in lines]
+
+
+def wrapped(text: str, depth: int) -> list[str]:
+    pad = " " * depth
+    return textwrap.wrap(text, 112, initial_indent=pad, subsequent_indent=pad + " ", break_long_words=False)
+
+
+def call(targets: Sequence[str], name: str, arguments: Sequence[str]) -> str:
+    """A call whose results are bound to names, over as many lines as it takes."""
+    text = f"{', '.join(targets)} = {name}({', '.join(arguments)})"
+    return "\n".join(textwrap.wrap(text, 104, subsequent_indent="    ", break_long_words=False))
+
+
+def function(name: str, arguments: Sequence[str], lines: Sequence[str], decorator: str = "@gluon.jit") -> str:
+    """A function of the module, from the lines of its body."""
+    text = f"def {name}({', '.join(arguments)}):"
+    head = "\n".join(textwrap.wrap(text, 112, subsequent_indent=" " * (5 + len(name)), break_long_words=False))
+    body = "\n".join("    " + part for line in lines for part in line.split("\n"))
+    return f"{decorator}\n{head}\n{body}"
