@@ -33,6 +33,7 @@ from torch.nn.utils import stateless
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from einscade.compiler.direct import direct
 from einscade.compiler.messages import first_line
 
 __all__ = ["CaptureError", "Captured", "fake_inputs", "made_fake", "nested_graphs", "to_aten"]
@@ -161,7 +162,7 @@ def _trace(gm: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> f
     """One trace of `gm` with everything it owns (parameters, buffers, constants) lifted to inputs, then put back."""
     owned = _owned_tensors(gm)
     fakes = [_fake_parameter(mode, t) for t in owned.values()]
-    tracer = _Capture(gm, dict(zip(owned, fakes, strict=True)))
+    tracer = _Capture(gm, dict(zip(owned, fakes, strict=True)), mode)
     state = {name: t for name, t in tracer.owned.items() if name in tracer.state_names}
 
     def run(*flat: Any) -> Any:
@@ -169,7 +170,7 @@ def _trace(gm: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> f
         with stateless._reparametrize_module(gm, {name: tracer.owned[name] for name in state}, tie_weights=True):
             return tracer.run(*flat[len(owned) :], enable_io_processing=False)
 
-    with tracer.contexts(mode):
+    with tracer.contexts():
         traced = make_fx(run, _allow_non_fake_inputs=True)(*fakes, *inputs)
     return _put_back(gm, traced, list(owned), inputs)
 
@@ -239,18 +240,20 @@ def _put_back(
 class _Capture(fx.Interpreter):
     """Runs a torch-level graph on fake tensors under make_fx, keeping grad mode, autocast and opaque nodes in order."""
 
-    def __init__(self, gm: fx.GraphModule, owned: dict[str, torch.Tensor]) -> None:
+    def __init__(self, gm: fx.GraphModule, owned: dict[str, torch.Tensor], mode: FakeTensorMode) -> None:
         super().__init__(gm)
         self.owned = owned
         self.state_names = {n for n, _ in gm.named_parameters()} | {n for n, _ in gm.named_buffers()}
         self.grad_at_entry = torch.is_grad_enabled()
         self.grad = _grad_modes(gm, self.grad_at_entry)
         self.autocasts: list[Any] = []
+        self.mode = mode
+        self.plain = not _uses_autocast(gm)
 
     @contextlib.contextmanager
-    def contexts(self, mode: FakeTensorMode) -> Iterator[None]:
+    def contexts(self) -> Iterator[None]:
         """What the trace runs under. Grad mode is off: what is recorded must not depend on who needs gradients."""
-        with torch.no_grad(), fx.traceback.preserve_node_meta(), mode, _KeepWhole():
+        with torch.no_grad(), fx.traceback.preserve_node_meta(), self.mode, _KeepWhole():
             try:
                 yield
             finally:
@@ -258,10 +261,24 @@ class _Capture(fx.Interpreter):
                     torch.amp.autocast_mode._exit_autocast(self.autocasts.pop())
 
     def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
+        result = self._written_down(n) if self.plain else None
+        if result is None:
+            result = super().run_node(n)
         if self.grad_at_entry and not self.grad[n] and any(self.grad[u] for u in n.users):
             result = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, result)
         return result
+
+    def _written_down(self, n: fx.Node) -> torch.Tensor | None:
+        """The node as the one operation that it is, with the fake value that it has already; None where it has none."""
+        value = n.meta.get("example_value")
+        if not isinstance(value, FakeTensor) or value.fake_mode is not self.mode:
+            return None
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        call = direct(n, args, kwargs)
+        if call is None or not all(type(a) is FakeTensor for a in pytree.tree_leaves(call[1]) if _is_tensor(a)):
+            return None
+        with self._set_current_node(n):
+            return _record(call[0], call[1], {}, value)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target in self.owned:
@@ -300,9 +317,7 @@ class _Capture(fx.Interpreter):
                 if known is _MISSING:
                     raise CaptureError(f"{target.name()} without a known result")
                 result = known
-        proxy_args, proxy_kwargs = pytree.tree_map(tracer.unwrap_proxy, (_register(tracer, args, captured), kwargs))
-        proxy = tracer.create_proxy("call_function", target, proxy_args, proxy_kwargs)
-        return track_tensor_tree(result, proxy, constant=None, tracer=tracer)
+        return _record(target, _register(tracer, args, captured), kwargs, result)
 
 
 def _captured_child(child: fx.GraphModule, args: Sequence[Any]) -> fx.GraphModule:
@@ -322,6 +337,10 @@ def _register(tracer: Any, args: tuple[Any, ...], captured: bool) -> tuple[Any, 
         return fx.Proxy(node, tracer)
 
     return tuple(read(a) for a in args)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
 
 
 def _tracer() -> Any:
@@ -376,12 +395,19 @@ def _autocast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def record_whole(op: OpOverload, args: tuple, kwargs: Mapping[str, Any]) -> Any:
     """Records `op` as one node of the trace in progress; its result comes from running it on the fake tensors."""
-    tracer = _tracer()
     with disable_proxy_modes_tracing():
         result = op(*args, **kwargs)
-    proxy_args, proxy_kwargs = pytree.tree_map(tracer.unwrap_proxy, (args, dict(kwargs)))
-    proxy = tracer.create_proxy("call_function", op, proxy_args, proxy_kwargs)
-    return track_tensor_tree(result, proxy, constant=None, tracer=tracer)
+    return _record(op, args, kwargs, result)
+
+
+def _record(target: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> Any:
+    """One node of the trace in progress, `result` its value. Tracing looks at many attributes of fake tensors, which
+    function modes would see one by one."""
+    tracer = _tracer()
+    with torch._C.DisableTorchFunction():
+        proxy_args, proxy_kwargs = pytree.tree_map(tracer.unwrap_proxy, (args, dict(kwargs)))
+        proxy = tracer.create_proxy("call_function", target, proxy_args, proxy_kwargs)
+        return track_tensor_tree(result, proxy, constant=None, tracer=tracer)
 
 
 # --- functionalisation -----------------------------------------------------------------------------------------------
@@ -429,9 +455,7 @@ class _Functional(fx.Interpreter):
         else:
             tracer = _tracer()
             captured = any(a.meta.get("captured", False) for a in self._node.all_input_nodes)
-            proxy_args, proxy_kwargs = pytree.tree_map(tracer.unwrap_proxy, (_register(tracer, args, captured), kwargs))
-            proxy = tracer.create_proxy("call_function", target, proxy_args, proxy_kwargs)
-            result = track_tensor_tree(self._node.meta["val"], proxy, constant=None, tracer=tracer)
+            result = _record(target, _register(tracer, args, captured), kwargs, self._node.meta["val"])
         level = torch._C._functorch.maybe_current_level() or 0
         return eager_transforms._wrap_all_tensors_to_functional(result, level=level)
 
