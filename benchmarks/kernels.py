@@ -166,9 +166,10 @@ def main() -> int:
     if options.json:
         import triton
 
-        commit = options.commit or subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        commit = (
+            options.commit
+            or subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        )
         record = {
             "commit": commit, "date": datetime.date.today().isoformat(), "device": torch.cuda.get_device_name(),
             "torch": torch.__version__, "triton": triton.__version__, "schedule": str(schedule), "tuning": log,

@@ -273,9 +273,15 @@ def _fits(cascade: Cascade, nest: SerialNest, schedule: Schedule, device: Device
     scores = max((elements(e.output.ranks) for e in nest.body if nest.tile in e.output.ranks), default=0)
     wide = sum(1 for e in _contractions(nest) if nest.tile in e.output.ranks)
     ranks_of = {(t, i): [r for r in cascade.rank_table if r in free_vars(Access("_", *i))] for t, i in moving}
-    single = [r for (t, _), r in ranks_of.items() if cascade.tensors[t].dtype == "f32" and elements(tuple(r)) > _power(least)]
+    single = [
+        r for (t, _), r in ranks_of.items() if cascade.tensors[t].dtype == "f32" and elements(tuple(r)) > _power(least)
+    ]
     if single:  # split into parts in registers before they multiply
         scores += 4 * max(elements(tuple(r)) for r in single)
+    gathered = any(i.has(Access) for _, index in moving for i in index)
+    masked = any(set(r) & set(nest.grid) & set(tiles) for r in ranks_of.values())
+    if gathered or masked:  # an address per element of the scores
+        scores += scores // 2
     threads = schedule.warps * (64 if device.kind == "hip" else 32)
     return (scans + scores * max(1, wide) * 1.75) / threads <= (472 if device.kind == "hip" else 215)
 

@@ -332,8 +332,7 @@ class _Writer:
         """Operands in one dtype of the matrix unit; what was computed is rounded to that of what it meets."""
         left, right = (self.operand(e) for e in (c.left_expr, c.right_expr))
         if s.mask_operand:
-            ranks = {x.name for x in s.keep.free_symbols}
-            if ranks & {*c.rows}:
+            if {x.name for x in s.keep.free_symbols} & {*c.rows}:
                 left = self.masked_terms(left, s)
             else:
                 right = self.masked_terms(right, s)
@@ -342,6 +341,8 @@ class _Writer:
         b = self.turned(right, (*c.reduced, *c.columns))
         precision = ""
         integers = left.kind == right.kind == "i"
+        if left.dtype in (None, "float32") and not self.has_half() and not integers:
+            self.check_single(c)
         if not integers and left.dtype in (None, "float32"):
             hip = self.schedule.target.startswith("hip")
             precision = ', input_precision="' + ("ieee" if hip else "tf32" if self.has_half() else "tf32x3") + '"'
@@ -356,6 +357,14 @@ class _Writer:
             ranks = self.scope.sort(v.ranks + factor.ranks)
             v = Value(f"{v.code} * {aligned(factor, ranks).tight(2)}", ranks, prec=2)
         return v
+
+    def check_single(self, c: Contraction) -> None:
+        """A float32 product is three of the matrix unit's, on operands split in registers."""
+        wide = [r for r in (*c.reduced, *c.columns) if self.widths.get(r, 0) > 128]
+        if wide:
+            raise Unsupported(
+                f"a float32 product over {wide[0]}, {self.widths[wide[0]]} wide: it would not stay on chip"
+            )
 
     def masked_terms(self, v: Value, s: Statement) -> Value:
         """An operand as a variable that is 0 where a point is missing."""
@@ -385,7 +394,11 @@ class _Writer:
         if small is None and floats and a.dtype == b.dtype:
             return a, b  # eight-bit floats as they are
         computed = a.dtype is None and b.dtype is None  # both from half-precision inputs: rounded as the weights are
-        if small is None and halves and (computed or any(v.kind == "i" or v.dtype not in (None, "float32") for v in (a, b))):
+        if (
+            small is None
+            and halves
+            and (computed or any(v.kind == "i" or v.dtype not in (None, "float32") for v in (a, b)))
+        ):
             small = halves[0]
         target = small or "float32"
 
@@ -467,7 +480,14 @@ class _Writer:
             self.here(f"{memory.pointer}_tile = {full}")
             full = f"{memory.pointer}_tile"
         mask = f", mask={' & '.join(conditions)}" if conditions else ""
-        self.here(f"tl.store({at}{address}, {full}.to({memory.pointer}.dtype.element_ty){mask})")
+        line = f"tl.store({at}{address}, {full}.to({memory.pointer}.dtype.element_ty){mask})"
+        if len(line) + 4 * self.here.depth <= 116:
+            self.here(line)
+            return
+        self.here("tl.store(")
+        self.here(f"    {at}{address},")
+        self.here(f"    {full}.to({memory.pointer}.dtype.element_ty){mask},")
+        self.here(")")
 
     def shape(self, ranks: Iterable[str]) -> str:
         return "[" + ", ".join(self.scope.blocks[r].size for r in ranks) + "]"
@@ -674,7 +694,8 @@ class _Writer:
         self.here, self.in_step = self.step, True
         x = self.loop.coordinate
         if x is not None:
-            self.step(f"{self.nest.serial} = {x}_lo // {self.step_size}")
+            if self.uses_serial():
+                self.step(f"{self.nest.serial} = {x}_lo // {self.step_size}")
             for c in self.loop.coordinates:
                 self.step(f"{c} = {x}_lo + tl.arange(0, {self.step_size})")
         saved = dict(self.scope.locals)
@@ -686,6 +707,11 @@ class _Writer:
         self.scope.locals = {**saved}
         self.masks = {}
         return self.step.text
+
+    def uses_serial(self) -> bool:
+        """Whether anything but the coordinates asks which iteration this is."""
+        read = any(self.nest.serial in free_vars(x) for s in self.loop.body for x in (s.expr, s.keep, s.row))
+        return read or any(e.name in self.nest.outputs for e in self.nest.body if not e.scan)
 
     def step_call(self, step: str) -> tuple[str, list[str]]:
         """The step's parameters are the kernel's names that its text uses."""

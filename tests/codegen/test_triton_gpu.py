@@ -15,7 +15,7 @@ from einscade.codegen.schedule import candidates
 from einscade.codegen.triton_emit import emit
 from einscade.ir.device import Device
 from einscade.ir.interpret import interpret
-from tests.codegen.cascades import CASES, DTYPES, Case, cascade, inputs, relative_error
+from tests.codegen.cascades import CASES, Case, cascade, inputs, relative_error
 from tests.codegen.generated import module
 
 pytestmark = pytest.mark.gpu
@@ -57,8 +57,9 @@ def math_error(case: Case, x: dict[str, Tensor], reference: Tensor) -> float:
     return relative_error(out, exact.cpu())
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "f16", "f32"])
-@pytest.mark.parametrize("width", [32, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize(("dtype", "width"), [
+    (d, w) for d in ("bf16", "f16", "f32") for w in (32, 64, 80, 96, 128, 256) if (d, w) != ("f32", 256)
+])  # fmt: skip
 @pytest.mark.parametrize("case", [FULL, CAUSAL], ids=lambda c: c.name)
 def test_widths_and_dtypes(case: Case, width: int, dtype: str) -> None:
     check(case, {"B": 2, "P": 333, "M": 333}, dtype=dtype, h=4, g=2, e=width, f=width)

@@ -1,0 +1,77 @@
+"""Generated Triton kernels under Triton's interpreter, on the CPU, against the interpreter in float64.
+
+Not collected by name: Triton decides when it is imported whether it interprets, so `test_triton` runs this file in a
+process of its own, with TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from einscade.codegen.loops import plan
+from einscade.codegen.schedule import Schedule, tile_symbols
+from einscade.codegen.triton_emit import emit
+from einscade.ir.interpret import interpret
+from tests.codegen.cascades import CASES, Case, cascade, inputs, relative_error
+from tests.codegen.generated import module
+
+assert os.environ.get("TRITON_INTERPRET") == "1"
+
+CAUSAL = next(c for c in CASES if c.name == "causal")
+BOUND = {"f32": 2e-6, "f16": 1e-3}
+
+
+def error(case: Case, sizes: dict[str, int], tiles: tuple[int, int], contiguous: bool = True, **shape: object) -> float:
+    plain, rewritten = cascade(case, **shape)  # type: ignore[arg-type]
+    program = plan(rewritten)
+    chosen = {**dict.fromkeys(tile_symbols(program), tiles[1]), "p": tiles[0]}
+    x = inputs(plain, case, sizes)
+    if not contiguous:
+        x = {n: t.transpose(-1, -2).contiguous().transpose(-1, -2) if t.dim() > 1 else t for n, t in x.items()}
+    (out,) = module(emit(program, Schedule(tuple(chosen.items()), target="cuda:90", descriptors=True))).run(
+        *x.values(), **sizes
+    )
+    return relative_error(out, interpret(plain, x, {})["O"])
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_variants(case: Case, dtype: str) -> None:
+    assert error(case, {"B": 2, "P": 37, "M": 41}, (16, 16), dtype=dtype) <= BOUND[dtype]
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.sampled_from(CASES), st.integers(1, 40), st.integers(1, 40), st.sampled_from([(4, 2), (3, 1), (2, 2)]),
+    st.sampled_from([(16, 32), (32, 16)]), st.integers(1, 33),
+)  # fmt: skip
+def test_any_length_group_width(
+    case: Case, p: int, m: int, heads: tuple[int, int], tiles: tuple[int, int], width: int
+) -> None:
+    assert error(case, {"B": 1, "P": p, "M": m}, tiles, h=heads[0], g=heads[1], e=width, f=width + 3) <= BOUND["f32"]
+
+
+def test_strides() -> None:
+    assert error(CAUSAL, {"B": 2, "P": 20, "M": 20}, (16, 16), contiguous=False) <= BOUND["f32"]
+
+
+def test_rows_without_keys_are_zero_and_every_element_is_written() -> None:
+    case = next(c for c in CASES if c.name == "boolean")
+    plain, rewritten = cascade(case)
+    sizes = {"B": 1, "P": 18, "M": 5}
+    x = inputs(plain, case, sizes)
+    schedule = Schedule((("M0", 16), ("p", 16)), target="cuda:90")
+    generated = module(emit(plan(rewritten), schedule))
+    empty = torch.empty
+    generated.torch.empty = lambda *a, **k: empty(*a, **k).fill_(float("nan"))
+    try:
+        (out,) = generated.run(*x.values(), **sizes)
+    finally:
+        generated.torch.empty = empty
+    assert bool(out.isfinite().all())
+    assert bool((out[:, :, 9] == 0).all())
