@@ -1,4 +1,4 @@
-"""Torch-level calls that are exactly one ATen operation, so that capture can write the operation down without running it.
+"""Torch-level calls that are exactly one ATen operation, so that capture writes the operation down without running it.
 
 Comes in: a node of a torch-level graph and its arguments. Goes out: the operation with its arguments, or None where the
 call may be something else (decomposed, promoted from a Python number on the left, with arguments that are left out
