@@ -213,14 +213,17 @@ def _index(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
         raise Unraisable(f"{node.target} by a boolean mask")
     together = max((len(shape(picks[d])) for d in chosen), default=0)
     adjacent = chosen == list(range(chosen[0], chosen[0] + len(chosen)))
-    at = chosen[0] if adjacent else 0
-    block, rest = index[at : at + together], iter(index[:at] + index[at + together :])
-    block_shape = shape(node)[at : at + together]
+    place = chosen[0] if adjacent else 0
+    block, rest = index[place : place + together], iter(index[:place] + index[place + together :])
+    block_shape = shape(node)[place : place + together]
     full: list[Expr] = []
     for d, size in enumerate(shape(a.self)):
         pick = picks[d]
-        full.append(next(rest) if pick is None else
-                    _wrapped(r, r.read(pick, broadcast(block, block_shape, shape(pick))), size))  # fmt: skip
+        if pick is None:
+            full.append(next(rest))
+            continue
+        at = r.read(pick, broadcast(block, block_shape, shape(pick)))
+        full.append(at if r.nonnegative(pick) else _wrapped(r, at, size))
     return r.read(a.self, tuple(full))
 
 

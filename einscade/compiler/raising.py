@@ -22,8 +22,8 @@ from torch import Tensor as TorchTensor
 from torch.fx import Node
 
 from einscade.compiler.aten_facts import Unraisable, dtype_name, is_tensor, op_name, readers, scalar, shape, torch_dtype
-from einscade.compiler.aten_views import is_copy, view
-from einscade.compiler.raising_constants import recognise
+from einscade.compiler.aten_views import VIEWS, is_copy, view
+from einscade.compiler.raising_constants import least_is_nonnegative, recognise
 from einscade.compiler.raising_index import Index, exact_quotient, is_one, one, product, quotient_and_rest, same
 from einscade.ir.cascade import Einsum, Reduction, Tensor
 from einscade.ir.expr import Access, Expr, FloorDiv, Mod, accesses, var
@@ -33,6 +33,7 @@ __all__ = ["Key", "Raiser", "leaf_name"]
 Key = tuple[Any, ...]
 Build = Callable[[Index], tuple[Expr, Reduction | None]]
 
+_LONGEST = 64  # operations of a mask or bias that are done again for every element
 _HINT = 4096  # what a length that is not known counts for when sizes are compared
 
 
@@ -68,11 +69,13 @@ class Raiser:
     body: list[Einsum] = field(default_factory=list)
     leaves: dict[str, Node] = field(default_factory=dict)
     wanted: dict[Key, Expr] = field(default_factory=dict)
+    known: set[Node] = field(default_factory=set)
     defined: dict[Key, tuple[str, tuple[tuple[str, ...], ...]]] = field(default_factory=dict)
     width: Expr | None = None
     first: dict[Node, Index] = field(default_factory=dict)
     _memo: dict[tuple[Node, Index, str], Expr] = field(default_factory=dict)
     _cut: dict[Node, bool] = field(default_factory=dict)
+    _far: set[str] = field(default_factory=set)
 
     # -- variables --
 
@@ -231,9 +234,13 @@ class Raiser:
         return self.leaf(node, index) if self._cut[node] else value
 
     def _heavier(self, value: Expr, node: Node) -> bool:
-        """Whether the inputs of a value hold more than the value itself, so that reading it is the better deal."""
-        own = _elements(node)
-        read = sum(_elements(self.leaves[name]) for name in {a.tensor for a in accesses(value)} if name in self.leaves)
+        """Whether the inputs of a value hold more than the value itself, or are far to compute: reading it is better."""
+        names = {a.tensor for a in accesses(value)}
+        own, read = _elements(node), sum(_elements(self.leaves[name]) for name in names if name in self.leaves)
+        # What is made of something too far to compute is read whole as well, rather than finished for every element.
+        if value.count_ops() > _LONGEST or (read >= own and not self._far.isdisjoint(names)):
+            self._far.add(leaf_name(node))
+            return True
         return read > own or (read == own and op_name(node).removeprefix("aten::") in _EXPENSIVE)
 
     # -- leaves and statements --
@@ -241,7 +248,22 @@ class Raiser:
     def constant(self, node: Node, index: Index) -> Expr | None:
         """What the known value of a graph input shows the element to be."""
         value = self.constants.get(node.name)
-        return None if value is None else recognise(value, index)
+        form = None if value is None else recognise(value, index)
+        if form is not None:
+            self.known.add(node)
+        return form
+
+    def nonnegative(self, node: Node) -> bool:
+        """Whether a tensor of integers is a known one without negative elements."""
+        while node.name not in self.constants:
+            moved = op_name(node) in VIEWS or is_copy(node)
+            if not moved or not is_tensor(node.args[0]):
+                return False
+            node = node.args[0]  # type: ignore[assignment]
+        if not least_is_nonnegative(self.constants[node.name]):
+            return False
+        self.known.add(node)
+        return True
 
     def number(self, value: Any) -> Expr:
         """A scalar argument. A float that torch only knows at run time is read where it is stored."""

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from einscade.compiler.raising_index import Index
 from einscade.ir.expr import Expr, Where, const
 
-__all__ = ["recognise"]
+__all__ = ["least_is_nonnegative", "recognise"]
 
 _LARGEST = 1 << 26  # elements; a larger buffer is not looked at
 _KNOWN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -28,6 +28,13 @@ def recognise(value: Tensor, index: Index) -> Expr | None:
         _KNOWN[value] = _form(value.detach())
     form = _KNOWN[value]
     return None if form is None else form(index)
+
+
+def least_is_nonnegative(value: Tensor) -> bool:
+    """Whether no element of a known tensor of integers is negative."""
+    if value.dtype.is_floating_point or value.dtype == torch.bool or value.numel() > _LARGEST:
+        return False
+    return value.device.type != "meta" and value.numel() > 0 and int(value.min()) >= 0
 
 
 def _form(value: Tensor) -> Callable[[Index], Expr] | None:

@@ -193,13 +193,26 @@ def reshape_index(index: Index, new: Index, old: Index, extents: Extents) -> Ind
         for k in here:
             # A leading dimension of 1 keeps its variable (a batch of 1 stays a rank); an inner one has only index 0.
             if k == here[0] or new[k] != 1:
-                flat = sympy.expand(flat * new[k] + index[k])
+                flat = joined(sympy.expand(flat * new[k] + index[k]))
         digits: list[Expr] = []
         for k in reversed(there[1:]):
             flat, digit = quotient_and_rest(flat, old[k], extents)
             digits.append(digit)
         result.extend([flat, *reversed(digits)] if there else [])
     return tuple(result)
+
+
+def joined(index: Expr) -> Expr:
+    """The index with every `b * (x // b) + x % b` written as `x`."""
+    if not index.has(Mod):
+        return index
+    terms = {factor: coefficient for factor, coefficient in index.as_coefficients_dict().items()}
+    for rest in [t for t in terms if isinstance(t, Mod)]:
+        x, by = rest.args
+        whole = sympy.Add(*(c * t for t, c in terms.items() if t.has(FloorDiv(x, by))))
+        if same(whole, terms[rest] * by * FloorDiv(x, by)):
+            return joined(sympy.expand(index - whole - terms[rest] * rest + terms[rest] * x))
+    return index
 
 
 def groups(new: Index, old: Index) -> Iterator[tuple[range, range]]:

@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from einscade.compiler.aten_facts import dtype_name, shape
 from einscade.compiler.raising import Raiser
-from einscade.compiler.raising_index import same
+from einscade.compiler.raising_index import is_one, same
 from einscade.ir.cascade import Cascade, Einsum, Rank, Reduction, Tensor
 from einscade.ir.expr import Access, Expr, FloorDiv, accesses, free_vars, var
 from einscade.ir.verify import verify
@@ -181,8 +181,10 @@ def _assemble(r: Raiser, name: str, roots: Sequence[str], ranks: Mapping[str, st
     swap: dict[Expr, Expr] = {var(v): var(rank) for v, rank in ranks.items()}
     swap.update({var(old): var(new) for old, new in symbols.items()})
 
+    ones = {var(v): sympy.Integer(0) for v, size in r.extents.items() if is_one(size)}
+
     def renamed(expr: Expr) -> Expr:
-        inner = expr.xreplace(swap)
+        inner = _without_ones(expr, ones).xreplace(swap)
         table_of = {a: Access(tensors[a.tensor], *a.index) for a in accesses(inner)}
         while table_of:
             inner = inner.xreplace(table_of)
@@ -197,6 +199,17 @@ def _assemble(r: Raiser, name: str, roots: Sequence[str], ranks: Mapping[str, st
     extents = tuple(Rank(rank, size.xreplace(swap)) for rank, size in table.items())
     cascade = Cascade(name, extents, inputs, tuple(tensors[root] for root in roots), tuple(body))
     return cascade, {new: old for old, new in symbols.items()}
+
+
+def _without_ones(expr: Expr, ones: Mapping[Expr, Expr]) -> Expr:
+    """Variables of extent 1 are 0 wherever they are no index of their own."""
+    if not ones or not expr.free_symbols & set(ones):
+        return expr
+    if isinstance(expr, Access):
+        return expr.at(*(i if i.is_Symbol else _without_ones(i, ones) for i in expr.index))
+    if expr.is_Symbol:
+        return ones.get(expr, expr)
+    return expr.func(*(_without_ones(a, ones) for a in expr.args))
 
 
 def _input(r: Raiser, leaf: str, node: Node, name: str, ranks: Mapping[str, str], table: dict[str, Expr]) -> Tensor:

@@ -34,12 +34,14 @@ class Output:
 
 @dataclass(frozen=True)
 class Raised:
-    """`inputs` in the order of `cascade.inputs`; `symbols` from the cascade's symbols to the graph's."""
+    """`inputs` in the order of `cascade.inputs`; `symbols` from the cascade's symbols to the graph's; `known` are the
+    graph inputs whose values the cascade has in it."""
 
     cascade: Cascade
     inputs: tuple[Node, ...]
     outputs: tuple[Output, ...]
     symbols: Mapping[str, str]
+    known: frozenset[Node]
 
 
 def raise_region(core: Collection[Node], products: Collection[Node], scores: Sequence[Node], values: Node,
@@ -75,7 +77,7 @@ def raise_region(core: Collection[Node], products: Collection[Node], scores: Seq
         outputs = [Output(node, tuple(body[result].output.ranks.index(found.ranks[v]) for v in order[statement]))
                    for statement, node, result in zip(statements, roots, cascade.outputs, strict=True)]  # fmt: skip
     cascade = cascade.replace(body=tuple(body.values()))
-    return Raised(cascade, found.inputs, tuple(outputs), found.symbols)
+    return Raised(cascade, found.inputs, tuple(outputs), found.symbols, frozenset(r.known))
 
 
 def _root(r: Raiser, k: int, node: Node) -> str:

@@ -30,7 +30,8 @@ class Region:
     """One site. `cascade` is None where it cannot be raised, and `reason` says which operation stopped it.
 
     `inputs` are in the order of `cascade.inputs`; `sizes` maps the cascade's symbols to an int, a SymInt, or the node
-    that holds it; `nodes` are the region's own nodes, in graph order, which the outputs replace.
+    that holds it; `nodes` are the region's own nodes, in graph order, which the outputs replace; `known` are the inputs
+    of the graph whose values became part of the cascade.
     """
 
     cascade: Cascade | None
@@ -41,6 +42,7 @@ class Region:
     module_path: str
     source: str
     reason: str | None = None
+    known: frozenset[Node] = frozenset()
 
 
 def find(gm: GraphModule, constants: Mapping[str, torch.Tensor] | None = None,
@@ -116,7 +118,7 @@ class _Finder:
         except Unraisable as stop:
             return Region(None, (), {}, (), nodes, *where, reason=str(stop))
         sizes = {new: self._size(old) for new, old in raised.symbols.items() if new in raised.cascade.symbols}
-        return Region(raised.cascade, raised.inputs, sizes, raised.outputs, nodes, *where)
+        return Region(raised.cascade, raised.inputs, sizes, raised.outputs, nodes, *where, known=raised.known)
 
     def _between(self, candidate: Candidate) -> set[Node]:
         """The nodes on the paths from what makes the intermediate to what consumes it."""

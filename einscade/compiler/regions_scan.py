@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 
 from einscade.compiler.aten_attention import SCALED_DOT_PRODUCT
 from einscade.compiler.aten_facts import arguments, is_tensor, op_name, shape, tensor_inputs
-from einscade.compiler.aten_rules import CONTRACTIONS, REDUCTIONS, SOFTMAX
+from einscade.compiler.aten_rules import CONTRACTIONS, REDUCTIONS, SOFTMAX, has_rule
 from einscade.compiler.aten_views import VIEWS, is_copy
 from einscade.compiler.raising_index import groups
 from einscade.ir.expr import Expr
@@ -84,6 +84,9 @@ class _Scan:
     def of(self, node: Node) -> Marks:
         return self.marks.get(node, ())
 
+    def pairs_on(self, node: Node) -> set[Node]:
+        return {m[0] for dim in self.of(node) for m in dim}
+
     def node(self, node: Node) -> None:
         inputs = list(tensor_inputs(node))
         if not any(n not in self.static for n in node.all_input_nodes):
@@ -109,11 +112,15 @@ class _Scan:
             self.pointwise(node, inputs, name)
 
     def item(self, node: Node) -> None:
-        whole = node.args[0]
+        """An item of several results: the values of a maximum, a sort or a top-k, a piece of a split."""
+        whole, which = node.args[0], node.args[1]
         assert isinstance(whole, Node)
+        name = op_name(whole)
+        if which != 0 and name in _WITH_INDICES:
+            return
         for source in tensor_inputs(whole):
             if self.of(source):
-                if op_name(whole) in ("aten::max", "aten::min") and hasattr(arguments(whole), "dim"):
+                if name in ("aten::max", "aten::min"):
                     self.touch(source, "reduce", arguments(whole).dim)
                 self.store(node, self.viewed(node, source))
                 return
@@ -151,10 +158,16 @@ class _Scan:
         return _regrouped(marks, new, old)
 
     def pointwise(self, node: Node, inputs: Sequence[Node], name: str) -> None:
-        """Every other operation: marks travel by position, aligned at the last dimension as in broadcasting."""
-        rank = len(shape(node))
+        """Every other operation: marks travel by position, aligned at the last dimension as in broadcasting. Through
+        what has no meaning here they travel only if the shape stays, so that a site can say what stopped it."""
+        rank, short = len(shape(node)), name.removeprefix("aten::")
+        if name in _GATHERS:
+            marked = [n for n in inputs[:1] if self.of(n)]
+        elif has_rule(name):
+            marked = [n for n in inputs if self.of(n)]
+        else:
+            marked = [n for n in inputs[:1] if self.of(n) and shape(n) == shape(node)]
         result = [_NONE] * rank
-        marked = [n for n in inputs if self.of(n)]
         for source in marked:
             marks = self.of(source)
             if len(marks) > rank:
@@ -166,8 +179,25 @@ class _Scan:
         if fresh and fresh != pairs:  # scores carried on from an earlier region are a bias of this one
             result = [frozenset(m for m in dim if m[0] in fresh) for dim in result]
         for source in marked:
-            self.touch(source, name, arguments(node).dim if name in SOFTMAX else None, inputs)
+            if short in _LINEAR and self.linear(node, source, inputs):
+                continue
+            self.touch(source, name, arguments(node).dim if name in SOFTMAX else None)
         self.store(node, tuple(result))
+
+    def linear(self, node: Node, source: Node, inputs: Sequence[Node]) -> bool:
+        """Whether a sum or product leaves the value a plain product of its sides: it adds, or scales rows or columns."""
+        if op_name(node).removeprefix("aten::") not in ("mul", "div"):
+            return True
+        marks = self.of(source)
+        for other in inputs:
+            if other is source or not shape(other):
+                continue
+            size = shape(other)
+            varies = {d - len(size) for d, n in enumerate(size) if n != 1}
+            marked = [{d - len(marks) for d, dim in enumerate(marks) for m in dim if m[1] == side} for side in (0, 1)]
+            if all(varies & dims for dims in marked):
+                return False
+        return True
 
     def reduction(self, node: Node, source: Node) -> None:
         a = arguments(node)
@@ -181,30 +211,36 @@ class _Scan:
         kept = getattr(a, "keepdim", False)
         self.store(node, tuple(_NONE if d in gone else m for d, m in enumerate(marks) if kept or d not in gone))
 
-    def touch(self, source: Node, name: str, dim: int | None = None, inputs: Sequence[Node] = ()) -> None:
+    def touch(self, source: Node, name: str, dim: int | None = None) -> None:
         marks = self.of(source)
         along = marks[dim % len(marks)] if dim is not None and marks else _NONE
         for mark in {m for each in marks for m in each}:
             pair = self.pairs[mark[0]]
-            scaling = name in ("aten::mul", "aten::div", "aten::neg") and all(
-                n is source or not shape(n) for n in inputs
-            )
-            pair.touched |= not scaling
+            pair.touched = True
             pair.exponential |= name in _EXPONENTIAL or name in SOFTMAX
             if mark in along:
                 pair.reduced.add(mark[1])
 
     def contraction(self, node: Node, left: _Side, right: _Side) -> None:
         """Match the marks of what is reduced, then mark what is new."""
+        # What reaches both operands is a value of the model by now (a residual stream), and no intermediate.
+        both = self.pairs_on(left.node) & self.pairs_on(right.node)
         for side, other in ((left, right), (right, left)):
             marks = self.of(side.node)
             if not marks:
                 continue
-            # Where the other operand has no width of its own, it has to lack the rows: else this scales, or sums, weights.
-            kept = [d for d in range(len(marks)) if d not in side.reduced and (other.free or d in side.free)]
+            kept = [d for d in range(len(marks)) if d not in side.reduced]
             alive = {m for d in kept for m in marks[d]}
+            rows = {m for d in kept if d in side.free for m in marks[d]}
             gone = {m for d in side.reduced for m in marks[d]}
-            makers = [m for m in gone if (m[0], 1 - m[1]) in alive]
+
+            def partnered(mark: Mark, alive: set = alive, rows: set = rows, gone: set = gone, other: _Side = other) -> bool:
+                partner = (mark[0], 1 - mark[1])
+                # Where the other operand has no width of its own, it has to lack the rows: else this scales, or sums,
+                # weights. The same where a reshape has mixed the two ranks.
+                return partner in (alive if other.free and partner not in gone else rows)
+
+            makers = [m for m in gone if m[0] not in both and partnered(m)]
             if makers:
                 self.matches.append((tuple(makers), node, side.node, other.node))
                 for maker, _ in makers:
@@ -212,7 +248,7 @@ class _Scan:
         dims: list[set[Mark]] = [set() for _ in shape(node)]
         for side in (left, right):
             marks = self.of(side.node)
-            consumed = {m[0] for d in side.reduced for m in marks[d]} if marks else set()
+            consumed = both | ({m[0] for d in side.reduced for m in marks[d]} if marks else set())
             for d, to in side.dims.items():
                 if marks:
                     dims[to] |= {m for m in marks[d] if m[0] not in consumed}
@@ -234,6 +270,9 @@ class _Scan:
         return True
 
 
+_LINEAR = {"add", "sub", "rsub", "mul", "div", "neg"}
+_WITH_INDICES = {"aten::max", "aten::min", "aten::sort", "aten::topk", "aten::kthvalue", "aten::mode"}
+_GATHERS = {"aten::index", "aten::gather", "aten::index_select", "aten::index_put", "aten::scatter"}
 _EXPONENTIAL = {"aten::exp", "aten::exp2", "aten::sigmoid"}
 
 

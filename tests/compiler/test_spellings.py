@@ -53,7 +53,7 @@ def domain(cascade: Cascade, sizes: dict[str, int]) -> tuple[tuple[int, int], se
     known = {var(name): sympy.Integer(n) for name, n in sizes.items()}
     lengths = {r.name: int(r.extent.xreplace(known)) for r in cascade.ranks}
     parts = [c for e in cascade.body for c in sympy.And.make_args(e.domain) if not c.has(Access) and c != sympy.true]
-    shape = lengths.get("p", 1), lengths["m"]
+    shape = lengths.get("p", 1), lengths.get("m", 1)
     points = set()
     for p, m in itertools.product(*map(range, shape)):
         at = {**known, var("p"): sympy.Integer(p), var("m"): sympy.Integer(m)}
