@@ -4,9 +4,10 @@ Comes in: a cascade of reductions, its masks spelled as `Where(c, s, -oo)` withi
 number, as products with 0 and 1. Goes out: the conditions as conjuncts of the reductions' domains; a condition on the
 row alone leaves the reduction instead, `sum(m) Where(c, x, 0) = Where(c, sum(m) x, 0)`.
 
-A finite fill counts as -oo where the sum cannot tell: below half of float32's lowest, or up to -1e4 where exp of it
-is 0 in every float format and each row keeps a point (`m <= p` keeps m = p), so that its maximum is no fill. A row that
-keeps none is 0, as everywhere in a cascade.
+A finite fill up to -1e4 counts as -oo where each row provably keeps a point (`m <= p` keeps m = p): its maximum is then
+no fill, and exp of the difference is 0 in every float format. A fill below half of float32's lowest also counts where
+the mask is one of positions and keys, and a row that keeps none is then 0, as everywhere in a cascade. A mask of
+queries (padding multiplied out) keeps its finite fill: rows of padding are what the program says, the mean of all.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import sympy
 from sympy.logic.boolalg import Boolean
 
 from einscade.ir import MONOIDS, Access, Cascade, Einsum, Expr, Tensor, Where, accesses, var
-from einscade.ir.intervals import decide, rank_ranges
+from einscade.ir.intervals import Ranges, decide, rank_ranges
 from einscade.passes.normalise import limit, normal, predicate
 from einscade.passes.statements import Names, wide
-from einscade.passes.terms import conjoin, conjuncts, depends
+from einscade.passes.terms import conjoin, conjuncts, depends, variables
 
 __all__ = ["masks_to_domains"]
 
@@ -104,20 +105,34 @@ def _ignored(s: Einsum, identity: Expr, cascade: Cascade) -> tuple[Boolean, Expr
 def _fills(branch: Expr, s: Einsum, kept: Boolean, cascade: Cascade) -> tuple[Expr, ...]:
     """The numbers in a branch that count as -oo here."""
     assert s.reduce is not None
-    if s.reduce.monoid != "sum":
+    numbers = [n for n in branch.atoms(sympy.Number) if n.is_finite and n <= MODERATE]
+    if s.reduce.monoid != "sum" or not numbers:
         return ()
-    numbers = [n for n in branch.atoms(sympy.Number) if n.is_finite and n < 0]
-    found = [n for n in numbers if n <= LOWEST]
-    rest = [n for n in numbers if LOWEST < n <= MODERATE]
-    if rest and _keeps_a_point([*conjuncts(s.domain), *conjuncts(kept)], s.reduce.ranks, cascade):
-        found += rest
-    return tuple(found)
+    conditions = [*conjuncts(s.domain), *conjuncts(kept)]
+    if _keeps_a_point(conditions, s.reduce.ranks, cascade):
+        return tuple(numbers)
+    queries = _query_ranks(s.reduce.ranks, cascade)
+    if any(depends(a, queries) for a in accesses(kept)):
+        return ()
+    return tuple(n for n in numbers if n <= LOWEST)
+
+
+def _query_ranks(reduced: tuple[str, ...], cascade: Cascade) -> frozenset[str]:
+    """The ranks of what meets the reduced ranks in a contraction without having them: query positions, not heads."""
+    found: set[str] = set()
+    for s in cascade.body:
+        if s.reduce is None or s.reduce.monoid != "sum" or not set(reduced) & set(s.output.ranks):
+            continue
+        operands = [f for f in sympy.Mul.make_args(s.expr) if isinstance(f, Access)]
+        keys = frozenset().union(*(variables(f) for f in operands if depends(f, reduced)))
+        found |= {v for f in operands if not depends(f, reduced) for v in variables(f)} - keys
+    return frozenset(found)
 
 
 def _keeps_a_point(conditions: Iterable[Boolean], reduced: tuple[str, ...], cascade: Cascade) -> bool:
     """Whether every row provably has a point at which all conditions hold."""
     conditions = [c for c in conditions if depends(c, reduced)]
-    if len(reduced) != 1 or any(c.has(Access) for c in conditions):
+    if len(reduced) != 1:
         return False
     rank = reduced[0]
     ranges = rank_ranges(cascade)
@@ -136,5 +151,5 @@ def _keeps_a_point(conditions: Iterable[Boolean], reduced: tuple[str, ...], casc
     )
 
 
-def _surely(condition: Boolean, ranges: object) -> bool:
-    return condition == sympy.true or decide(condition, ranges) is True  # type: ignore[arg-type]
+def _surely(condition: Boolean, ranges: Ranges) -> bool:
+    return condition == sympy.true or (not condition.has(Access) and decide(condition, ranges) is True)

@@ -68,6 +68,9 @@ def test_the_canonical_form_is_a_fixed_point(case: Case) -> None:
         Canonicalise().apply(once)
 
 
+# Masks that read a tensor of queries keep a finite fill: their empty rows are means, not 0.
+POSITIONS = ("all", "causal", "causal, ends aligned", "window", "two-sided window", "window and sink", "prefix", "dilated")
+KEYS = (*POSITIONS, "lengths", "not masked")
 MASKABLE = ("softmax", "softmax, weights apart", "sink", "no maximum", "sigmoid", "squared relu")
 # Where an additive mask does not read a missing score, the point exists after all: not what a fill of it says.
 PLAIN = tuple(k for k in SCORES if k != "additive mask")
@@ -90,7 +93,7 @@ def masked(case: Case, fill: sympy.Expr, added: bool) -> Case:
 
 @RELAXED
 @given(
-    case=attention(scores=PLAIN, normalisers=MASKABLE),
+    case=attention(domains=KEYS, scores=PLAIN, normalisers=MASKABLE),
     fill=st.sampled_from(FILLS),
     added=st.booleans(),
     tile=st.integers(1, 5),
@@ -102,7 +105,21 @@ def test_masks_are_domains(case: Case, fill: sympy.Expr, added: bool, tile: int)
 
 
 @RELAXED
-@given(case=attention(scores=PLAIN, normalisers=("softmax", "sink")), fill=st.sampled_from(FILLS), tile=st.integers(1, 5))
+@given(case=attention(scores=PLAIN, normalisers=MASKABLE), tile=st.integers(1, 5))
+def test_infinite_masks_of_any_kind_are_domains(case: Case, tile: int) -> None:
+    after = run(masked(case, -sympy.oo, False).cascade, "exact").cascade
+    assert_same(case, after, tile)
+
+
+@RELAXED
+@given(case=attention(domains=("boolean mask", "documents"), scores=PLAIN, normalisers=("softmax",)))
+def test_a_finite_fill_of_queries_means_what_it_says(case: Case) -> None:
+    spelled = masked(case, FILLS[1], False)
+    assert_same(spelled, run(spelled.cascade, "exact").cascade)
+
+
+@RELAXED
+@given(case=attention(domains=KEYS, scores=PLAIN, normalisers=("softmax", "sink")), fill=st.sampled_from(FILLS), tile=st.integers(1, 5))
 def test_two_masked_softmaxes_apart(case: Case, fill: sympy.Expr, tile: int) -> None:
     """The difference of two, the second with twice the scores, as masks and as domains."""
 
