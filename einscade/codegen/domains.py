@@ -15,7 +15,17 @@ from sympy.logic.boolalg import And, Boolean, Not, Or
 
 from einscade.ir.expr import Access, Expr, FloorDiv, Mod, var
 
-__all__ = ["Span", "certain", "conjuncts", "extremes", "full_range", "implied_limit", "is_data_dependent", "possible", "span"]
+__all__ = [
+    "Span",
+    "certain",
+    "conjuncts",
+    "extremes",
+    "full_range",
+    "implied_limit",
+    "is_data_dependent",
+    "possible",
+    "span",
+]
 
 Ranges = Mapping[str, tuple[Expr, Expr]]
 """Inclusive bounds of each coordinate in a tile; a name that is missing is a size, the same for the whole tile."""

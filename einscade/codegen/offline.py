@@ -86,7 +86,9 @@ def _compile(
     fn = getattr(module, k.name)
     places = {name: i for i, name in enumerate(fn.arg_names)}
     attrs = {(places[name],): [["tt.divisibility", 16]] for name in attributes}
-    source = ASTSource(fn=fn, signature=signature, constexprs={(places[n],): v for n, v in constants.items()}, attrs=attrs)
+    source = ASTSource(
+        fn=fn, signature=signature, constexprs={(places[n],): v for n, v in constants.items()}, attrs=attrs
+    )
     options = {"num_warps": schedule.warps, "num_stages": schedule.stages}
     compiled: Any = triton.compile(source, target=gpu, options=options)
     assembly = compiled.asm.get("ptx") or compiled.asm.get("amdgcn") or ""

@@ -44,11 +44,11 @@ def truncate(x):
     """Towards zero."""
     return tl.where(x < 0, tl.ceil(x), tl.floor(x))
 ''',
-    "sign": '''
+    "sign": """
 @triton.jit
 def sign(x):
     return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
-''',
+""",
     "finite_or_zero": '''
 @triton.jit
 def finite_or_zero(x):

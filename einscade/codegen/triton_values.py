@@ -312,8 +312,11 @@ def _read(access: Access, scope: TritonScope) -> Value:
     local = scope.locals.get(access.tensor)
     if local is None:
         v = scope.load(access)
-        return v if v.kind != "f" or v.dtype in (None, scope.acc) else replace(
-            v, code=f"{v.tight()}.to(tl.{scope.acc})", dtype=None)
+        return (
+            v
+            if v.kind != "f" or v.dtype in (None, scope.acc)
+            else replace(v, code=f"{v.tight()}.to(tl.{scope.acc})", dtype=None)
+        )
     blocks = [i.name for i in access.index if isinstance(i, sympy.Symbol) and i.name in scope.blocks]
     points = [i for i in access.index if not (isinstance(i, sympy.Symbol) and i.name in scope.blocks)]
     if tuple(sorted(blocks, key=scope.order.index)) != local.ranks or any(_moved(i, scope) for i in points):

@@ -1,0 +1,534 @@
+"""What happens on one tile of a Triton kernel: loads, statements, products, masks, stores.
+
+Comes in: the statements of a `TileLoop` in base 2. Goes out: lines of code, into the kernel itself or into its step
+function, whichever is being written. `triton_kernel` arranges them into a loop.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import sympy
+from sympy.logic.boolalg import Boolean
+
+from einscade.codegen.base2 import base2
+from einscade.codegen.loops import SerialNest
+from einscade.codegen.matmul import Contraction, contraction
+from einscade.codegen.schedule import Schedule
+from einscade.codegen.source import Unsupported
+from einscade.codegen.tiles import State, Statement, tile_loop
+from einscade.codegen.triton_values import Block, Local, Memory, TritonScope, Value, align, aligned, scalar, value
+from einscade.ir.cascade import Cascade
+from einscade.ir.expr import Access, Expr, free_vars, var
+from einscade.ir.text import print_einsum
+
+__all__ = ["Lines", "TileWriter"]
+
+TRITON_DTYPES: Mapping[str, str] = {
+    "f32": "float32", "f16": "float16", "bf16": "bfloat16", "f8e4m3": "float8e4nv", "f8e5m2": "float8e5",
+    "i64": "int64", "i32": "int32", "i16": "int16", "i8": "int8", "u8": "uint8", "bool": "int1",
+}  # fmt: skip
+_HALF = ("bf16", "f16")
+_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "f8e4m3": 1, "f8e5m2": 1, "i32": 4, "i16": 2, "i8": 1, "u8": 1}
+
+
+@dataclass
+class Lines:
+    """Lines of one function's body."""
+
+    depth: int = 1
+    lines: list[str] = field(default_factory=list)
+
+    def __call__(self, line: str) -> None:
+        self.lines.append("    " * self.depth + line)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.lines)
+
+
+def _power(n: int) -> int:
+    return max(16, 1 << (n - 1).bit_length())
+
+
+class TileWriter:
+    """Writes statements of one nest's tile form as Triton code."""
+
+    def __init__(self, cascade: Cascade, nest: SerialNest, schedule: Schedule, name: str) -> None:
+        self.cascade, self.nest, self.schedule, self.name = cascade, nest, schedule, name
+        self.step_name = name.replace("_kernel", "_step")
+        self.known = {var(s): sympy.Integer(n) for s, n in schedule.tiles}
+        self.loop = base2(tile_loop(cascade, nest, clip=False))
+        self.check()
+        self.main, self.step = Lines(), Lines()
+        self.here = self.main
+        self.in_step = False
+        self.loads: dict[tuple[bool, Access], Value] = {}
+        self.load_names: dict[str, int] = {}
+        self.described: dict[str, tuple[int, ...]] = {}
+        self.edge_names: dict[tuple[str, str], str] = {}
+        self.edge_lines: list[str] = []
+        self.masks: dict[Boolean, Value] = {}
+        tiled = [r for r in nest.grid if schedule.tile(r) is not None]
+        if len(tiled) > 1:
+            raise Unsupported(f"two tiled grid ranks, {' and '.join(tiled)}")
+        self.tiled = tiled[0] if tiled else None
+        self.points = [r for r in nest.grid if r != self.tiled]
+        self.widths = self.find_widths()
+        self.step_size = self.step_extent()
+        self.scope = self.make_scope()
+
+    # -- what is what --
+
+    def check(self) -> None:
+        dtypes = {t.dtype for t in self.cascade.inputs} | {t.dtype for t in self.cascade.tensors.values()}
+        if "f64" in dtypes:
+            raise Unsupported("float64")
+        if "i4" in dtypes:
+            raise Unsupported("packed 4-bit integers")
+        for s in self.loop.states:
+            if s.name in self.nest.outputs:
+                raise Unsupported(f"every value of the scan {s.name} is asked for")
+
+    def number(self, expr: Expr, what: str) -> int:
+        expr = expr.xreplace(self.known)
+        if not expr.is_Integer:
+            raise Unsupported(f"{what} is {expr}, only known at run time")
+        return int(expr)
+
+    def find_widths(self) -> dict[str, int]:
+        used = dict.fromkeys(r for s in self.loop.statements for r in s.iterated)
+        inner = [r for r in used if r not in self.nest.grid and r not in self.loop.coordinates]
+        return {r: self.number(self.cascade.extent(r), f"rank {r}, which a program holds whole,") for r in inner}
+
+    def step_extent(self) -> int:
+        if not self.loop.coordinates:
+            return 1
+        size = self.number(self.loop.step, "the tile of the serial rank")
+        if size & (size - 1) or size < 16:
+            raise Unsupported(f"a tile of {size} along {self.nest.serial}: Triton needs a power of two from 16")
+        return size
+
+    def make_scope(self) -> TritonScope:
+        blocks: dict[str, Block] = {}
+        if self.tiled is not None:
+            size = self.schedule.tile(self.tiled) or 0
+            limit = self.host(self.cascade.extent(self.tiled))
+            blocks[self.tiled] = Block(self.tiled, str(size), limit)
+        for x in self.loop.coordinates:
+            blocks[x] = Block(x, str(self.step_size), None)
+        for r, n in self.widths.items():
+            blocks[r] = Block(r, str(_power(n)), None if _power(n) == n else str(n))
+        points = {r: r for r in self.points}
+        points[self.nest.serial] = self.nest.serial
+        memory = {}
+        for name in (*self.nest.inputs, *self.nest.outputs):
+            t = self.cascade.tensors[name]
+            strides = tuple(f"{name}_{r}" for r in t.ranks)
+            extents = tuple(self.host(self.cascade.extent(r)) for r in t.ranks)
+            memory[name] = Memory(name, strides, extents, t.dtype)
+        order = tuple(x for x in (self.tiled, *self.loop.coordinates, *self.widths) if x is not None)
+        return TritonScope(order, points, blocks, memory, {}, "float32", self.load)
+
+    def host(self, expr: Expr) -> str:
+        """A size as kernel code."""
+        return scalar(expr.xreplace(self.known), {})
+
+    def has_half(self) -> bool:
+        return any(t.dtype in _HALF for t in self.cascade.inputs)
+
+    # -- loads --
+
+    def moves(self, expr: Expr) -> bool:
+        return bool(free_vars(expr) & {*self.loop.coordinates, self.nest.serial})
+
+    def load(self, access: Access) -> Value:
+        """A variable with what memory holds at the access; one that does not move is loaded before the loop."""
+        moving = self.in_step and any(self.moves(i) for i in access.index)
+        key = (moving, access)
+        if key in self.loads:
+            return self.loads[key]
+        here = self.here
+        if self.in_step and not moving:
+            self.here = self.main
+        count = self.load_names.get(access.tensor, 0)
+        self.load_names[access.tensor] = count + 1
+        name = f"{access.tensor}_tile{count or ''}"
+        v = self.emit_load(access, name, moving)
+        self.here = here
+        self.loads[key] = v
+        return v
+
+    def emit_load(self, access: Access, name: str, moving: bool) -> Value:
+        memory = self.scope.memory[access.tensor]
+        t = self.cascade.tensors[access.tensor]
+        kind = "b" if t.dtype == "bool" else "i" if t.dtype[0] in "iu" else "f"
+        dtype = TRITON_DTYPES[t.dtype]
+        indices = [value(i, self.scope) for i in access.index]
+        ranks = self.scope.sort(r for v in indices for r in v.ranks)
+        base, address, conditions = memory.pointer, "", []
+        for i, v, stride, extent in zip(access.index, indices, memory.strides, memory.extents, strict=True):
+            if v.code == "0":
+                continue
+            wide = "" if v.code.isdigit() or self.is_width(i) else ".to(tl.int64)"
+            code = aligned(v, ranks)
+            term = f" + {code.tight() if wide else code.tight(2)}{wide} * {stride}"
+            if not v.ranks:
+                base += term
+                continue
+            address += term
+            if not isinstance(i, sympy.Symbol):
+                inside = Value(f"(({v.code}) >= 0) & (({v.code}) < {extent})", v.ranks, prec=4)
+            elif i.name in self.loop.coordinates:
+                inside = Value(self.edge(i.name, extent), v.ranks)
+            elif (limit := self.scope.blocks[i.name].limit) is not None:
+                inside = Value(f"{v.code} < {limit}", v.ranks, prec=4)
+            else:
+                continue
+            conditions.append(aligned(inside, ranks).tight())
+        depth = self.here.depth
+        if moving and self.descriptor(access, ranks, name):
+            self.here("else:")
+            self.here.depth += 1
+        at = memory.pointer
+        if base != memory.pointer:
+            at = f"{name.replace('_tile', '_at')}"
+            self.here(f"{at} = {base}")
+        mask = f", mask={' & '.join(conditions)}, other=0" if conditions else ""
+        line = f"{name} = tl.load({at}{address}{mask})"
+        if len(line) + 4 * self.here.depth > 116 and mask:
+            self.here(f"{name} = tl.load(")
+            self.here(f"    {at}{address},")
+            self.here(f"    {mask[2:]},")
+            self.here(")")
+        else:
+            self.here(line)
+        self.here.depth = depth
+        if kind == "b":
+            return Value(f"({name} != 0)", ranks, "b")
+        return Value(name, ranks, kind, dtype=dtype)
+
+    def edge(self, coordinate: str, extent: str) -> str:
+        """The variable that says which of the tile's indices are inside the tensor; all are, in a full tile."""
+        key = (coordinate, extent)
+        if key not in self.edge_names:
+            self.edge_names[key] = f"{coordinate}_there" + (str(len(self.edge_names)) if self.edge_names else "")
+            size = self.scope.blocks[coordinate].size
+            inside = f"({coordinate} < {extent}) if MASKED else tl.full([{size}], True, tl.int1)"
+            self.edge_lines.append(f"    {self.edge_names[key]} = {inside}")
+        return self.edge_names[key]
+
+    def is_width(self, index: Expr) -> bool:
+        return isinstance(index, sympy.Symbol) and index.name in self.widths
+
+    def descriptor(self, access: Access, ranks: tuple[str, ...], name: str) -> bool:
+        """The load through the copy engine, where the access is a plain box whose innermost dimension is a width."""
+        t = self.cascade.tensors[access.tensor]
+        last = access.index[-1]
+        width = self.widths.get(last.name) if isinstance(last, sympy.Symbol) else None
+        if (
+            not self.schedule.descriptors
+            or width is None
+            or t.dtype not in _BYTES
+            or width * _BYTES[t.dtype] % 16
+            or len(access.index) > 5
+            or len(ranks) != 2
+        ):
+            return False
+        starts, block = [], []
+        for i in access.index:
+            rank = i.name if isinstance(i, sympy.Symbol) and i.name in self.scope.blocks else None
+            if rank is None:
+                v = value(i, self.scope)
+                if v.ranks or i.has(Access):
+                    return False
+                starts.append(v.code)
+                block.append(1)
+            elif rank in self.loop.coordinates:
+                starts.append(f"{self.loop.coordinate}_lo")
+                block.append(self.step_size)
+            elif rank in self.widths:
+                starts.append("0")
+                block.append(int(self.scope.blocks[rank].size))
+            else:
+                return False
+        order = tuple(i.name for i in access.index if isinstance(i, sympy.Symbol) and i.name in self.scope.blocks)
+        if order != ranks or max(block) > 256 or self.described.get(access.tensor, tuple(block)) != tuple(block):
+            return False
+        self.described[access.tensor] = tuple(block)
+        shape = ", ".join(self.scope.blocks[r].size for r in ranks)
+        self.here(f"if {access.tensor}_TMA:")
+        self.here(f"    {name} = {access.tensor}.load([{', '.join(starts)}]).reshape({shape})")
+        return True
+
+    # -- statements --
+
+    def comment(self, s: Statement) -> None:
+        if s.source is not None:
+            for line in textwrap.wrap(print_einsum(s.source), 112, subsequent_indent="  "):
+                self.here(f"# {line}")
+
+    def evaluate(self, s: Statement, into: str | None = None) -> Value:
+        if s.monoid is None:
+            return value(s.expr, self.scope)
+        if (c := self.as_dot(s)) is not None:
+            return self.dot(c, s, into)
+        operand = value(s.expr, self.scope)
+        if operand.kind == "b":
+            operand = Value(f"({operand.code}).to(tl.int32)", operand.ranks, "i")
+        if s.mask_operand:
+            operand = self.masked(operand, s.keep, s.identity)
+        return self.reduced(operand, s)
+
+    def reduced(self, operand: Value, s: Statement) -> Value:
+        calls = {"sum": "tl.sum", "max": "tl.max", "min": "tl.min"}
+        if s.monoid not in calls:
+            raise Unsupported(f"the reduction {s.monoid}")
+        code, ranks = operand.code, operand.ranks
+        for r in s.reduced:
+            if r not in ranks:
+                raise Unsupported(f"{s.name} reduces over {r}, which its terms do not depend on")
+            block = self.scope.blocks[r]
+            if block.limit is not None and s.identity is not None:
+                inside = align(Value(f"({block.index} < {block.limit})", (r,)), ranks)
+                code = f"tl.where({inside}, {code}, {value(s.identity, self.scope).code})"
+            code = f"{calls[s.monoid]}({code}, {ranks.index(r)})"
+            ranks = tuple(x for x in ranks if x != r)
+        return Value(code, ranks, operand.kind)
+
+    def as_dot(self, s: Statement) -> Contraction | None:
+        """The statement as one product of two matrices, if it is one."""
+        c = contraction(s, self.scope.order, frozenset(self.scope.blocks)) if s.monoid == "sum" else None
+        if c is None or c.batch or not len(c.reduced) == len(c.rows) == len(c.columns) == 1:
+            return None
+        return c
+
+    def dot(self, c: Contraction, s: Statement, into: str | None = None) -> Value:
+        """Operands in one dtype of the matrix unit; what was computed is rounded to that of what it meets."""
+        left, right = (self.operand(e) for e in (c.left_expr, c.right_expr))
+        if s.mask_operand:
+            if {x.name for x in s.keep.free_symbols} & {*c.rows}:
+                left = self.masked_terms(left, s)
+            else:
+                right = self.masked_terms(right, s)
+        left, right = self.together(left, right)
+        a = self.turned(left, (*c.rows, *c.reduced))
+        b = self.turned(right, (*c.reduced, *c.columns))
+        precision = ""
+        integers = left.kind == right.kind == "i"
+        if left.dtype in (None, "float32") and not self.has_half() and not integers:
+            self.check_single(c)
+        if not integers and left.dtype in (None, "float32"):
+            hip = self.schedule.target.startswith("hip")
+            precision = ', input_precision="' + ("ieee" if hip else "tf32" if self.has_half() else "tf32x3") + '"'
+        accumulate = f", {into}" if into and not integers else ""
+        v = Value(f"tl.dot({a}, {b}{accumulate}{precision})", self.scope.sort(c.rows + c.columns))
+        if integers:
+            v = replace(v, code=f"{v.code}.to(tl.float32)")
+        if c.rows + c.columns != v.ranks:
+            v = replace(v, code=f"tl.trans({v.code})")
+        if sympy.simplify(c.outer - 1) != 0:
+            factor = value(c.outer, self.scope)
+            ranks = self.scope.sort(v.ranks + factor.ranks)
+            v = Value(f"{v.code} * {aligned(factor, ranks).tight(2)}", ranks, prec=2)
+        return v
+
+    def check_single(self, c: Contraction) -> None:
+        """A float32 product is three of the matrix unit's, on operands split in registers."""
+        wide = [r for r in (*c.reduced, *c.columns) if self.widths.get(r, 0) > 128]
+        if wide:
+            raise Unsupported(
+                f"a float32 product over {wide[0]}, {self.widths[wide[0]]} wide: it would not stay on chip"
+            )
+
+    def masked_terms(self, v: Value, s: Statement) -> Value:
+        """An operand as a variable that is 0 where a point is missing."""
+        name = f"{s.name}_terms"
+        self.here(f"{name} = {v.code}")
+        self.here("if MASKED:" if self.in_step else "if True:")
+        self.here.depth += 1
+        masked = self.masked(Value(name, v.ranks, v.kind), s.keep, sympy.Integer(0))
+        if masked.ranks != v.ranks:
+            raise Unsupported(f"a mask over {masked.ranks} on the operand of {s.name}, which is over {v.ranks}")
+        self.here(f"{name} = {masked.code}")
+        self.here.depth -= 1
+        return Value(name, v.ranks, v.kind, dtype=v.dtype)
+
+    def operand(self, expr: Expr) -> Value:
+        """A bare read keeps its storage dtype."""
+        if isinstance(expr, Access) and expr.tensor not in self.scope.locals:
+            return self.load(expr)
+        return value(expr, self.scope)
+
+    def together(self, a: Value, b: Value) -> tuple[Value, Value]:
+        floats = [v.dtype for v in (a, b) if v.kind == "f" and v.dtype not in (None, "float32")]
+        if a.kind == b.kind == "i" and a.dtype == b.dtype == "int8":
+            return a, b
+        halves = [TRITON_DTYPES[t.dtype] for t in self.cascade.inputs if t.dtype in _HALF]
+        small = next((d for d in floats if d in ("bfloat16", "float16")), None)
+        if small is None and floats and a.dtype == b.dtype:
+            return a, b  # eight-bit floats as they are
+        computed = a.dtype is None and b.dtype is None  # both from half-precision inputs: rounded as the weights are
+        if (
+            small is None
+            and halves
+            and (computed or any(v.kind == "i" or v.dtype not in (None, "float32") for v in (a, b)))
+        ):
+            small = halves[0]
+        target = small or "float32"
+
+        def cast(v: Value) -> Value:
+            if v.dtype == target or (target == "float32" and v.kind == "f" and v.dtype is None):
+                return v
+            return Value(f"{v.tight()}.to(tl.{target})", v.ranks, "f", dtype=target)
+
+        return cast(a), cast(b)
+
+    def turned(self, v: Value, wanted: tuple[str, ...]) -> str:
+        return v.code if v.ranks == wanted else f"tl.trans({v.code})"
+
+    def masked(self, v: Value, predicate: Boolean, fill: Expr | None) -> Value:
+        assert fill is not None
+        keep = self.mask(predicate)
+        ranks = self.scope.sort(v.ranks + keep.ranks)
+        filler = value(fill, self.scope).code
+        return Value(f"tl.where({align(keep, ranks)}, {align(v, ranks)}, {filler})", ranks, v.kind)
+
+    def mask(self, predicate: Boolean) -> Value:
+        if predicate not in self.masks:
+            v = value(predicate, self.scope)
+            if not v.ranks:
+                return v
+            name = "keep" if not self.masks else f"keep{len(self.masks)}"
+            self.here(f"{name} = {v.code}")
+            self.masks[predicate] = Value(name, v.ranks, "b")
+        return self.masks[predicate]
+
+    def define(self, s: Statement, v: Value) -> None:
+        """Bind the value, in the accumulation dtype, with masks where this tile is masked."""
+        code = v.code
+        if v.dtype not in (None, "float32") and v.kind == "f":
+            code = f"{v.tight()}.to(tl.float32)"
+        self.here(f"{s.name} = {code}")
+        ranks = v.ranks
+        self.scope.locals[s.name] = Local(s.name, ranks, v.kind)
+        if s.fill is None:
+            return
+        if self.in_step:
+            self.here("if MASKED:")
+            self.here.depth += 1
+        masked = self.masked(Value(s.name, ranks, v.kind), s.row, s.fill)
+        if masked.ranks != ranks:
+            raise Unsupported(f"a mask over {masked.ranks} on {s.name}, which is over {ranks}")
+        self.here(f"{s.name} = {masked.code}")
+        if self.in_step:
+            self.here.depth -= 1
+
+    def store(self, s: Statement, v: Value) -> None:
+        t = self.cascade.tensors[s.name]
+        if s.row != sympy.true:
+            v = self.masked(v, s.row, sympy.Integer(0))
+        memory = self.scope.memory[s.name]
+        inner = dict(self.loop.inner)
+        ranks = tuple(x for r in t.ranks if (x := inner.get(r, r)) in self.scope.blocks)
+        ordered = self.scope.sort(ranks)
+        base, address, conditions = memory.pointer, "", []
+        for r, stride in zip(t.ranks, memory.strides, strict=True):
+            x = inner.get(r, r)
+            if x not in self.scope.blocks:
+                base += f" + {r}.to(tl.int64) * {stride}"
+                continue
+            index = Value(x, (x,)) if x not in inner.values() else Value(f"({x} - {self.loop.coordinate}_lo)", (x,))
+            wide = "" if x in self.widths else ".to(tl.int64)"
+            address += f" + {align(index, ordered)}{wide} * {stride}"
+            limit = self.scope.blocks[x].limit
+            if limit is not None:
+                conditions.append(align(Value(f"({x} < {limit})", (x,)), ordered))
+        full = (
+            v.code if set(v.ranks) == set(ordered) else f"tl.broadcast_to({align(v, ordered)}, {self.shape(ordered)})"
+        )
+        at = memory.pointer
+        if base != memory.pointer:
+            at = f"{memory.pointer}_at"
+            self.here(f"{at} = {base}")
+        if full != s.name:
+            self.here(f"{memory.pointer}_tile = {full}")
+            full = f"{memory.pointer}_tile"
+        mask = f", mask={' & '.join(conditions)}" if conditions else ""
+        line = f"tl.store({at}{address}, {full}.to({memory.pointer}.dtype.element_ty){mask})"
+        if len(line) + 4 * self.here.depth <= 116:
+            self.here(line)
+            return
+        self.here("tl.store(")
+        self.here(f"    {at}{address},")
+        self.here(f"    {full}.to({memory.pointer}.dtype.element_ty){mask},")
+        self.here(")")
+
+    def shape(self, ranks: Iterable[str]) -> str:
+        return "[" + ", ".join(self.scope.blocks[r].size for r in ranks) + "]"
+
+    def statements(self, statements: tuple[Statement, ...]) -> None:
+        updates = {v.new: v for v in self.loop.states} if self.in_step else {}
+        fused = self.fused(statements) if self.in_step else {}
+        for s in statements:
+            if s.name in fused.values():
+                continue
+            self.comment(s)
+            if s.name in fused:
+                self.accumulate(s, next(x for x in statements if x.name == fused[s.name]))
+            elif s.name in self.nest.outputs:
+                v = self.evaluate(s)
+                read = any(a.tensor == s.name for x in (*statements, *self.loop.epilogue) for a in x.reads)
+                if read:
+                    self.define(s, v)
+                    local = self.scope.locals[s.name]
+                    v = Value(local.code, local.ranks, local.kind)
+                self.store(s, v)
+            else:
+                v = self.evaluate(s)
+                if s.name in updates:
+                    v = self.spread(v, self.state_ranks(updates[s.name]))
+                self.define(s, v)
+
+    def fused(self, statements: tuple[Statement, ...]) -> dict[str, str]:
+        """State updates that end in adding a contraction, with its name: the matrix unit adds for free."""
+        found: dict[str, str] = {}
+        for state in self.loop.states:
+            update = next(s for s in statements if s.name == state.new)
+            for t in sympy.Add.make_args(update.expr):
+                if not isinstance(t, Access):
+                    continue
+                made = next((s for s in statements if s.name == t.tensor), None)
+                users = [s for s in statements for a in s.reads if made is not None and a.tensor == made.name]
+                if made is None or made.fill is not None or len(users) != 1:
+                    continue
+                c = self.as_dot(made)
+                if c is not None and c.outer == 1:
+                    found[update.name] = made.name
+        return found
+
+    def accumulate(self, update: Statement, made: Statement) -> None:
+        term = next(t for t in sympy.Add.make_args(update.expr) if isinstance(t, Access) and t.tensor == made.name)
+        state = next(v for v in self.loop.states if v.new == update.name)
+        self.here(f"{update.name} = {self.spread(value(update.expr - term, self.scope), self.state_ranks(state)).code}")
+        self.comment(made)
+        v = self.evaluate(made, into=update.name)
+        if f", {update.name}" not in v.code:  # integers are converted before they are added
+            v = Value(f"{update.name} + {v.code}", v.ranks)
+        self.here(f"{update.name} = {v.code}")
+        self.scope.locals[update.name] = Local(update.name, v.ranks)
+
+    def state_ranks(self, state: State) -> tuple[str, ...]:
+        return self.scope.sort(r for r in state.ranks if r in self.scope.blocks)
+
+    def spread(self, v: Value, ranks: tuple[str, ...]) -> Value:
+        if v.ranks == ranks:
+            return v
+        if not v.ranks and re.fullmatch(r'-?[\d.]+(e-?\d+)?|float\(".*"\)', v.code):
+            return Value(f"tl.full({self.shape(ranks)}, {v.code}, tl.float32)", ranks)
+        if v.ranks:
+            return Value(f"tl.broadcast_to({align(v, ranks)}, {self.shape(ranks)})", ranks, v.kind)
+        return Value(f"tl.full({self.shape(ranks)}, 0.0, tl.float32) + {v.tight(3)}", ranks, v.kind)
