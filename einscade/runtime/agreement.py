@@ -1,0 +1,52 @@
+"""Do two kernels compute the same? A guard for the moment of tuning, when every candidate has just run.
+
+Comes in: the outputs of a candidate and of one that is trusted, on the same inputs. Goes out: None, or what differs.
+The bounds only tell a wrong kernel from a right one; how exact a right one has to be is the tests' business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["disagreement"]
+
+# By the least precise floating dtype involved: relative error, and the part of the inputs' scale that an output whose
+# terms cancel is measured against.
+_BOUNDS = {
+    torch.float64: (1e-9, 1e-2),
+    torch.float32: (2e-3, 1e-2),
+    torch.float16: (1e-2, 1.0),
+    torch.bfloat16: (4e-2, 1.0),
+}
+
+
+def disagreement(outputs: Sequence[Tensor], trusted: Sequence[Tensor], inputs: Sequence[Tensor]) -> str | None:
+    """What is wrong with `outputs` if `trusted` is right: a shape, a value that is not finite, or the figures of an
+    error that rounding does not explain. None where they agree."""
+    floats = [t for t in (*inputs, *trusted) if t.dtype in _BOUNDS]
+    bound, floor = max((_BOUNDS[t.dtype] for t in floats), default=(0.0, 0.0))
+    scale = max((_rms(t) for t in inputs if t.dtype in _BOUNDS and t.numel()), default=0.0)
+    for i, (got, expected) in enumerate(zip(outputs, trusted, strict=True)):
+        if got.shape != expected.shape or got.dtype != expected.dtype:
+            return f"output {i} is {got.dtype}{tuple(got.shape)}, not {expected.dtype}{tuple(expected.shape)}"
+        if got.dtype not in _BOUNDS:
+            if not torch.equal(got, expected):
+                return f"output {i} differs"
+            continue
+        known = expected.isfinite()
+        if not bool((got.isfinite() | ~known).all()):
+            return f"output {i} has values that are not finite"
+        wanted = expected.masked_fill(~known, 0).double()
+        error = float((got.masked_fill(~known, 0).double() - wanted).norm())
+        allowed = bound * (float(wanted.norm()) + floor * scale * wanted.numel() ** 0.5)
+        if error > allowed:
+            return f"output {i} is off by {error:.1e} where rounding allows {allowed:.1e}"
+    return None
+
+
+def _rms(t: Tensor) -> float:
+    finite = t.detach().masked_fill(~t.isfinite(), 0).double()
+    return float(finite.square().mean().sqrt())
