@@ -11,6 +11,7 @@ so that a running variance does not cancel.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -112,6 +113,13 @@ def _stored(s: Einsum) -> str:
 def _length(cascade: Cascade, rank: str) -> float:
     extent = cascade.extent(rank)
     return int(extent) if extent.is_Integer else math.inf
+
+
+def _undefined(expr: Expr, values: Mapping[Access, Expr], step: Expr) -> bool:
+    """Whether the expression has no finite value with these accesses at these values, all others positive."""
+    plain = {a: sympy.Symbol(f"x{i}", positive=True) for i, a in enumerate(accesses(expr)) if a not in values}
+    value = expr.xreplace(dict(values)).xreplace(plain).xreplace({step: sympy.S.One})
+    return value.has(sympy.nan, sympy.zoo, sympy.oo, -sympy.oo)
 
 
 class _Emit:
@@ -259,32 +267,33 @@ class _Emit:
 
     def _previous(self, state: Access) -> Expr:
         """A state at the step before, written out over running values (only these know what came before the first)."""
+        return self._written_out(state, var(self.m1) - 1, sympy.Max(self._count(var(self.m1)), 1))
+
+    def _written_out(self, state: Access, step: Expr, count: Expr) -> Expr:
         if state.tensor in self.running:
-            return self._run_at(state, var(self.m1) - 1)
-        row = self.cascade.definitions[state.tensor]
-        count = sympy.Max(self._count(var(self.m1)), 1)
-        expr = self._counting(row.expr, count)
-        return expr.xreplace(
-            {a: self._previous(a) for a in accesses(expr) if a.tensor in {*self.running, *self.loop.rows}}
-        )
+            return self._run_at(state, step)
+        expr = self._counting(self.cascade.definitions[state.tensor].expr, count)
+        moving = {*self.running, *self.loop.rows}
+        return expr.xreplace({a: self._written_out(a, step, count) for a in accesses(expr) if a.tensor in moving})
 
     def _guard(self, correction: Correction, carried: Carried) -> list[Boolean]:
         """Where the correction is undefined because nothing was accumulated, the old states are not to be read."""
-        olds = {s: self._previous(s) for s in carried.states}
-        expr = correction.scale + correction.shift + sum(c for c, _ in correction.moments)
-        expr = expr.xreplace({old(s): e for s, e in olds.items()})
-        first = {a: self._identity(a) for e in olds.values() for a in accesses(e) if self._is_running(a)}
-        plain = {a: sympy.Symbol(f"x{i}", positive=True) for i, a in enumerate(accesses(expr)) if a not in first}
-        start = expr.xreplace(first).xreplace(plain).xreplace({var(self.m1): sympy.Integer(1)})
-        if not start.has(sympy.nan, sympy.zoo, sympy.oo, -sympy.oo):
-            return []
-        return [sympy.Ne(a, value) for a, value in first.items()]
+        step = var(self.m1)
+        values: dict[Expr, Expr] = {old(s): self._previous(s) for s in carried.states}
+        values |= {s: self._written_out(s, step, self._count(step + 1)) for s in carried.states}
+        expr = (correction.scale + correction.shift + sum(c for c, _ in correction.moments)).xreplace(values)
+        names = {t.name: n for n, t in self.running.items()}
+        running = {a: self._identity(names[a.tensor]) for a in accesses(expr) if a.tensor in names}
+        before = {a: i for a, i in running.items() if step - 1 in a.index}
+        # Nothing before this step; and nothing up to it, where `oo - oo` is 0 but 0 / 0 is not.
+        empty = {a: i for a, i in running.items() if i == 0}
+        bad: dict[Access, Expr] = {}
+        for nothing in (before, empty):
+            if _undefined(expr, nothing, step):
+                bad |= {a: i for a, i in nothing.items() if a in before}
+        return [sympy.Ne(a, i) for a, i in bad.items()]
 
-    def _is_running(self, a: Access) -> bool:
-        return any(a.tensor == t.name for t in self.running.values())
-
-    def _identity(self, a: Access) -> Expr:
-        name = next(n for n, t in self.running.items() if t.name == a.tensor)
+    def _identity(self, name: str) -> Expr:
         reduce = self.cascade.definitions[name].reduce
         assert reduce is not None
         return MONOIDS[reduce.monoid].identity
