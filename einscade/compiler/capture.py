@@ -450,12 +450,10 @@ class _Functional(fx.Interpreter):
         from torch._functorch import eager_transforms
 
         args, kwargs = eager_transforms._unwrap_all_tensors_from_functional((args, kwargs), reapply_views=True)
-        if not opaque:
-            result = record_whole(target, args, kwargs)
-        else:
-            tracer = _tracer()
+        if opaque:
             captured = any(a.meta.get("captured", False) for a in self._node.all_input_nodes)
-            result = _record(target, _register(tracer, args, captured), kwargs, self._node.meta["val"])
+            args = _register(_tracer(), args, captured)
+        result = _record(target, args, kwargs, self._node.meta["val"])  # to run it would functionalise its inside
         level = torch._C._functorch.maybe_current_level() or 0
         return eager_transforms._wrap_all_tensors_to_functional(result, level=level)
 

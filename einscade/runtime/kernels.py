@@ -145,7 +145,6 @@ class Kernel:
         self.timings = {f"{i} {c.kind}": s for i, (c, s) in enumerate(seconds.items())}
         cache.DiskCache().put(self.address, _entry(self))
 
-
     def _trusted(
         self, contenders: Sequence[Candidate], inputs: Sequence[Tensor], sizes: Mapping[str, int]
     ) -> tuple[str, tuple[Tensor, ...]] | None:
