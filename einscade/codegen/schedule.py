@@ -20,7 +20,7 @@ from einscade.ir.cascade import Cascade, Einsum
 from einscade.ir.device import Device
 from einscade.ir.expr import Access, Expr, free_vars, var
 
-__all__ = ["Schedule", "candidates", "has_descriptors", "target_of", "tile_symbols", "with_order"]
+__all__ = ["Schedule", "candidates", "has_descriptors", "promises_no_spills", "target_of", "tile_symbols", "with_order"]
 
 
 @dataclass(frozen=True)
@@ -278,12 +278,17 @@ def _fits(cascade: Cascade, nest: SerialNest, schedule: Schedule, device: Device
     ]
     if single:  # split into parts in registers before they multiply
         scores += 4 * max(elements(tuple(r)) for r in single)
-    gathered = any(i.has(Access) for _, index in moving for i in index)
-    masked = any(set(r) & set(nest.grid) & set(tiles) for r in ranks_of.values())
-    if gathered or masked:  # an address per element of the scores
-        scores += scores // 2
+    if any(set(r) & set(nest.grid) & set(tiles) for r in ranks_of.values()):
+        scores *= 3  # a mask or bias is read with an address of 64 bits for each score
     threads = schedule.warps * (64 if device.kind == "hip" else 32)
     return (scans + scores * max(1, wide) * 1.75) / threads <= (472 if device.kind == "hip" else 215)
+
+
+def promises_no_spills(program: LoopProgram) -> bool:
+    """Whether the register model covers what the program does: products in half precision, and no gathered reads."""
+    half = any(t.dtype in ("bf16", "f16") for t in program.cascade.inputs)
+    gathered = any(i.has(Access) for nest in program.serial_nests for _, index in moving_inputs(nest) for i in index)
+    return half and not gathered
 
 
 def with_order(schedule: Schedule, out_order: tuple[tuple[str, tuple[str, ...]], ...]) -> Schedule:

@@ -134,8 +134,9 @@ def missing_value(expr: Expr, missing: Mapping[str, Expr]) -> Expr | None:
         return sympy.Add(*(p for p in parts if p is not None)) if None not in parts else None
     if isinstance(expr, sympy.Mul):
         parts = [missing_value(a, missing) for a in expr.args]
-        if any(p == 0 for p in parts):
-            return sympy.Integer(0)
+        if any(p == 0 for p in parts):  # what divides may itself be 0 there
+            divided = any(isinstance(a, sympy.Pow) and a.exp.is_negative and a.has(Access) for a in expr.args)
+            return None if divided else sympy.Integer(0)
         return sympy.Mul(*(p for p in parts if p is not None)) if None not in parts else None
     if isinstance(expr, sympy.Pow) and expr.exp.is_positive:
         base = missing_value(expr.base, missing)

@@ -65,12 +65,14 @@ class FlatWriter(Writer):
 
     def without_empty_divisions(self, s: Statement) -> list[Statement]:
         """A sum over nothing is 0 whatever it is divided by: where a row has no point, a divisor that is the same for
-        the whole row is 1, so that neither the sum nor its gradient meets 0 / 0."""
+        the whole row is 1, so that neither the sum nor its gradient meets 0 / 0. Likewise at any missing point."""
         divisors = {
             f.base
             for f in sympy.Mul.make_args(s.expr)
             if isinstance(f, sympy.Pow) and f.exp.is_negative and not free_vars(f) & set(s.reduced)
         }
+        if s.monoid is None and s.keep != sympy.true and any(d.has(Access) for d in divisors):
+            return [replace(s, expr=s.expr.xreplace({d: Where(s.keep, d, 1) for d in divisors}))]
         if s.monoid != "sum" or s.keep == s.row or not divisors or not any(d.has(Access) for d in divisors):
             return [s]
         ranks = tuple(r for r in s.ranks if r in free_vars(s.keep))
