@@ -65,7 +65,7 @@ def optimise(name: str, model: Any, first_call: Forward, sites: int, promises: P
             model, dynamic=True, progress=lambda done, total: progress.update(task, completed=done, total=total)
         )
         first_call(fast)
-    console.print(str(fast.report), markup=False)
+    console.print(str(fast.report), markup=False, soft_wrap=True)
     rewritten = sum(site.status == "rewritten" for site in fast.report.sites)
     promises.check(
         rewritten == sites == len(fast.report.sites), f"{rewritten} of {sites} attention sites rewritten in {name}"
@@ -84,7 +84,7 @@ def compare(what: str, before: Callable[[], Any], after: Callable[[], Any], repe
 
 def comparison_table(title: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold")
-    for column in ("", "time before", "after", "", "peak memory before", "after", ""):
+    for column in ("", "time: eager", "optimised", "", "memory: eager", "optimised", ""):
         table.add_column(column, justify="right")
     return table
 
