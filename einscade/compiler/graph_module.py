@@ -181,8 +181,12 @@ class _State:
             self.failed = "nothing to rewrite"
             return None
         gm = made.captured.gm
-        buffers = dict(gm.named_buffers())
-        relied_on = tuple((t, t._version) for name, t in buffers.items() if name in made.relied_on)
+        read = [n.target for n in self.original.graph.find_nodes(op="get_attr")]
+        constants_read = (_attribute(self.original, str(name)) for name in {*read, *dict(self.original.named_buffers())}
+                          if name in made.relied_on)  # fmt: skip
+        relied_on = tuple(
+            (t, t._version) for t in constants_read if isinstance(t, torch.Tensor) and not t.is_inference()
+        )
         variant = Variant(gm, tuple(fakes), torch.is_grad_enabled(), relied_on)
         if self.inner not in (None, "eager") or made.captured.autocast:
             variant.compiled = self.compiled(gm, made.captured.autocast)
@@ -249,6 +253,13 @@ def _share(source: torch.nn.Module, target: torch.nn.Module, path: str) -> None:
         target = getattr(target, part)
     if not hasattr(target, name):
         setattr(target, name, getattr(source, name))
+
+
+def _attribute(root: torch.nn.Module, path: str) -> Any:
+    value: Any = root
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
 
 
 def flat_inputs(gm: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:

@@ -24,9 +24,11 @@ _KNOWN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def recognise(value: Tensor, index: Index) -> Expr | None:
     """The expression of a known tensor at an index, if it is one of the forms above in its last two dimensions."""
-    if value not in _KNOWN:
-        _KNOWN[value] = _form(value.detach())
-    form = _KNOWN[value]
+    version = None if value.is_inference() else value._version  # a buffer that was written to is another value
+    known = _KNOWN.get(value)
+    if known is None or known[0] != version:
+        known = _KNOWN[value] = (version, _form(value.detach()))
+    form = known[1]
     return None if form is None else form(index)
 
 
