@@ -1,8 +1,8 @@
-"""Domains over tiles: may a tile hold a point, must it hold all of its points, and how far does a loop have to run.
+"""Domains over tiles: how far a loop has to run, and where it needs no masks.
 
 Comes in: a predicate over coordinates (rank variables whose range in the tile is known) and the bounds of that range
-as expressions. Goes out: conditions and bounds over the *edges* of the tile, which emitters print as code. Interval
-reasoning on affine comparisons; a predicate that reads tensors may always hold and is never certain.
+as expressions. Goes out: bounds over the *edges* of the tile, which emitters print as code. The interval reasoning is
+that of `passes.restrict`; a predicate that reads tensors may always hold and is never certain.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import sympy
-from sympy.logic.boolalg import And, Boolean, Not, Or
+from sympy.logic.boolalg import And, Boolean, Or
 
-from einscade.ir.expr import Access, Expr, FloorDiv, Mod, var
+from einscade.ir.expr import Access, Expr, var
+from einscade.passes.restrict import certain, extremes, possible
 
 __all__ = [
     "Span",
@@ -39,36 +40,6 @@ def is_data_dependent(predicate: Boolean) -> bool:
     return bool(predicate.has(Access))
 
 
-def extremes(expr: Expr, ranges: Ranges) -> tuple[Expr, Expr] | None:
-    """The least and greatest value over the tile of an affine expression (floor divisions by positive constants
-    allowed), or None."""
-    if isinstance(expr, Access) or expr.has(Access):
-        return None
-    names = {s.name for s in expr.free_symbols}
-    if not names & set(ranges):
-        return expr, expr
-    if isinstance(expr, sympy.Symbol):
-        return ranges[expr.name]
-    if isinstance(expr, sympy.Add):
-        parts = [extremes(a, ranges) for a in expr.args]
-        if any(p is None for p in parts):
-            return None
-        return sympy.Add(*(p[0] for p in parts if p)), sympy.Add(*(p[1] for p in parts if p))
-    if isinstance(expr, sympy.Mul):
-        coefficient, rest = expr.as_coeff_Mul()
-        inner = extremes(rest, ranges) if coefficient != 1 else None
-        if inner is None or not coefficient.is_number:
-            return None
-        low, high = coefficient * inner[0], coefficient * inner[1]
-        return (low, high) if coefficient.is_nonnegative else (high, low)
-    if isinstance(expr, FloorDiv) and expr.args[1].is_Integer and expr.args[1].is_positive:
-        inner = extremes(expr.args[0], ranges)
-        return None if inner is None else (FloorDiv(inner[0], expr.args[1]), FloorDiv(inner[1], expr.args[1]))
-    if isinstance(expr, Mod) and expr.args[1].is_Integer and expr.args[1].is_positive:
-        return sympy.Integer(0), expr.args[1] - 1
-    return None
-
-
 _ORDERED = (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)
 
 
@@ -78,42 +49,6 @@ def _at_most_zero(predicate: Boolean) -> Expr | None:
         return None
     difference = predicate.lts - predicate.gts
     return difference + 1 if isinstance(predicate, (sympy.Lt, sympy.Gt)) else difference
-
-
-def possible(predicate: Boolean, ranges: Ranges) -> Boolean:
-    """A condition on the tile's edges without which no point of it can satisfy the predicate."""
-    if predicate in (sympy.true, sympy.false):
-        return predicate
-    if isinstance(predicate, And):
-        return And(*(possible(a, ranges) for a in predicate.args))
-    if isinstance(predicate, Or):
-        return Or(*(possible(a, ranges) for a in predicate.args))
-    if isinstance(predicate, Not):
-        return Not(certain(predicate.args[0], ranges))
-    if (d := _at_most_zero(predicate)) is not None and (e := extremes(d, ranges)) is not None:
-        return sympy.Le(e[0], 0)
-    if isinstance(predicate, sympy.Eq) and (e := extremes(predicate.lhs - predicate.rhs, ranges)) is not None:
-        return And(sympy.Le(e[0], 0), sympy.Ge(e[1], 0))
-    return sympy.true
-
-
-def certain(predicate: Boolean, ranges: Ranges) -> Boolean:
-    """A condition on the tile's edges with which every point of it satisfies the predicate."""
-    if predicate in (sympy.true, sympy.false):
-        return predicate
-    if isinstance(predicate, And):
-        return And(*(certain(a, ranges) for a in predicate.args))
-    if isinstance(predicate, Or):
-        return Or(*(certain(a, ranges) for a in predicate.args))
-    if isinstance(predicate, Not):
-        return Not(possible(predicate.args[0], ranges))
-    if (d := _at_most_zero(predicate)) is not None and (e := extremes(d, ranges)) is not None:
-        return sympy.Le(e[1], 0)
-    if isinstance(predicate, sympy.Eq) and (e := extremes(predicate.lhs - predicate.rhs, ranges)) is not None:
-        return And(sympy.Ge(e[0], 0), sympy.Le(e[1], 0))
-    if isinstance(predicate, sympy.Ne) and (e := extremes(predicate.lhs - predicate.rhs, ranges)) is not None:
-        return Or(sympy.Gt(e[0], 0), sympy.Lt(e[1], 0))
-    return sympy.false
 
 
 @dataclass(frozen=True)

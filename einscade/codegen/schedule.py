@@ -9,7 +9,7 @@ compiles.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from math import ceil
 
@@ -20,7 +20,7 @@ from einscade.ir.cascade import Cascade, Einsum
 from einscade.ir.device import Device
 from einscade.ir.expr import Access, Expr, free_vars, var
 
-__all__ = ["Schedule", "candidates", "has_descriptors", "promises_no_spills", "target_of", "tile_symbols", "with_order"]
+__all__ = ["Schedule", "candidates", "has_descriptors", "promises_no_spills", "target_of", "tile_symbols"]
 
 
 @dataclass(frozen=True)
@@ -289,8 +289,3 @@ def promises_no_spills(program: LoopProgram) -> bool:
     half = any(t.dtype in ("bf16", "f16") for t in program.cascade.inputs)
     gathered = any(i.has(Access) for nest in program.serial_nests for _, index in moving_inputs(nest) for i in index)
     return half and not gathered
-
-
-def with_order(schedule: Schedule, out_order: tuple[tuple[str, tuple[str, ...]], ...]) -> Schedule:
-    """The schedule with outputs in another memory order."""
-    return replace(schedule, out_order=out_order)

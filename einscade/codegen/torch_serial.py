@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import sympy
 from sympy.logic.boolalg import Boolean
 
-from einscade.codegen.domains import certain, possible, span
+from einscade.codegen.domains import certain, is_data_dependent, possible, span
 from einscade.codegen.matmul import Contraction
 from einscade.codegen.source import Unsupported
 from einscade.codegen.tiles import (
@@ -112,6 +112,10 @@ class SerialWriter(Writer):
         self.hoisted = hoisted = Lines(depth=outer.depth)
         self.out = body
         self.find_partial(body)
+        if self.loop.skippable and is_data_dependent(self.loop.domain):
+            keep = self.mask(self.loop.domain)
+            self.out(f"if not {keep.tight()}.any():")
+            self.out("    continue  # no point of this tile exists: looking costs less than computing it")
         self.statements(self.loop.body, tuple(s.name for s in self.loop.states))
         for state in self.loop.states:
             code, new = self.scope.names[state.name].code, self.scope.names[state.new].code

@@ -20,7 +20,7 @@ from einscade.ir.intervals import rank_ranges, simplify
 from einscade.passes.rewrite import NotApplicable
 from einscade.passes.terms import conjuncts, depends
 
-__all__ = ["Restrict", "RowBound", "TileClasses", "tile_classes"]
+__all__ = ["Restrict", "RowBound", "TileClasses", "certain", "extremes", "possible", "tile_classes"]
 
 _ZERO = sympy.Integer(0)
 
@@ -105,7 +105,7 @@ def tile_classes(domain: Boolean, serial: str, extents: Mapping[str, Expr]) -> T
     others = {r: t for r, t in tiles.items() if r != serial}
     parts = [_part(c, serial, others) for c in conjuncts(domain)]
     extent = extents[serial]
-    maybe, full = _possible(domain, tiles), _certain(domain, tiles)
+    maybe, full = possible(domain, tiles), certain(domain, tiles)
     return TileClasses(
         serial,
         lower=_most(sympy.Max, _ZERO, [p.lower for p in parts]),
@@ -164,12 +164,12 @@ def _part(condition: Boolean, serial: str, others: Mapping[str, tuple[Expr, Expr
     if depends(rest, (serial,)) or not slope.is_Integer:
         return _never_full(rest)
     if slope == 0:
-        low = _extremes(rest, others)
+        low = extremes(rest, others)
         full = Where(low[0] >= 0, sympy.oo, _ZERO) if low else _ZERO
         return _Part(full_upper=None if full == sympy.oo else full, check=low is None)
     steps = abs(slope)
     bound = FloorDiv(rest, steps)
-    ends = _extremes(rest, others)
+    ends = extremes(rest, others)
     if slope > 0:  # m >= -(rest // slope)
         if ends is None:
             return _Part(row_lower=(RowBound("min", -bound),), row_full_lower=(RowBound("max", -bound),))
@@ -213,7 +213,7 @@ def _nonnegative(condition: Boolean) -> Expr | None:
     return difference - 1 if isinstance(condition, (sympy.Lt, sympy.Gt)) else difference
 
 
-def _extremes(expr: Expr, tiles: Mapping[str, tuple[Expr, Expr]]) -> tuple[Expr, Expr] | None:
+def extremes(expr: Expr, tiles: Mapping[str, tuple[Expr, Expr]]) -> tuple[Expr, Expr] | None:
     """Least and greatest value over a tile; None for what intervals do not bound."""
     if expr.has(Access):
         return None
@@ -222,14 +222,14 @@ def _extremes(expr: Expr, tiles: Mapping[str, tuple[Expr, Expr]]) -> tuple[Expr,
     if isinstance(expr, sympy.Symbol):
         return tiles[expr.name]
     if isinstance(expr, sympy.Add):
-        parts = [_extremes(a, tiles) for a in expr.args]
+        parts = [extremes(a, tiles) for a in expr.args]
         known = [p for p in parts if p is not None]
         if len(known) < len(parts):
             return None
         return sympy.Add(*(p[0] for p in known)), sympy.Add(*(p[1] for p in known))
     if isinstance(expr, sympy.Mul):
         coefficient, rest = expr.as_coeff_Mul()
-        inner = _extremes(rest, tiles) if coefficient != 1 else None
+        inner = extremes(rest, tiles) if coefficient != 1 else None
         if inner is None:
             return None
         ends = coefficient * inner[0], coefficient * inner[1]
@@ -237,39 +237,39 @@ def _extremes(expr: Expr, tiles: Mapping[str, tuple[Expr, Expr]]) -> tuple[Expr,
     if isinstance(expr, (FloorDiv, Mod)) and expr.args[1].is_Integer and expr.args[1] > 0:
         if isinstance(expr, Mod):
             return _ZERO, expr.args[1] - 1
-        inner = _extremes(expr.args[0], tiles)
+        inner = extremes(expr.args[0], tiles)
         return None if inner is None else (FloorDiv(inner[0], expr.args[1]), FloorDiv(inner[1], expr.args[1]))
     return None
 
 
-def _possible(condition: Boolean, tiles: Mapping[str, tuple[Expr, Expr]]) -> Boolean:
+def possible(condition: Boolean, tiles: Mapping[str, tuple[Expr, Expr]]) -> Boolean:
     """False only where no point of the tile satisfies the condition."""
     if isinstance(condition, (sympy.And, sympy.Or)):
-        return condition.func(*(_possible(a, tiles) for a in condition.args))
+        return condition.func(*(possible(a, tiles) for a in condition.args))
     if isinstance(condition, sympy.Not):
-        return sympy.Not(_certain(condition.args[0], tiles))
+        return sympy.Not(certain(condition.args[0], tiles))
     difference = _nonnegative(condition)
     if difference is not None:
-        ends = _extremes(difference, tiles)
+        ends = extremes(difference, tiles)
         return sympy.true if ends is None else sympy.Ge(ends[1], 0)
-    if isinstance(condition, Relational) and (ends := _extremes(_gap(condition), tiles)) is not None:
+    if isinstance(condition, Relational) and (ends := extremes(_gap(condition), tiles)) is not None:
         if isinstance(condition, sympy.Eq):
             return sympy.And(sympy.Le(ends[0], 0), sympy.Ge(ends[1], 0))
         return sympy.Or(sympy.Ne(ends[0], 0), sympy.Ne(ends[1], 0))
     return sympy.false if condition == sympy.false else sympy.true
 
 
-def _certain(condition: Boolean, tiles: Mapping[str, tuple[Expr, Expr]]) -> Boolean:
+def certain(condition: Boolean, tiles: Mapping[str, tuple[Expr, Expr]]) -> Boolean:
     """True only where every point of the tile satisfies the condition."""
     if isinstance(condition, (sympy.And, sympy.Or)):
-        return condition.func(*(_certain(a, tiles) for a in condition.args))
+        return condition.func(*(certain(a, tiles) for a in condition.args))
     if isinstance(condition, sympy.Not):
-        return sympy.Not(_possible(condition.args[0], tiles))
+        return sympy.Not(possible(condition.args[0], tiles))
     difference = _nonnegative(condition)
     if difference is not None:
-        ends = _extremes(difference, tiles)
+        ends = extremes(difference, tiles)
         return sympy.false if ends is None else sympy.Ge(ends[0], 0)
-    if isinstance(condition, Relational) and (ends := _extremes(_gap(condition), tiles)) is not None:
+    if isinstance(condition, Relational) and (ends := extremes(_gap(condition), tiles)) is not None:
         if isinstance(condition, sympy.Eq):
             return sympy.And(sympy.Eq(ends[0], 0), sympy.Eq(ends[1], 0))
         return sympy.Or(sympy.Gt(ends[0], 0), sympy.Lt(ends[1], 0))

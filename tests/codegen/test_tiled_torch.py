@@ -106,6 +106,29 @@ def test_full_tiles_have_no_mask_and_empty_ones_no_iteration() -> None:
     assert "repeat" not in text
 
 
+def test_tiles_whose_tensors_exclude_every_point_are_skipped() -> None:
+    case = next(c for c in CASES if c.name == "documents")
+    plain, rewritten = cascade(case)
+    n = 64
+    sizes = {"B": 1, "P": n, "M": n}
+    x = inputs(plain, case, sizes)
+    x["D"] = x["E"] = (torch.arange(n, dtype=torch.int32) // 16)[None]
+    generated = module(emit(plan(rewritten), Schedule((("M0", 16), ("p", 16)))))
+    calls, matmul = [], torch.matmul
+
+    def counted(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        calls.append(a.shape)
+        return matmul(a, b)
+
+    torch.matmul = counted  # type: ignore[assignment]
+    try:
+        (out,) = generated.run(*x.values(), **sizes)
+    finally:
+        torch.matmul = matmul  # type: ignore[assignment]
+    assert relative_error(out, interpret(plain, x, {})["O"]) <= BOUND["f32"]
+    assert len(calls) == 2 * 4  # two products for each of the four tiles on the diagonal, of ten that causality leaves
+
+
 def test_memory_is_that_of_tiles() -> None:
     """The largest tensor allocated has no two long ranks: counted by watching every allocation."""
     _, rewritten = cascade(CAUSAL, h=2, g=1, e=8, f=8)

@@ -29,7 +29,7 @@ def run(Q, K, V, *, B, M, P) -> tuple[torch.Tensor, ...]:
         m_end = min(M, p_hi)
         for m_lo in range(0, m_end, 64):
             m_hi = min(m_lo + 64, m_end)
-            partial = not (m_hi <= p_lo + 1)
+            partial = not (p_lo + 1 >= m_hi)
             # S[b,hg,hr,p,m1,m0] = sum(e) 0.088388347648318 * K[b,hg,m1*M0 + m0,e] * Q[b,hg,hr,p,e]   if m0 + m1*M0 <
             #   M & m0 + m1*M0 <= p
             S = torch.matmul(Q_tile, K[:, :, m_lo:m_hi].float().mT).unflatten(2, (4, p_hi - p_lo))
