@@ -40,6 +40,7 @@ aten = torch.ops.aten
 
 def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], recipe: str, inner: str, report: Report) -> Any:
     """What runs in place of `gm`. `report` learns what was done."""
+    specialise_floats(gm)
     constants = constants_of(gm, example_inputs)
     weights = weights_of(gm, example_inputs)
     try:
@@ -54,6 +55,26 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], recipe: str
         return inner_compile(gm, example_inputs, inner, autocast=False)
     compiled = inner_compile(found.captured.gm, example_inputs, inner, found.captured.autocast)
     return _while_constant(compiled, gm, found.relied_on, example_inputs)
+
+
+def specialise_floats(gm: fx.GraphModule) -> None:
+    """Make Dynamo trace again with the graph's float inputs (a scale, an epsilon) as the constants they are.
+
+    Under `dynamic=True` they arrive as symbols. Inductor asks for the same, but only once everything is compiled, so
+    that all of the work would be done twice.
+    """
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+    from torch._dynamo.symbolic_convert import TensorifyState
+
+    again = False
+    for node in gm.graph.find_nodes(op="placeholder"):
+        item = getattr(node.meta.get("example_value"), "item_memo", None)
+        if isinstance(item, torch.SymFloat) and all(u.target == "item" for u in node.users):
+            name = str(item.node._expr)
+            again |= not TensorifyState.should_specialize(name)
+            TensorifyState.specialize(name)
+    if again:
+        raise TensorifyScalarRestartAnalysis
 
 
 @dataclass(frozen=True)
