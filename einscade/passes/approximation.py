@@ -22,7 +22,8 @@ def output_errors(
     inputs: Mapping[str, torch.Tensor],
     sizes: Mapping[str, int] | None = None,
 ) -> dict[str, float]:
-    """`‖after - before‖ / ‖before‖` (Frobenius, float64) of every output; 0 where both are 0, inf where only `before` is.
+    """`‖after - before‖ / ‖before‖` (Frobenius, float64) of every output; 0 where both are 0, inf where only the
+    first is.
 
     `sizes` gives symbols that no input's shape does, of either cascade.
     """

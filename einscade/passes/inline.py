@@ -186,9 +186,9 @@ def aligned(cascade: Cascade) -> Cascade:
         for a in s.reads:
             made = a.tensor in cascade.definitions and a.tensor not in cascade.outputs
             if made and a.tensor not in bound and _plain(a.index):
-                place = tuple(i.name for i in a.index)
-                if all(extents[i] == extents[r] for i, r in zip(place, cascade.tensors[a.tensor].ranks, strict=True)):
-                    bound[a.tensor] = place
+                own = tuple(i.name for i in a.index)
+                if all(extents[i] == extents[r] for i, r in zip(own, cascade.tensors[a.tensor].ranks, strict=True)):
+                    bound[a.tensor] = own
             for place, i in enumerate(a.index):
                 if i.is_Symbol and s.reduce and i.name in s.reduce.ranks:
                     usual.setdefault((a.tensor, place), []).append(i.name)

@@ -119,7 +119,7 @@ def _rows(cascade: Cascade, names: Names) -> Cascade:
         return expr.func(number * made[own](), *rest)
 
     for s in cascade.body:
-        if s.reduce is not None and s.scan is None:
+        if s.reduce is not None and s.scan is None and s.output.dtype != "bool":
             s = s.replace(expr=sympy.Mul(*(replaced(f, s) for f in sympy.Mul.make_args(s.expr))))
         body.append(s)
     return cascade.replace(body=tuple(body))

@@ -50,10 +50,10 @@ def stabilised(cascade: Cascade, shifted: frozenset[str]) -> Cascade:
     over = reduced_over(cascade)
     normalised = set()
     for s in cascade.body:
-        exponent, rest = exponential(s.expr)
-        if exponent is not None and rest.is_number and s.reduce is not None and s.reduce.monoid == "sum":
-            if any(a.tensor in cascade.definitions for a in accesses(exponent)):
-                normalised.add((exponent, s.reduce.ranks))
+        exponent, rest = exponential(s.expr) if s.reduce and s.reduce.monoid == "sum" else (None, s.expr)
+        computed = exponent is not None and any(a.tensor in cascade.definitions for a in accesses(exponent))
+        if computed and rest.is_number and s.reduce:
+            normalised.add((exponent, s.reduce.ranks))
     made: dict[tuple[Expr, tuple[str, ...], frozenset[object]], Tensor] = {}
     before: dict[str, list[Einsum]] = {}
 

@@ -9,6 +9,7 @@ from einscade.ir import Cascade, ceil_div, var
 from einscade.ir.verify import verify
 from einscade.passes.defer import Defer
 from einscade.passes.online import Loops, Online
+from einscade.passes.pipeline import run
 from einscade.passes.rewrite import NotApplicable
 from tests.passes.cascades import ALL, ATTENTION, NO_CORRECTION, SIZES, VARIANCE, assert_equal, cascade
 
@@ -156,3 +157,19 @@ def test_terms_that_are_split_keep_the_points_of_the_whole() -> None:
     assert [s.domain for s in after.body if s.name.startswith("N")] != [sympy.true, sympy.true]
     assert_equal(before, after, SIZES)
     assert_equal(before, rewritten(before), SIZES, tiles=(1, 3))
+
+
+def test_booleans_run_along() -> None:
+    text = """
+    cascade found(Q[b,p,e]: f32, K[b,m,e]: f32, V[b,m,f]: f32) -> A, O
+      where b < B, p < P, m < M, e < 3, f < 5
+      S[b,p,m] = sum(e) Q[b,p,e] * K[b,m,e] if m <= p
+      A[b,p]: bool = any(m) S[b,p,m] > 1
+      C[b,p]: i32 = sum(m) Where(S[b,p,m] > 1, 1, 0)
+      O[b,p,f] = sum(m) Where(S[b,p,m] > 0, V[b,m,f], 0) / (1 + C[b,p])
+    """
+    before = cascade(text)
+    after = rewritten(before)
+    assert {s.scan.rank for s in after.body if s.scan} == {"m1"}
+    assert_equal(before, after, SIZES, tiles=(1, 3, 16))
+    assert_equal(before, run(before, "exact").cascade, SIZES, tiles=(1, 3, 16))

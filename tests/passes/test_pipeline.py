@@ -36,7 +36,7 @@ def test_a_step_per_rewrite_with_reasons() -> None:
 def test_an_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(ValueError, match="unknown recipe 'exat'; did you mean 'exact'"):
         run(cascade(ATTENTION), "exat")
-    with pytest.raises(ValueError, match="known recipes: .*exact"):
+    with pytest.raises(ValueError, match=r"known recipes: .*exact"):
         recipe("zzz")
 
 

@@ -18,7 +18,7 @@ from einscade.passes.online import Loops, Online
 from einscade.passes.pipeline import run
 from einscade.passes.restrict import Restrict
 from einscade.passes.rewrite import NotApplicable
-from tests.strategies import SCORES, Case, attention, cascades, reductions
+from tests.strategies import DOMAINS, SCORES, Case, attention, cascades, reductions
 
 RELAXED = settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
 
@@ -69,8 +69,7 @@ def test_the_canonical_form_is_a_fixed_point(case: Case) -> None:
 
 
 # Masks that read a tensor of queries keep a finite fill: their empty rows are means, not 0.
-POSITIONS = ("all", "causal", "causal, ends aligned", "window", "two-sided window", "window and sink", "prefix", "dilated")
-KEYS = (*POSITIONS, "lengths", "not masked")
+KEYS = tuple(k for k in DOMAINS if k not in ("boolean mask", "documents"))
 MASKABLE = ("softmax", "softmax, weights apart", "sink", "no maximum", "sigmoid", "squared relu")
 # Where an additive mask does not read a missing score, the point exists after all: not what a fill of it says.
 PLAIN = tuple(k for k in SCORES if k != "additive mask")
@@ -119,7 +118,11 @@ def test_a_finite_fill_of_queries_means_what_it_says(case: Case) -> None:
 
 
 @RELAXED
-@given(case=attention(domains=KEYS, scores=PLAIN, normalisers=("softmax", "sink")), fill=st.sampled_from(FILLS), tile=st.integers(1, 5))
+@given(
+    case=attention(domains=KEYS, scores=PLAIN, normalisers=("softmax", "sink")),
+    fill=st.sampled_from(FILLS),
+    tile=st.integers(1, 5),
+)
 def test_two_masked_softmaxes_apart(case: Case, fill: sympy.Expr, tile: int) -> None:
     """The difference of two, the second with twice the scores, as masks and as domains."""
 
