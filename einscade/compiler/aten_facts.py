@@ -10,7 +10,7 @@ import operator
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeGuard
 
 import sympy
 import torch
@@ -18,7 +18,19 @@ from torch.fx import Node
 
 from einscade.ir.expr import Expr, FloorDiv, Mod, const, var
 
-__all__ = ["Unraisable", "arguments", "dtype_name", "extent", "is_tensor", "op_name", "readers", "scalar", "shape", "tensor_inputs", "torch_dtype"]
+__all__ = [
+    "Unraisable",
+    "arguments",
+    "dtype_name",
+    "extent",
+    "is_tensor",
+    "op_name",
+    "readers",
+    "scalar",
+    "shape",
+    "tensor_inputs",
+    "torch_dtype",
+]
 
 _DTYPES = {
     torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16",
@@ -48,14 +60,14 @@ def _signature(target: Any) -> tuple[tuple[str, Any], ...]:
 def arguments(node: Node) -> SimpleNamespace:
     """The node's arguments by the names in its schema, defaults filled in."""
     signature = _signature(node.target)
-    bound = {name: default for name, default in signature}
+    bound = dict(signature)
     for (name, _), value in zip(signature, node.args, strict=False):
         bound[name] = value
     bound.update(node.kwargs)
     return SimpleNamespace(**bound)
 
 
-def is_tensor(value: Any) -> bool:
+def is_tensor(value: Any) -> TypeGuard[Node]:
     """Whether an argument is a node that holds one tensor."""
     return isinstance(value, Node) and isinstance(value.meta.get("val"), torch.Tensor)
 

@@ -7,6 +7,7 @@ definition in torch's documentation; nothing here knows about attention.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -55,7 +56,7 @@ def _softplus(a: SimpleNamespace) -> Expr:
 def _gelu(a: SimpleNamespace) -> Expr:
     x = a.self
     if a.approximate == "tanh":
-        return _HALF * x * (1 + sympy.tanh(sympy.sqrt(2 / sympy.pi).evalf(17) * (x + const(0.044715) * x**3)))
+        return _HALF * x * (1 + sympy.tanh(const(math.sqrt(2 / math.pi)) * (x + const(0.044715) * x**3)))
     return _HALF * x * (1 + sympy.erf(x / sympy.sqrt(2)))
 
 
@@ -155,6 +156,7 @@ NUMERIC: Mapping[str, Rule] = {
     "leaky_relu": lambda a: Where(a.self > 0, a.self, a.negative_slope * a.self),
     "threshold": lambda a: Where(a.self > a.threshold, a.self, a.value),
     "elu": _elu,
+    "celu": lambda a: sympy.Max(a.self, 0) + sympy.Min(a.alpha * (sympy.exp(a.self / a.alpha) - 1), 0),
     "gelu": _gelu,
     "softplus": _softplus,
     "mish": lambda a: a.self * sympy.tanh(sympy.Max(a.self, 0) + sympy.log(1 + sympy.exp(-sympy.Abs(a.self)))),

@@ -1,13 +1,12 @@
-"""Raising rules of the ATen operations that are neither views nor (plain) pointwise.
+"""Raising rules of ATen operations: masks, casts, gathers, factories, and what puts tensors together.
 
-Comes in: a raiser, a node, an index into its result. Goes out: the scalar expression there; contractions, reductions
-and softmax make statements through the raiser on their way. `evaluate` is the single entry; an operation without a
-rule raises `Unraisable` with its name.
+Comes in: a raiser, a node, an index into its result. Goes out: the scalar expression there. `evaluate` is the single
+entry; an operation without a rule raises `Unraisable` with its name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from torch.fx import Node
 from einscade.compiler.aten_attention import SCALED_DOT_PRODUCT, scaled_dot_product
 from einscade.compiler.aten_facts import Unraisable, arguments, is_tensor, op_name, scalar, shape, torch_dtype
 from einscade.compiler.aten_pointwise import LOGICAL, NUMERIC, as_number, as_predicate, choose
+from einscade.compiler.aten_reductions import CONTRACTIONS, REDUCTIONS, SOFTMAX, reduction
 from einscade.compiler.aten_views import broadcast, slice_start
 from einscade.compiler.raising_index import Index, at_least, bounds
 from einscade.ir.expr import Access, Expr, Trunc, Where, const
@@ -25,7 +25,7 @@ from einscade.ir.expr import Access, Expr, Trunc, Where, const
 if TYPE_CHECKING:
     from einscade.compiler.raising import Raiser
 
-__all__ = ["CONTRACTIONS", "REDUCTIONS", "SOFTMAX", "evaluate", "has_rule"]
+__all__ = ["evaluate", "has_rule"]
 
 Rule = Callable[["Raiser", Node, SimpleNamespace, Index], Expr]
 _ZERO, _ONE = sympy.Integer(0), sympy.Integer(1)
@@ -53,16 +53,17 @@ def evaluate(r: Raiser, node: Node, index: Index) -> Expr:
 _SCALARS = {"alpha": 1, "beta": 1}
 
 
-def _pointwise(r: Raiser, node: Node, name: str, index: Index) -> Expr:
-    bound = arguments(node)
+def _pointwise(r: Raiser, operation: Node, name: str, index: Index, result: Node | None = None) -> Expr:
+    """`result` is the node with the value, where the operation has several."""
+    node = result or operation
+    bound = arguments(operation)
     tensors = [v for v in vars(bound).values() if is_tensor(v)]
     boolean = torch_dtype(node) == torch.bool
     kinds = [torch_dtype(t) for t in tensors]
     logical = name in LOGICAL and all(k == torch.bool for k in kinds) and (boolean or name.startswith("bitwise"))
     if logical and any(not isinstance(v, bool | Node) for k, v in vars(bound).items() if k == "other"):
         logical = False
-    if name.startswith("logical") and not logical:
-        logical = True
+    logical = logical or name.startswith("logical")
     if not logical and name not in NUMERIC:
         raise Unraisable(f"{node.target} of integers")
     integral = all(not k.is_floating_point for k in kinds) and not torch_dtype(node).is_floating_point
@@ -71,10 +72,11 @@ def _pointwise(r: Raiser, node: Node, name: str, index: Index) -> Expr:
         values[key] = _argument(r, node, value, index, logical)
     for key, default in _SCALARS.items():
         values.setdefault(key, const(default))
-    if name == "mul" and node not in r.core and any(_is_fill(v) for v in values.values()):
-        if any(isinstance(v, sympy.Add) for v in values.values()):
-            # (1 - x) * -1e9 must not become -1e9 + 1e9 * x, which loses every score it is added to.
-            raise Unraisable(f"{node.target} by a very large number on the side")
+    operands = list(values.values())
+    sums = any(isinstance(v, sympy.Add) for v in operands)
+    if name == "mul" and node not in r.core and sums and any(map(_is_fill, operands)):
+        # (1 - x) * -1e9 must not become -1e9 + 1e9 * x, which loses every score it is added to.
+        raise Unraisable(f"{node.target} by a very large number on the side")
     return _lifted(LOGICAL[name] if logical else NUMERIC[name], SimpleNamespace(**values))
 
 
@@ -166,7 +168,7 @@ def _full(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
     value = {"zeros": 0, "ones": 1}.get(op_name(node).removeprefix("aten::").removesuffix("_like").removeprefix("new_"))
     if value is None:
         value = a.s if hasattr(a, "s") else a.fill_value if hasattr(a, "fill_value") else a.value
-    if is_tensor(value):
+    if isinstance(value, Node) and is_tensor(value):
         return r.read(value, ())
     number = scalar(value)
     return sympy.true if number and torch_dtype(node) == torch.bool else (
@@ -241,6 +243,19 @@ def _gather(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
     return r.read(a.self, (*index[:dim], r.read(a.index, index), *index[dim + 1 :]))
 
 
+# -- scans --
+
+
+def _cumsum(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
+    """Only of a constant: a running count of nothing, or a position."""
+    dim = a.dim % len(index)
+    here = r.fresh((node, "constant"), shape(a.self)[dim])[0]
+    value = as_number(r.read(a.self, (*index[:dim], here, *index[dim + 1 :])), torch_dtype(a.self) == torch.bool)
+    if value.free_symbols or value.has(Access):
+        raise Unraisable(f"{node.target} is a scan")
+    return value * (index[dim] + 1)
+
+
 # -- pieces put together --
 
 
@@ -274,10 +289,10 @@ def _cat(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
 
 
 def _joined(condition: Any, a: Expr, b: Expr, boolean: bool) -> Expr:
-    """`Where`, but of one value where the points that choose `a` see the same in `b` (a sequence put together again)."""
-    if isinstance(condition, sympy.StrictLessThan) and condition.lhs.is_Symbol and condition.rhs == 1:
-        if a == b.xreplace({condition.lhs: _ZERO}):
-            return b
+    """`Where`, but of one value if the points that choose `a` see the same in `b` (a sequence put together again)."""
+    only_first = isinstance(condition, sympy.StrictLessThan) and condition.lhs.is_Symbol and condition.rhs == 1
+    if only_first and a == b.xreplace({condition.lhs: _ZERO}):
+        return b
     return choose(condition, a, b) if boolean else Where(condition, a, b)
 
 
@@ -335,249 +350,6 @@ def _copy(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
     return r.read(a.src, broadcast(index, shape(node), shape(a.src)))
 
 
-# -- reductions --
-
-
-def segments(r: Raiser, node: Node, dim: int) -> list[tuple[Expr, Expr]]:
-    """Start and length of the runs of a dimension that were concatenated inside the region, in order."""
-    size = shape(node)[dim]
-    whole = [(_ZERO, size)]
-    if node not in r.core:
-        return whole
-    name = op_name(node)
-    if name == "aten::cat":
-        a = arguments(node)
-        if a.dim % len(shape(node)) != dim:
-            return whole
-        start, runs = _ZERO, []
-        for part in a.tensors:
-            for offset, length in segments(r, part, dim):
-                runs.append((start + offset, length))
-            start = start + shape(part)[dim]
-        return runs
-    if name.removeprefix("aten::") in NUMERIC or name in _TRANSPARENT:
-        for operand in node.all_input_nodes:
-            if is_tensor(operand) and len(shape(operand)) == len(shape(node)) and shape(operand)[dim] == size:
-                if len(found := segments(r, operand, dim)) > 1:
-                    return found
-    return whole
-
-
-_TRANSPARENT = {"aten::_softmax", "aten::_safe_softmax", "aten::clone", "aten::_to_copy", "aten::masked_fill",
-                "aten::where", "prims::convert_element_type", "aten::_log_softmax"}  # fmt: skip
-
-
-def _combine(monoid: str, values: Sequence[Expr]) -> Expr:
-    combine = {"sum": sympy.Add, "prod": sympy.Mul, "max": sympy.Max, "min": sympy.Min, "any": sympy.Or,
-               "all": sympy.And}  # fmt: skip
-    return combine[monoid](*values)
-
-
-def over(r: Raiser, node: Node, key: Any, operand: Node, dims: Sequence[int], monoid: str, kept: Index,
-         value: Callable[[Index], Expr], dtype: str | None = None) -> Expr:  # fmt: skip
-    """`monoid` over dimensions of an operand of `value(index into the operand)`; `kept` indexes the other dimensions."""
-    sizes = shape(operand)
-    others = tuple(n for d, n in enumerate(sizes) if d not in dims)
-    runs = segments(r, operand, dims[0]) if len(dims) == 1 else [(_ZERO, _ONE)]
-
-    def full(own: Index, reduced: Sequence[Expr]) -> Index:
-        left, gone = iter(own), iter(reduced)
-        return tuple(next(gone) if d in dims else next(left) for d in range(len(sizes)))
-
-    if len(runs) == 1:
-
-        def whole(i: Index) -> Expr:
-            return value(full(i[: len(others)], i[len(others) :]))
-
-        return r.reduce((node, key), node, monoid, [sizes[d] for d in dims], whole, kept, others, dtype)
-
-    def combined(own: Index) -> tuple[Expr, None]:
-        parts = []
-        for k, (start, length) in enumerate(runs):
-            if length == 1:
-                parts.append(value(full(own, [start])))
-                continue
-
-            def run(i: Index, start: Expr = start) -> Expr:
-                return value(full(i[: len(others)], [start + i[-1]]))
-
-            parts.append(r.reduce((node, key, k), node, monoid, [length], run, own, others, dtype))
-        return _combine(monoid, parts), None
-
-    return r.define((node, key), node, kept, others, combined, dtype)
-
-
-def _dims(a: SimpleNamespace, node: Node) -> list[int]:
-    rank = len(shape(node))
-    dims = getattr(a, "dim", None)
-    if dims is None or dims == []:
-        return list(range(rank))
-    return sorted(d % rank for d in ([dims] if isinstance(dims, int) else dims)) if rank else []
-
-
-def _kept(index: Index, dims: Sequence[int], keepdim: bool) -> Index:
-    return tuple(i for d, i in enumerate(index) if d not in dims) if keepdim else index
-
-
-def _reduction(monoid: str, prepare: Callable[[Expr], Expr] | None = None, mean: bool = False) -> Rule:
-    def rule(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
-        operand = a.self
-        dims = _dims(a, operand)
-        if not dims:
-            return r.read(operand, index)
-        kept = _kept(index, dims, getattr(a, "keepdim", False))
-        logical = monoid in ("any", "all")
-        boolean = torch_dtype(operand) == torch.bool
-
-        def value(at: Index) -> Expr:
-            read = r.operand if operand in r.products else r.read
-            expr = read(operand, at)
-            expr = as_predicate(expr, boolean) if logical else as_number(expr, boolean)
-            return prepare(expr) if prepare else expr
-
-        count = sympy.Mul(*(shape(operand)[d] for d in dims))
-        if node not in r.core:
-            return _constant_reduction(r, node, operand, dims, kept, value, monoid, count, mean)
-        result = over(r, node, "reduce", operand, dims, monoid, kept, value)
-        return result / count if mean else result
-
-    return rule
-
-
-def _constant_reduction(r: Raiser, node: Node, operand: Node, dims: Sequence[int], kept: Index,
-                        value: Callable[[Index], Expr], monoid: str, count: Expr, mean: bool) -> Expr:  # fmt: skip
-    """A reduction on the side, where every element is one number."""
-    left = iter(kept)
-    at = tuple(r.fresh((node, "constant", d), n)[0] if d in dims else next(left) for d, n in enumerate(shape(operand)))
-    constant = value(at)
-    if constant.free_symbols or constant.has(Access):
-        raise Unraisable(f"{node.target} outside the region")
-    return constant * count if monoid == "sum" and not mean else constant
-
-
-def _max_dim(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
-    raise Unraisable(f"{node.target} gives values and indices")
-
-
-def _cumsum(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
-    """Only of a constant: a running count of nothing, or a position."""
-    dim = a.dim % len(index)
-    here = r.fresh((node, "constant"), shape(a.self)[dim])[0]
-    value = as_number(r.read(a.self, (*index[:dim], here, *index[dim + 1 :])), torch_dtype(a.self) == torch.bool)
-    if value.free_symbols or value.has(Access):
-        raise Unraisable(f"{node.target} is a scan")
-    return value * (index[dim] + 1)
-
-
-def softmax(r: Raiser, node: Node, operand: Node, dim: int, index: Index, result: str) -> Expr:
-    """`exp(x - max) / sum`, its logarithm, or the logarithm of the sum (`result`: "softmax", "log_softmax", "sum")."""
-    sizes = shape(operand)
-    dim %= len(sizes)
-    split = len(segments(r, operand, dim)) > 1
-
-    def without(i: Index) -> Index:
-        return i[:dim] + i[dim + 1 :]
-
-    def x(i: Index) -> Expr:
-        return r.read(operand, i) if split else r.share(operand, i)
-
-    def greatest(kept: Index) -> Expr:
-        return over(r, node, "max", operand, [dim], "max", kept, x)
-
-    def weight(i: Index) -> Expr:
-        if split or result == "sum":
-            return sympy.exp(x(i) - greatest(without(i)))
-        return r.define(
-            (node, "weight"), node, i, sizes, lambda own: (sympy.exp(x(own) - greatest(without(own))), None)
-        )
-
-    def total(kept: Index) -> Expr:
-        return over(r, node, "sum", operand, [dim], "sum", kept, weight)
-
-    if result == "sum":
-        return greatest(index) + sympy.log(total(index))
-    if result == "log_softmax":
-        return x(index) - greatest(without(index)) - sympy.log(total(without(index)))
-    above = weight(index)
-    return above / total(without(index))
-
-
-def _softmax(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
-    return softmax(r, node, a.self, a.dim, index, "softmax")
-
-
-def _log_softmax(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
-    return softmax(r, node, a.self, a.dim, index, "log_softmax")
-
-
-def _logsumexp(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
-    dims = _dims(a, a.self)
-    if len(dims) != 1:
-        raise Unraisable(f"{node.target} over several dimensions")
-    return softmax(r, node, a.self, dims[0], _kept(index, dims, a.keepdim), "sum")
-
-
-def _norm(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
-    order = getattr(a, "ord", getattr(a, "p", None))
-    if order not in (2, 2.0, None):
-        raise Unraisable(f"{node.target} of order {order}")
-    return sympy.sqrt(_reduction("sum", lambda x: x**2)(r, node, a, index))
-
-
-# -- contractions --
-
-
-def contract(r: Raiser, node: Node, a: Node, b: Node, index: Index, left: Callable[[Index, Expr], Index],
-             right: Callable[[Index, Expr], Index], length: Expr) -> Expr:  # fmt: skip
-    """`sum(k) a[left(index, k)] * b[right(index, k)]`."""
-
-    def value(i: Index) -> Expr:
-        own, k = i[:-1], i[-1]
-        width = k if node in r.scores else None
-        return r.operand(a, left(own, k), width) * r.operand(b, right(own, k), width)
-
-    return r.reduce((node, "contract"), node, "sum", [length], value, index, shape(node))
-
-
-def _matmul(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
-    """mm, bmm, mv, dot and matmul: batch dimensions broadcast, vectors have no row (or column)."""
-    first = a.self
-    second = next(v for k, v in vars(a).items() if k in ("mat2", "other", "vec", "vec2", "tensor"))
-    return _product(r, node, first, second, index)
-
-
-def _product(r: Raiser, node: Node, first: Node, second: Node, index: Index) -> Expr:
-    row, column = len(shape(first)) > 1, len(shape(second)) > 1
-    batch = shape(node)[: len(shape(node)) - row - column]
-
-    def at(operand: Node, i: Index) -> Index:
-        own = shape(operand)[:-2]
-        return broadcast(i[: len(batch)], batch, own) if own else ()
-
-    def left(i: Index, k: Expr) -> Index:
-        return (*at(first, i), i[len(batch)], k) if row else (k,)
-
-    def right(i: Index, k: Expr) -> Index:
-        return (*at(second, i), k, i[-1]) if column else (k,)
-
-    return contract(r, node, first, second, index, left, right, shape(first)[-1])
-
-
-def _add_product(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
-    first, second = (a.batch1, a.batch2) if hasattr(a, "batch1") else (a.mat1, a.mat2)
-    product = _product(r, node, first, second, index)
-    if scalar(a.beta) == 0:
-        return scalar(a.alpha) * product
-    added = r.read(a.self, broadcast(index, shape(node), shape(a.self)))
-    return scalar(a.beta) * added + scalar(a.alpha) * product
-
-
-def _linear(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
-    product = contract(r, node, a.input, a.weight, index, lambda i, k: (*i[:-1], k), lambda i, k: (i[-1], k),
-                       shape(a.input)[-1])  # fmt: skip
-    return product if a.bias is None else product + r.read(a.bias, (index[-1],))
-
-
 def _item(r: Raiser, node: Node, index: Index) -> Expr:
     whole, which = node.args
     assert isinstance(whole, Node)
@@ -587,46 +359,16 @@ def _item(r: Raiser, node: Node, index: Index) -> Expr:
     if which == 0 and name == "aten::native_dropout":
         return _dropout(r, whole, arguments(whole), index)
     if which == 0 and name in ("aten::max", "aten::min") and whole in r.core:
-        return _reduction(name.removeprefix("aten::"))(r, node, arguments(whole), index)
+        return reduction(name.removeprefix("aten::"))(r, node, arguments(whole), index)
+    short = name.removeprefix("aten::")
+    if which == 0 and short in NUMERIC:
+        return _pointwise(r, whole, short, index, node)
     raise Unraisable(f"{whole.target}, result {which}, has no rule")
 
 
 def _attention(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
     return scaled_dot_product(r, node, index)
 
-
-CONTRACTIONS: Mapping[str, Rule] = {
-    "aten::mm": _matmul,
-    "aten::bmm": _matmul,
-    "aten::matmul": _matmul,
-    "aten::mv": _matmul,
-    "aten::dot": _matmul,
-    "aten::addmm": _add_product,
-    "aten::baddbmm": _add_product,
-    "aten::linear": _linear,
-}
-
-REDUCTIONS: Mapping[str, Rule] = {
-    "aten::sum": _reduction("sum"),
-    "aten::mean": _reduction("sum", mean=True),
-    "aten::amax": _reduction("max"),
-    "aten::amin": _reduction("min"),
-    "aten::max": _reduction("max"),
-    "aten::min": _reduction("min"),
-    "aten::prod": _reduction("prod"),
-    "aten::any": _reduction("any"),
-    "aten::all": _reduction("all"),
-    "aten::linalg_vector_norm": _norm,
-    "aten::logsumexp": _logsumexp,
-}
-
-SOFTMAX: Mapping[str, Rule] = {
-    "aten::_softmax": _softmax,
-    "aten::softmax": _softmax,
-    "aten::_safe_softmax": _softmax,
-    "aten::_log_softmax": _log_softmax,
-    "aten::log_softmax": _log_softmax,
-}
 
 RULES: Mapping[str, Rule] = {
     **CONTRACTIONS,

@@ -14,7 +14,16 @@ import sympy
 import torch
 from torch.fx import Node
 
-from einscade.compiler.aten_facts import Unraisable, arguments, is_tensor, op_name, scalar, shape, torch_dtype
+from einscade.compiler.aten_facts import (
+    Unraisable,
+    arguments,
+    is_tensor,
+    op_name,
+    scalar,
+    shape,
+    tensor_inputs,
+    torch_dtype,
+)
 from einscade.compiler.raising_index import Extents, Index, quotient_and_rest, reshape_index
 from einscade.ir.expr import Expr
 
@@ -30,7 +39,7 @@ def view(node: Node, index: Index, extents: Extents) -> tuple[Node, Index] | Non
     if name == "getitem":
         return _piece(node, index)
     if name not in VIEWS:
-        return None if not is_copy(node) else (node.args[0], index)  # type: ignore[return-value]
+        return (next(tensor_inputs(node)), index) if is_copy(node) else None
     bound = arguments(node)
     operand = bound.self
     if not is_tensor(operand):
@@ -45,14 +54,14 @@ def is_copy(node: Node) -> bool:
         return True
     if name not in _CASTS or not is_tensor(node.args[0]):
         return False
-    before, after = torch_dtype(node.args[0]), torch_dtype(node)  # type: ignore[arg-type]
+    before, after = torch_dtype(node.args[0]), torch_dtype(node)
     if before == torch.bool or after == torch.bool:
         return before == after
     return after.is_floating_point or not before.is_floating_point
 
 
-_COPIES = {"aten::clone", "aten::contiguous", "aten::alias", "aten::detach", "aten::lift_fresh", "aten::lift_fresh_copy",
-           "aten::view_of", "aten::positive"}  # fmt: skip
+_COPIES = {"aten::clone", "aten::contiguous", "aten::alias", "aten::detach", "aten::lift_fresh",
+           "aten::lift_fresh_copy", "aten::positive"}  # fmt: skip
 _CASTS = {"aten::_to_copy", "aten::to", "prims::convert_element_type", "aten::type_as"}
 
 

@@ -21,7 +21,17 @@ import torch
 from torch import Tensor as TorchTensor
 from torch.fx import Node
 
-from einscade.compiler.aten_facts import Unraisable, dtype_name, is_tensor, op_name, readers, scalar, shape, torch_dtype
+from einscade.compiler.aten_facts import (
+    Unraisable,
+    dtype_name,
+    is_tensor,
+    op_name,
+    readers,
+    scalar,
+    shape,
+    tensor_inputs,
+    torch_dtype,
+)
 from einscade.compiler.aten_views import VIEWS, is_copy, view
 from einscade.compiler.raising_constants import least_is_nonnegative, recognise
 from einscade.compiler.raising_index import Index, exact_quotient, is_one, one, product, quotient_and_rest, same
@@ -57,18 +67,20 @@ class _Step:
 class Raiser:
     """One raising. `core` are the region's own nodes, `products` those of them whose operands are cut like a
     contraction's, `constants` the values known of graph inputs, `splits` which variables to make in parts, `scores` the
-    contractions that make the intermediate."""
+    contractions that make the intermediate, `owned` the nodes of all regions."""
 
     core: Collection[Node]
     products: Collection[Node]
     constants: Mapping[str, TorchTensor]
     splits: Mapping[Key, Expr]
     scores: Collection[Node] = ()
+    owned: Collection[Node] = ()
     extents: dict[str, Expr] = field(default_factory=dict)
     keys: dict[str, Key] = field(default_factory=dict)
     body: list[Einsum] = field(default_factory=list)
     leaves: dict[str, Node] = field(default_factory=dict)
     wanted: dict[Key, Expr] = field(default_factory=dict)
+    touched: set[Node] = field(default_factory=set)
     known: set[Node] = field(default_factory=set)
     defined: dict[Key, tuple[str, tuple[tuple[str, ...], ...]]] = field(default_factory=dict)
     width: Expr | None = None
@@ -127,8 +139,8 @@ class Raiser:
         return self._remembered(node, index, "core" if node in self.core else "side")
 
     def operand(self, node: Node, index: Index, width: Expr | None = None) -> Expr:
-        """An operand of a contraction: followed through what only moves or scales elements, never further. Of views that
-        are equally good, the one whose last dimension is `width` is read."""
+        """An operand of a contraction: followed through what only moves or scales elements, never further. Of views
+        that are equally good, the one whose last dimension is `width` is read."""
         self.width = width
         return self._remembered(node, index, "core" if node in self.core else "operand")
 
@@ -143,6 +155,7 @@ class Raiser:
         return self.define((node, "share"), node, index, sizes, lambda i: (self.read(node, i), None))
 
     def _remembered(self, node: Node, index: Index, mode: str) -> Expr:
+        self.touched.add(node)
         key = (node, index, mode)
         if key not in self._memo:
             self._memo[key] = getattr(self, f"_{mode}")(node, index)
@@ -166,8 +179,8 @@ class Raiser:
         return self.define((node, "shared"), node, index, sizes, lambda i: (evaluate(self, node, i), None))
 
     def _operand(self, node: Node, index: Index) -> Expr:
-        """The operand read where it needs no copy: past clones, casts, scaling and repeated heads, but not past the view
-        that gives it one dimension per rank."""
+        """The operand read where it needs no copy: past clones, casts, scaling and repeated heads, but not past the
+        view that gives it one dimension per rank."""
         steps = [_Step(node, index, sympy.Integer(1), copied=False)]
         while (step := self._step(steps[-1])) is not None:
             steps.append(step)
@@ -175,7 +188,8 @@ class Raiser:
         return self.leaf(chosen.node, chosen.index) * chosen.factor
 
     def _step(self, at: _Step) -> _Step | None:
-        if at.node in self.core:
+        self.touched.add(at.node)
+        if at.node in self.core or at.node in self.owned:
             return None
         if (scaled := _scaled(at.node)) is not None:
             tensor, apply = scaled
@@ -190,20 +204,24 @@ class Raiser:
         return _Step(*moved, at.factor, copied)
 
     def _chosen(self, steps: list[_Step]) -> _Step:
-        """Of the steps after the last copy, the first whose index is one variable (or part of one) per dimension; better
-        without dimensions that are not read along, and with the contracted one last."""
+        """Of the steps after the last copy, the first whose index is one variable (or part of one) per dimension;
+        better without dimensions that are not read along, and with the contracted one last."""
         ends = [k for k, step in enumerate(steps) if k == 0 or step.copied]
         for start, end in reversed(list(zip(ends, [*ends[1:], len(steps)], strict=True))):
             group = steps[start:end]
             plain = [s for s in group if self._is_plain(s)]
             if plain:
-                return min(plain, key=lambda s: (sum(i.is_Integer for i in s.index), s.index[-1:] != (self.width,)))
+                return min(plain, key=self._plainness)
             before = len(self.wanted)
             for step in group:
                 self._wants(step.index)
                 if len(self.wanted) > before:
                     return step
         return steps[ends[-1]]
+
+    def _plainness(self, step: _Step) -> tuple[int, int, bool]:
+        constants = sum(i.is_Integer for i in step.index)
+        return constants, constants - len(step.index), step.index[-1:] != (self.width,)
 
     def _is_plain(self, step: _Step) -> bool:
         seen: list[str] = []
@@ -218,7 +236,7 @@ class Raiser:
         return len(seen) == len(set(seen))
 
     def _side(self, node: Node, index: Index) -> Expr:
-        if self._cut.get(node):
+        if self._cut.get(node) or node in self.owned:
             return self.leaf(node, index)
         from einscade.compiler.aten_rules import evaluate
 
@@ -234,7 +252,7 @@ class Raiser:
         return self.leaf(node, index) if self._cut[node] else value
 
     def _heavier(self, value: Expr, node: Node) -> bool:
-        """Whether the inputs of a value hold more than the value itself, or are far to compute: reading it is better."""
+        """Whether reading a value is better: its inputs hold more than it does, or it is far to compute from them."""
         names = {a.tensor for a in accesses(value)}
         own, read = _elements(node), sum(_elements(self.leaves[name]) for name in names if name in self.leaves)
         # What is made of something too far to compute is read whole as well, rather than finished for every element.
@@ -256,10 +274,11 @@ class Raiser:
     def nonnegative(self, node: Node) -> bool:
         """Whether a tensor of integers is a known one without negative elements."""
         while node.name not in self.constants:
+            self.touched.add(node)
             moved = op_name(node) in VIEWS or is_copy(node)
             if not moved or not is_tensor(node.args[0]):
                 return False
-            node = node.args[0]  # type: ignore[assignment]
+            node = node.args[0]
         if not least_is_nonnegative(self.constants[node.name]):
             return False
         self.known.add(node)
@@ -268,8 +287,11 @@ class Raiser:
     def number(self, value: Any) -> Expr:
         """A scalar argument. A float that torch only knows at run time is read where it is stored."""
         if isinstance(value, Node) and op_name(value) == "aten::_local_scalar_dense":
-            return self.leaf(value.args[0], ())  # type: ignore[arg-type]
+            self.touched.add(value)
+            (stored,) = tensor_inputs(value)
+            return self.leaf(stored, ())
         if isinstance(value, Node) and isinstance(value.meta.get("val"), torch.SymFloat):
+            self.touched.add(value)
             combine = _ARITHMETIC.get(op_name(value))
             if combine is not None:
                 return combine(*map(self.number, value.args))
@@ -279,6 +301,7 @@ class Raiser:
         """One element of a tensor the region reads; of a known tensor, what the value shows it to be."""
         if (known := self.constant(node, index)) is not None:
             return known
+        self.touched.add(node)
         dtype_name(node)
         sizes = shape(node)
         index = tuple(self._plain(i, n) for i, n in zip(index, sizes, strict=True))
@@ -412,7 +435,7 @@ def _elements(node: Node) -> int:
 def _scaled(node: Node) -> tuple[Node, Callable[[Expr, Raiser], Expr]] | None:
     """The tensor that a node multiplies or divides by one number, and how; a cast counts as such a product by 1."""
     if is_copy(node) and is_tensor(node.args[0]):
-        return node.args[0], lambda x, r: x  # type: ignore[return-value]
+        return node.args[0], lambda x, r: x
     name = op_name(node)
     if name not in ("aten::mul", "aten::div") or not torch_dtype(node).is_floating_point or len(node.args) != 2:
         return None
@@ -423,14 +446,14 @@ def _scaled(node: Node) -> tuple[Node, Callable[[Expr, Raiser], Expr]] | None:
         first, second = second, first
     if not is_tensor(first) or not _is_number(second) or "rounding_mode" in node.kwargs:
         return None
-    if torch_dtype(first).is_floating_point is False:  # type: ignore[arg-type]
+    if torch_dtype(first).is_floating_point is False:
         return None
 
     def apply(x: Expr, raiser: Raiser) -> Expr:
-        by = raiser.read(second, ()) if is_tensor(second) else raiser.number(second)  # type: ignore[arg-type]
+        by = raiser.read(second, ()) if is_tensor(second) else raiser.number(second)
         return x * by if name == "aten::mul" else x / by
 
-    return first, apply  # type: ignore[return-value]
+    return first, apply
 
 
 def _is_number(value: Any) -> bool:

@@ -145,7 +145,7 @@ def quotient_and_rest(index: Expr, by: Expr, extents: Extents) -> tuple[Expr, Ex
 
 
 def _split(index: Expr, by: Expr, extents: Extents, near: bool) -> tuple[Expr, Expr]:
-    """`index == whole * by + rest`; with `near`, a coefficient may miss a multiple of `by` a little (relative shift)."""
+    """`index == whole * by + rest`; with `near`, a coefficient may miss a multiple of `by` a little."""
     whole: list[Expr] = []
     rest: list[Expr] = []
     for variable, coefficient in _coefficients(index, extents):
@@ -206,7 +206,7 @@ def joined(index: Expr) -> Expr:
     """The index with every `b * (x // b) + x % b` written as `x`."""
     if not index.has(Mod):
         return index
-    terms = {factor: coefficient for factor, coefficient in index.as_coefficients_dict().items()}
+    terms = dict(index.as_coefficients_dict())
     for rest in [t for t in terms if isinstance(t, Mod)]:
         x, by = rest.args
         whole = sympy.Add(*(c * t for t, c in terms.items() if t.has(FloorDiv(x, by))))

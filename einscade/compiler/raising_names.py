@@ -108,7 +108,8 @@ def _roles(r: Raiser, classes: Mapping[str, str], scores: Sequence[Node], values
         give("e", e.reduce.ranks if e.reduce else ())
     outer = {classes[v] for e in first for v in e.output.ranks}
     for e in final:
-        weights = {classes[v] for a in accesses(e.expr) if a.tensor not in r.leaves for v in free_vars(a) if v in classes}
+        made_here = [a for a in accesses(e.expr) if a.tensor not in r.leaves]
+        weights = {classes[v] for a in made_here for v in free_vars(a) if v in classes}
         give("f", (v for v in e.output.ranks if classes[v] not in outer | weights))
     keyed: set[str] = set()
     for e in (*first, *final):

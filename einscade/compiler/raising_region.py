@@ -1,13 +1,13 @@
 """Raising a whole region: from its nodes and its roots to a named cascade, and how the outputs go back into the graph.
 
-Comes in: the nodes of a region, the contractions that make and consume its intermediate, the nodes whose values others
-need. Goes out: `Raised`, or `Unraisable` with the operation that stopped it.
+Comes in: a `Request`, the nodes of a region and the ends of its intermediate. Goes out: `Raised`, or `Unraisable` with
+the operation that stopped it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor as TorchTensor
 from torch.fx import Node
@@ -15,6 +15,7 @@ from torch.fx import Node
 from einscade.compiler.aten_facts import Unraisable, dtype_name, shape
 from einscade.compiler.raising import Key, Raiser
 from einscade.compiler.raising_index import Index, is_one
+from einscade.compiler.raising_memo import Correspondence, Memo, Request
 from einscade.compiler.raising_names import named
 from einscade.ir.cascade import Cascade, Einsum, Tensor
 from einscade.ir.expr import Access, Expr, free_vars
@@ -43,57 +44,75 @@ class Raised:
     symbols: Mapping[str, str]
     known: frozenset[Node]
 
+    def moved(self, nodes: Correspondence) -> Raised:
+        """The same for the region whose nodes correspond to this one's."""
+        return replace(
+            self,
+            inputs=tuple(nodes[n] for n in self.inputs),
+            outputs=tuple(replace(o, node=nodes[o.node]) for o in self.outputs),
+            known=frozenset(nodes[n] for n in self.known),
+        )
 
-def raise_region(core: Collection[Node], products: Collection[Node], scores: Sequence[Node], values: Node,
-                 roots: Sequence[Node], constants: Mapping[str, TorchTensor], name: str) -> Raised:  # fmt: skip
-    """`scores` make the intermediate, `values` consumes it, `roots` are the nodes to produce, the main one first."""
-    splits: dict[Key, Expr] = {}
-    for _ in range(_ROUNDS):
-        r = Raiser(core, products, constants, splits, scores)
-        statements = [_root(r, k, node) for k, node in enumerate(roots)]
-        if not r.wanted:
-            break
-        splits.update(r.wanted)
-    else:
-        raise Unraisable("its dimensions do not factor")
-    if len(set(statements)) != len(statements):
-        raise Unraisable("two of its results are one value")
+
+def raise_region(request: Request, memo: Memo, name: str) -> Raised:
+    """The cascade of a region; its first root is the value it is for, further ones are values that others read."""
+    if (known := memo.find(request)) is not None:
+        earlier, nodes = known
+        return earlier.moved(nodes)
+    r, roots = _raised(request, memo.constants)
     read = {a.tensor for e in r.body for a in e.reads}
     r.leaves = {name: node for name, node in r.leaves.items() if name in read}  # some were only considered
-    order = {name: _memory(r, k, node, name) for k, (name, node) in enumerate(zip(statements, roots, strict=True))}
-    found = named(r, name, statements, scores, values)
-    cascade = found.cascade
-    outputs, body = [], {e.name: e for e in cascade.body}
-    for statement, node, result in zip(statements, roots, cascade.outputs, strict=True):
-        made = body[result]
-        memory = [found.ranks[v] for v in order[statement]]
-        ranks = _natural(made, memory)
-        body[result] = made.replace(output=Tensor(result, ranks, dtype_name(node)))
-        outputs.append(Output(node, tuple(ranks.index(rank) for rank in memory)))
-    reordered = {e.name: e.output.ranks for e in cascade.body if e.output.ranks != body[e.name].output.ranks}
-    if any(a.tensor in reordered for e in cascade.body for a in e.reads):
-        body = {e.name: body[e.name].replace(output=Tensor(e.name, e.output.ranks, body[e.name].output.dtype))
-                for e in cascade.body}  # fmt: skip
-        outputs = [Output(node, tuple(body[result].output.ranks.index(found.ranks[v]) for v in order[statement]))
-                   for statement, node, result in zip(statements, roots, cascade.outputs, strict=True)]  # fmt: skip
-    cascade = cascade.replace(body=tuple(body.values()))
-    return Raised(cascade, found.inputs, tuple(outputs), found.symbols, frozenset(r.known))
+    found = named(r, name, [statement for statement, _ in roots], request.scores, request.values)
+    cascade, permutes = _ordered(found.cascade, [[found.ranks[v] for v in ranks] for _, ranks in roots], request.roots)
+    outputs = tuple(Output(node, permute) for node, permute in zip(request.roots, permutes, strict=True))
+    result = Raised(cascade, found.inputs, outputs, found.symbols, frozenset(r.known))
+    memo.add(request, r.touched, result)
+    return result
 
 
-def _root(r: Raiser, k: int, node: Node) -> str:
-    """The statement that is the value of a root."""
+def _raised(request: Request, constants: Mapping[str, TorchTensor]) -> tuple[Raiser, list[tuple[str, tuple[str, ...]]]]:
+    """Raise, again with the variables split that the inputs need in parts, until none is."""
+    splits: dict[Key, Expr] = {}
+    for _ in range(_ROUNDS):
+        r = Raiser(request.core, request.products, constants, splits, request.scores, request.owned)
+        roots = [_root(r, k, node) for k, node in enumerate(request.roots)]
+        if not r.wanted:
+            if len({statement for statement, _ in roots}) != len(roots):
+                raise Unraisable("two of its results are one value")
+            return r, roots
+        splits.update(r.wanted)
+    raise Unraisable("its dimensions do not factor")
+
+
+def _ordered(cascade: Cascade, memory: Sequence[Sequence[str]], roots: Sequence[Node]
+             ) -> tuple[Cascade, list[tuple[int, ...]]]:  # fmt: skip
+    """The cascade with its outputs' ranks in the usual order and their nodes' dtypes, and how to permute them to their
+    nodes' order (`memory`). An output that the cascade reads itself keeps its order."""
+    read = {a.tensor for e in cascade.body for a in e.reads}
+    body = {e.name: e for e in cascade.body}
+    permutes = []
+    for result, ranks, node in zip(cascade.outputs, memory, roots, strict=True):
+        own = body[result].output.ranks if result in read else _natural(ranks)
+        body[result] = body[result].replace(output=Tensor(result, own, dtype_name(node)))
+        permutes.append(tuple(own.index(rank) for rank in ranks))
+    return cascade.replace(body=tuple(body.values())), permutes
+
+
+def _root(r: Raiser, k: int, node: Node) -> tuple[str, tuple[str, ...]]:
+    """The statement that is the value of a root, and its ranks in the order in which they make up the node's shape."""
     index, names = _root_index(r, k, node)
     value = r.read(node, index)
-    ranks = {e.name: e.output.ranks for e in r.body}
     seen = free_vars(value)
     names = tuple(n for n in names if n in seen or not is_one(r.extents[n]))
-    if isinstance(value, Access) and value.tensor in ranks:
-        if sorted(map(str, value.index)) == sorted(names) and all(i.is_Symbol for i in value.index):
-            return value.tensor
+    statements = {e.name: e.output.ranks for e in r.body}
+    if isinstance(value, Access) and value.tensor in statements and all(i.is_Symbol for i in value.index):
+        own = dict(zip(map(str, value.index), statements[value.tensor], strict=True))
+        if sorted(own) == sorted(names) and len(own) == len(value.index):
+            return value.tensor, tuple(own[n] for n in names)
     name = f"%{len(r.body)}"
     r.body.append(Einsum(Tensor(name, names, dtype_name(node)), value))
     r.defined[node, "root", k] = (name, tuple((n,) for n in names))
-    return name
+    return name, names
 
 
 def _root_index(r: Raiser, k: int, node: Node) -> tuple[Index, tuple[str, ...]]:
@@ -112,17 +131,7 @@ def _asked(r: Raiser, node: Node) -> tuple[Index, tuple[str, ...]] | None:
     return index, tuple(n for names in digits for n in names)
 
 
-def _memory(r: Raiser, k: int, node: Node, statement: str) -> tuple[str, ...]:
-    """The statement's ranks in the order in which they make up the node's dimensions."""
-    own = set(r.body_of(statement).output.ranks)
-    if k and (asked := _asked(r, node)) is not None:
-        names = asked[1]
-    else:
-        names = tuple(name for d in range(len(shape(node))) for name in r.names_of(("root", k, d)))
-    return tuple(n for n in names if n in own)
-
-
-def _natural(made: Einsum, memory: Sequence[str]) -> tuple[str, ...]:
+def _natural(memory: Sequence[str]) -> tuple[str, ...]:
     """Batches first, then rows, then the width: the order that kernels and readers expect."""
     rows = [n for n in memory if n[0] in "pqo"]
     width = [n for n in memory if n[0] in "fvd" or n[0] in "mns"]

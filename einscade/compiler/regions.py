@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.fx import GraphModule, Node
 from einscade.compiler.aten_facts import Unraisable, is_tensor, op_name, readers
 from einscade.compiler.aten_pointwise import NUMERIC
 from einscade.compiler.aten_views import VIEWS, is_copy
+from einscade.compiler.raising_memo import Memo, Request
 from einscade.compiler.raising_region import Output, raise_region
 from einscade.compiler.regions_scan import Candidate, products_of, scan
 from einscade.ir.cascade import Cascade
@@ -71,13 +73,13 @@ class _Finder:
         self.gm = gm
         self.position = {node: k for k, node in enumerate(gm.graph.nodes)}
         self.constants = constants
+        self.memo = Memo(constants)
         self.static: set[Node] = set()
         for node in gm.graph.nodes:
             if node.op == "get_attr":
                 self._attribute(node)
-            elif node.op == "placeholder":
-                if node.name in parameters or _is_weight(node):
-                    self.static.add(node)
+            elif node.op == "placeholder" and (node.name in parameters or _is_weight(node)):
+                self.static.add(node)
 
     def _attribute(self, node: Node) -> None:
         value: Any = self.gm
@@ -98,8 +100,6 @@ class _Finder:
         found = {draft: self._region(draft, holders) for draft in drafts}
         return [found[d] for d in drafts if not any(_within(d, e) and found[e].cascade for e in holders[d.values])]
 
-    # -- one region --
-
     def _draft(self, candidate: Candidate) -> _Draft:
         core = self._between(candidate)
         core = self._extended(self._result(candidate.values, core), core)
@@ -108,16 +108,17 @@ class _Finder:
 
     def _region(self, draft: _Draft, holders: Mapping[Node, list[_Draft]]) -> Region:
         core, values = draft.core, draft.values
-        scores = [s for s in draft.scores if s in core]
+        scores = tuple(s for s in draft.scores if s in core)
         nodes = tuple(sorted(core, key=self.position.__getitem__))
         where = (_module_path(values), _source(values))
         products = {p for node in (*scores, values) for p in products_of(node)}
         others = [n for n in nodes if n is not draft.root and is_tensor(n) and _escapes(n, core, holders)]
         try:
-            raised = raise_region(core, products, scores, values, [draft.root, *others], self.constants, "attention")
+            request = Request(core, products, scores, values, (draft.root, *others), holders)
+            raised = raise_region(request, self.memo, "attention")
         except Unraisable as stop:
             return Region(None, (), {}, (), nodes, *where, reason=str(stop))
-        sizes = {new: self._size(old) for new, old in raised.symbols.items() if new in raised.cascade.symbols}
+        sizes = {new: self._sizes[old] for new, old in raised.symbols.items() if new in raised.cascade.symbols}
         return Region(raised.cascade, raised.inputs, sizes, raised.outputs, nodes, *where, known=raised.known)
 
     def _between(self, candidate: Candidate) -> set[Node]:
@@ -145,16 +146,16 @@ class _Finder:
         return core
 
     def _result(self, values: Node, core: set[Node]) -> Node:
-        """Where the value leaves the region: past a division by a sum of the region, as a hand-written softmax has it."""
+        """Where the value leaves the region: past a division by a sum of the region, as hand-written softmax has it."""
         node = values
         last = values
         for _ in range(8):
             users = readers(node)
             if len(users) != 1 or not self._follows(users[0]):
                 return last
-            node = users[0]
-            sources = [s for s in node.all_input_nodes if is_tensor(s)]
-            if len(sources) > 1 and all(self._from_region(s, core) or s is values or s in core for s in sources[1:]):
+            before, node = node, users[0]
+            others = [s for s in node.all_input_nodes if is_tensor(s) and s is not before]
+            if others and all(self._from_region(s, core) for s in others):
                 last = node
         return last
 
@@ -209,18 +210,20 @@ class _Finder:
             node = user
         return node
 
-    def _size(self, symbol: str) -> int | torch.SymInt | Node:
-        """The node that holds a symbol, or a SymInt equal to it."""
-        fallback: torch.SymInt | None = None
-        for node in self.position:
+    @cached_property
+    def _sizes(self) -> dict[str, torch.SymInt | Node]:
+        """Every symbol of a shape: the node that holds it, else a SymInt equal to it."""
+        found: dict[str, torch.SymInt | Node] = {}
+        for node in self.gm.graph.nodes:
             value = node.meta.get("val")
-            if isinstance(value, torch.SymInt) and str(value.node.expr) == symbol:
-                return node
-            if fallback is None and isinstance(value, torch.Tensor):
-                fallback = next((n for n in value.shape if isinstance(n, torch.SymInt) and str(n.node.expr) == symbol), None)
-        if fallback is None:
-            raise AssertionError(f"no node has the size {symbol}")
-        return fallback
+            if isinstance(value, torch.SymInt):
+                if not isinstance(found.get(str(value.node.expr)), Node):
+                    found[str(value.node.expr)] = node
+            elif isinstance(value, torch.Tensor):
+                for size in value.shape:
+                    if isinstance(size, torch.SymInt):
+                        found.setdefault(str(size.node.expr), size)
+        return found
 
 
 _TUPLES = frozenset({

@@ -21,7 +21,8 @@ from torch.fx import GraphModule, Node
 
 from einscade.compiler.aten_attention import SCALED_DOT_PRODUCT
 from einscade.compiler.aten_facts import arguments, is_tensor, op_name, shape, tensor_inputs
-from einscade.compiler.aten_rules import CONTRACTIONS, REDUCTIONS, SOFTMAX, has_rule
+from einscade.compiler.aten_reductions import CONTRACTIONS, REDUCTIONS, SOFTMAX
+from einscade.compiler.aten_rules import has_rule
 from einscade.compiler.aten_views import VIEWS, is_copy
 from einscade.compiler.raising_index import groups
 from einscade.ir.expr import Expr
@@ -122,6 +123,8 @@ class _Scan:
             if self.of(source):
                 if name in ("aten::max", "aten::min"):
                     self.touch(source, "reduce", arguments(whole).dim)
+                elif has_rule(name):
+                    self.touch(source, name)
                 self.store(node, self.viewed(node, source))
                 return
 
@@ -134,6 +137,9 @@ class _Scan:
             return
         present = set(every)
         whole = {m for m in present if (m[0], 1 - m[1]) in present}
+        # A product with weights whose two ranks were merged is no intermediate any more (tokens sent to experts).
+        whole -= {m for dim in marks for m in dim if (m[0], 1 - m[1]) in dim and any(self.pairs[m[0]].static)}
+        whole = {m for m in whole if (m[0], 1 - m[1]) in whole}
         if whole:
             self.marks[node] = tuple(frozenset(dim & whole) for dim in marks)
 
@@ -185,7 +191,7 @@ class _Scan:
         self.store(node, tuple(result))
 
     def linear(self, node: Node, source: Node, inputs: Sequence[Node]) -> bool:
-        """Whether a sum or product leaves the value a plain product of its sides: it adds, or scales rows or columns."""
+        """Whether the value stays a plain product of its sides: something is added, or its rows or columns scaled."""
         if op_name(node).removeprefix("aten::") not in ("mul", "div"):
             return True
         marks = self.of(source)
@@ -229,18 +235,7 @@ class _Scan:
             marks = self.of(side.node)
             if not marks:
                 continue
-            kept = [d for d in range(len(marks)) if d not in side.reduced]
-            alive = {m for d in kept for m in marks[d]}
-            rows = {m for d in kept if d in side.free for m in marks[d]}
-            gone = {m for d in side.reduced for m in marks[d]}
-
-            def partnered(mark: Mark, alive: set = alive, rows: set = rows, gone: set = gone, other: _Side = other) -> bool:
-                partner = (mark[0], 1 - mark[1])
-                # Where the other operand has no width of its own, it has to lack the rows: else this scales, or sums,
-                # weights. The same where a reshape has mixed the two ranks.
-                return partner in (alive if other.free and partner not in gone else rows)
-
-            makers = [m for m in gone if m[0] not in both and partnered(m)]
+            makers = [m for m in _reduced(marks, side, other) if m[0] not in both]
             if makers:
                 self.matches.append((tuple(makers), node, side.node, other.node))
                 for maker, _ in makers:
@@ -274,6 +269,17 @@ _LINEAR = {"add", "sub", "rsub", "mul", "div", "neg"}
 _WITH_INDICES = {"aten::max", "aten::min", "aten::sort", "aten::topk", "aten::kthvalue", "aten::mode"}
 _GATHERS = {"aten::index", "aten::gather", "aten::index_select", "aten::index_put", "aten::scatter"}
 _EXPONENTIAL = {"aten::exp", "aten::exp2", "aten::sigmoid"}
+
+
+def _reduced(marks: Marks, side: _Side, other: _Side) -> list[Mark]:
+    """The marks that a contraction reduces while their partners stay. Where the other operand has no width of its own
+    it has to lack the rows (else it scales, or sums, weights), and likewise where a reshape has mixed the two ranks."""
+    kept = [d for d in range(len(marks)) if d not in side.reduced]
+    alive = {m for d in kept for m in marks[d]}
+    rows = {m for d in kept if d in side.free for m in marks[d]}
+    gone = {m for d in side.reduced for m in marks[d]}
+    partner = {m: (m[0], 1 - m[1]) for m in gone}
+    return [m for m in gone if partner[m] in (alive if other.free and partner[m] not in gone else rows)]
 
 
 @dataclass(frozen=True)

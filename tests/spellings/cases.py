@@ -7,7 +7,7 @@ Data only, so that tests of the finder, of the passes and of whole compilations 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +35,8 @@ class Case:
     """A function (or a module) of tensors named in SHAPES or in `extra`, and what should be found in it.
 
     `domain(p, m)` is the predicate on positions that must come out as a domain (None: every point exists); `masked`
-    says that a tensor masks too, `casts` that the function itself computes in float32. `normaliser`: "softmax" (a maximum and a sum over m), "sum" or "none".
+    says that a tensor masks too, `casts` that the function itself computes in float32. `normaliser`: "softmax" (a
+    maximum and a sum over m), "sum" or "none".
     """
 
     name: str
@@ -65,7 +66,8 @@ def spelling(args: str, **expected: object) -> Callable[[Function], Function]:
 
 def negative(args: str, **expected: object) -> Callable[[Function], Function]:
     def add(function: Function) -> Function:
-        NEGATIVES.append(Case(function.__name__, function, tuple(args.split()), sites=0, **expected))  # type: ignore[arg-type]
+        made = Case(function.__name__, function, tuple(args.split()), sites=0, **expected)  # type: ignore[arg-type]
+        NEGATIVES.append(made)
         return function
 
     return add
@@ -596,19 +598,12 @@ def talking_heads(q, k, v, mix):
     return torch.einsum("bhpm,hg->bgpm", s.softmax(-1), mix) @ v
 
 
-@spelling("q k v")
+@spelling("q k v", sites=2)
 def weights_twice(q, k, v):
     w = (q @ k.mT * SCALE).softmax(-1)
     return w @ v + (w @ v.flip(-1))
 
 
-@spelling("q k v")
-def weights_for_two_values(q, k, v):
-    w = (q @ k.mT * SCALE).softmax(-1)
-    return w @ v, w @ v.flip(-1)
-
-
-CASES[-1] = Case("weights_for_two_values", weights_for_two_values, ("q", "k", "v"), sites=2)
 
 
 # -- heads ------------------------------------------------------------------------------------------------------------
@@ -791,23 +786,41 @@ class _Owned(nn.Module):
         return self.compute(*args, **dict(self.named_parameters()))
 
 
-def _not_attention(name: str, compute: Callable[..., Tensor], args: Sequence[str] = ("x",), **shapes: tuple[int, ...]) -> None:
-    NEGATIVES.append(Case(name, _Owned(compute, **shapes), tuple(args), sites=0))
+def _module(name: str, compute: Callable[..., Tensor], **shapes: tuple[int, ...]) -> None:
+    NEGATIVES.append(Case(name, _Owned(compute, **shapes), ("x",), sites=0))
+
+
+def _router(x, choose, scale):
+    return torch.einsum("bne,neo->bno", (x @ choose).softmax(-1), torch.ones(M, 3, 5, dtype=x.dtype)) * scale
+
+
+def _experts(x, choose, up, down):
+    made = F.relu(torch.einsum("bnw,gwu->gbnu", x, up)) @ down[:, None]
+    return (made * (x @ choose).softmax(-1).permute(2, 0, 1)[..., None]).sum(0)
+
+
+def _top_two_experts(x, choose, up, down):
+    weights, chosen = (x @ choose).softmax(-1).topk(2, -1)
+    made = torch.einsum("bnw,bnkwu->bnku", x, up[chosen]).relu()
+    return torch.einsum("bnku,bnkuw,bnk->bnw", made, down[chosen], weights)
+
+
+def _rms_norm_between(x, a, b):
+    y = x @ a
+    return y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True)) @ b
 
 
 W = H * E
-_not_attention("mlp", lambda x, a, b: F.gelu(x @ a) @ b, a=(W, 64), b=(64, W))
-_not_attention("mlp_linear", lambda x, a, b, c, d: F.linear(F.relu(F.linear(x, a, c)), b, d), a=(64, W), b=(W, 64), c=(64,), d=(W,))
-_not_attention("glu", lambda x, a, b, c: (F.silu(x @ a) * (x @ b)) @ c, a=(W, 64), b=(W, 64), c=(64, W))
-_not_attention("router", lambda x, r, a: torch.einsum("bne,neo->bno", (x @ r).softmax(-1), torch.ones(M, 3, 5, dtype=x.dtype)) * a,
-               r=(W, 3), a=(5,))  # fmt: skip
-_not_attention("squeeze_excite", lambda x, a, b: x * torch.sigmoid(F.relu(x.mean(1) @ a) @ b)[:, None], a=(W, 4), b=(4, W))
-_not_attention("layer_norm", lambda x, a, b, c: F.layer_norm(x @ a, (W,), b, c) @ a, a=(W, W), b=(W,), c=(W,))
-_not_attention("rms_norm_between_projections", lambda x, a, b: (x @ a) * torch.rsqrt((x @ a).pow(2).mean(-1, keepdim=True)) @ b,
-               a=(W, W), b=(W, W))  # fmt: skip
-_not_attention("experts", lambda x, r, a, b: ((F.relu(torch.einsum("bnw,gwu->gbnu", x, a)) @ b[:, None])
-               * (x @ r).softmax(-1).permute(2, 0, 1)[..., None]).sum(0), r=(W, 3), a=(3, W, 16), b=(3, 16, W))  # fmt: skip
-_not_attention("softmax_over_classes", lambda x, a, b: (x @ a).softmax(-1) @ b, a=(W, 10), b=(10, W))
+_module("mlp", lambda x, a, b: F.gelu(x @ a) @ b, a=(W, 64), b=(64, W))
+_module("mlp_linear", lambda x, a, b, c: F.linear(F.relu(F.linear(x, a, c)), b), a=(64, W), b=(W, 64), c=(64,))
+_module("glu", lambda x, a, b, c: (F.silu(x @ a) * (x @ b)) @ c, a=(W, 64), b=(W, 64), c=(64, W))
+_module("router", _router, choose=(W, 3), scale=(5,))
+_module("experts", _experts, choose=(W, 3), up=(3, W, 16), down=(3, 16, W))
+_module("top_two_experts", _top_two_experts, choose=(W, 3), up=(3, W, 16), down=(3, 16, W))
+_module("squeeze_excite", lambda x, a, b: x * torch.sigmoid(F.relu(x.mean(1) @ a) @ b)[:, None], a=(W, 4), b=(4, W))
+_module("layer_norm", lambda x, a, b: F.layer_norm(x @ a, (W,), b) @ a, a=(W, W), b=(W,))
+_module("rms_norm_between_projections", _rms_norm_between, a=(W, W), b=(W, W))
+_module("softmax_over_classes", lambda x, a, b: (x @ a).softmax(-1) @ b, a=(W, 10), b=(10, W))
 
 
 @negative("q3 k3 v3")
