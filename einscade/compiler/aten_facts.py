@@ -89,9 +89,9 @@ def shape(node: Node) -> tuple[Expr, ...]:
 
 
 def extent(size: int | torch.SymInt) -> Expr:
-    """A size as an expression over the IR's symbols."""
+    """A size as an expression over the IR's symbols. A size is nonnegative, so what it is made of is taken to be."""
     if isinstance(size, torch.SymInt):
-        return _converted(size.node.expr)
+        return _converted(size.node.expr, signed=False)
     return sympy.Integer(int(size))
 
 
@@ -99,10 +99,8 @@ def scalar(value: Any) -> Expr:
     """A number, a SymInt or a node that holds one, as an expression."""
     if isinstance(value, Node):
         value = value.meta.get("val")
-    if isinstance(value, torch.SymInt):
-        return extent(value)
-    if isinstance(value, torch.SymFloat):
-        return _converted(value.node.expr)
+    if isinstance(value, torch.SymInt | torch.SymFloat):
+        return _converted(value.node.expr, signed=True)
     if isinstance(value, torch.SymBool) or value is None or isinstance(value, complex | torch.Tensor):
         raise Unraisable(f"{value!r} is not a number")
     return const(value)
@@ -129,15 +127,15 @@ _FUNCTIONS: dict[str, Callable[..., Expr]] = {
 
 
 @lru_cache(maxsize=65536)
-def _converted(expr: Expr) -> Expr:
-    """torch's symbolic shape expression with the IR's symbols and functions."""
+def _converted(expr: Expr, signed: bool) -> Expr:
+    """torch's symbolic shape expression with the IR's symbols and functions, which are nonnegative integers."""
     if isinstance(expr, sympy.Symbol):
-        if expr.is_nonnegative is not True:
-            raise Unraisable(f"the integer {expr} may be negative")
+        if signed and not (expr.is_integer and expr.is_nonnegative):
+            raise Unraisable(f"the number {expr} is only known at run time, and may be negative")
         return var(expr.name)
     if not expr.args:
         return const(float(expr)) if expr.is_Float else expr
-    args = [_converted(a) for a in expr.args]
+    args = [_converted(a, signed) for a in expr.args]
     if function := _FUNCTIONS.get(type(expr).__name__):
         return function(*args)
     if expr.is_Add or expr.is_Mul or expr.is_Pow:

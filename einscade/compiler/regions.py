@@ -23,6 +23,7 @@ from einscade.compiler.raising_memo import Memo, Request
 from einscade.compiler.raising_region import Output, raise_region
 from einscade.compiler.regions_scan import Candidate, products_of, scan
 from einscade.ir.cascade import Cascade
+from einscade.ir.verify import CascadeError
 
 __all__ = ["Output", "Region", "find"]
 
@@ -118,6 +119,8 @@ class _Finder:
             raised = raise_region(request, self.memo, "attention")
         except Unraisable as stop:
             return Region(None, (), {}, (), nodes, *where, reason=str(stop))
+        except (CascadeError, RecursionError) as error:
+            return Region(None, (), {}, (), nodes, *where, reason=f"raising failed: {error}")
         sizes = {new: self._sizes[old] for new, old in raised.symbols.items() if new in raised.cascade.symbols}
         return Region(raised.cascade, raised.inputs, sizes, raised.outputs, nodes, *where, known=raised.known)
 

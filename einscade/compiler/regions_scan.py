@@ -15,12 +15,13 @@ What a model's weights do to a value is not attention: a contraction with a para
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from torch.fx import GraphModule, Node
 
 from einscade.compiler.aten_attention import SCALED_DOT_PRODUCT
-from einscade.compiler.aten_facts import arguments, is_tensor, op_name, shape, tensor_inputs
+from einscade.compiler.aten_facts import Unraisable, arguments, is_tensor, op_name, shape, tensor_inputs
 from einscade.compiler.aten_reductions import CONTRACTIONS, REDUCTIONS, SOFTMAX
 from einscade.compiler.aten_rules import has_rule
 from einscade.compiler.aten_views import VIEWS, is_copy
@@ -72,7 +73,8 @@ class _Scan:
     def run(self, gm: GraphModule) -> list[Candidate]:
         for node in gm.graph.nodes:
             if node.op == "call_function":
-                self.node(node)
+                with suppress(Unraisable):  # shapes and dtypes that the IR cannot say are no one's intermediate
+                    self.node(node)
         found = [Candidate((node,), node, None) for node in self.whole]
         for makers, values, intermediate, other in self.matches:
             # Judged at the end: a sum over m that normalises may come after the values in the graph.
