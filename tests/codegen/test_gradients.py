@@ -75,7 +75,9 @@ def test_gradients_in_loops_match_the_interpreter(name: str, lengths: tuple[int,
         values[cotangent] = torch.randn(saved[output].shape, generator=generator, dtype=torch.float64)
     used = {t.name: values[t.name] for t in gradient.cascade.inputs}
     expected = interpret(gradient.cascade, used, {s: n for s, n in sizes.items() if s in gradient.cascade.symbols})
-    got = compiled(looped, 16)(*(values[t.name] for t in looped.inputs), **{s: n for s, n in sizes.items() if s in looped.symbols})
+    got = compiled(looped, 16)(
+        *(values[t.name] for t in looped.inputs), **{s: n for s, n in sizes.items() if s in looped.symbols}
+    )
     for output, value in zip(looped.outputs, got, strict=True):
         reference = expected[output]
         assert value.shape == reference.shape
