@@ -30,7 +30,7 @@ from examples import pretrained
 PROMPT = "Why is the sky blue?"
 NEW_TOKENS = 64
 LENGTHS = (512, 2048)
-REPEATS = {512: 5, 2048: 2}  # after one call each, which the comparison of the logits makes
+REPEATS = {512: 3, 2048: 1}  # after one call each, which the comparison of the logits makes
 LAST = 16  # logits of the last positions only, as a prefill computes them; all of them would hide attention's memory
 MAX_LOGIT_ERROR = 1e-3
 MAX_EMBEDDING_ERROR = 1e-5
@@ -61,8 +61,12 @@ def optimise(name: str, model: Any, first_call: Forward, sites: int, promises: P
     )
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         task = progress.add_task(f"compiling {name}", total=sites)
+        # the rest of the graph stays as it was, so that what changes is attention, and nothing waits for a C++ compiler
         fast = einscade.optimize(
-            model, dynamic=True, progress=lambda done, total: progress.update(task, completed=done, total=total)
+            model,
+            inner="eager",
+            dynamic=True,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
         first_call(fast)
     console.print(str(fast.report), markup=False, soft_wrap=True)
