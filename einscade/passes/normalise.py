@@ -21,6 +21,7 @@ from einscade.passes.terms import fold
 __all__ = ["limit", "normal", "predicate"]
 
 DIGITS = 14
+FILL = 1e30
 _EXTREMES = (sympy.oo, -sympy.oo, sympy.nan, sympy.zoo)
 
 
@@ -50,6 +51,8 @@ def normal(expr: Any) -> Any:
 
 def _number(value: Expr) -> Expr:
     evaluated = float(value)
+    if abs(evaluated) >= FILL:  # the lowest float32, rounded, is no float32 any more
+        return const(evaluated)
     return const(float(f"{evaluated:.{DIGITS}g}"))
 
 

@@ -7,10 +7,11 @@ import time
 import pytest
 import torch
 
-from einscade.ir import Cascade
+from einscade.ir import Access, Cascade, Where, const, var
 from einscade.ir.text import parse_cascade, print_cascade
 from einscade.ir.verify import verify
 from einscade.passes.canonicalise import Canonicalise
+from einscade.passes.normalise import normal
 from einscade.passes.rewrite import NotApplicable
 from tests.passes.cascades import ALL, SIZES, assert_equal, cascade, outputs, random_inputs
 
@@ -138,6 +139,13 @@ def test_conjuncts_stay_apart_and_tensors_join_them() -> None:
     domain = masked("S[b,h,p,m] = S0[b,h,p,m] if m <= p & p - m < 3 & A[b,m]")
     assert canonical(cascade(head + "  " + domain)) == after
     assert_equal(cascade(head + "  " + domain), after, {"B": 2, "P": 5, "M": 5})
+
+
+def test_the_lowest_float_stays_one() -> None:
+    """A fill that is kept (each row may be masked whole by a tensor, twice) is not rounded out of float32."""
+    lowest = torch.finfo(torch.float32).min
+    kept = normal(Where(Access("X", var("m")) > 0, const(lowest), Access("Y", var("m"))))
+    assert float(kept.args[1]) == lowest
 
 
 def test_a_condition_on_the_row_leaves_the_reduction() -> None:
