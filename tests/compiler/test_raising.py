@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import sympy
@@ -15,15 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from region_oracle import check, trace, values_of
-
 from einscade.compiler.aten_views import view
 from einscade.compiler.raising_constants import recognise
 from einscade.compiler.raising_index import at_least, bounds, joined, quotient_and_rest, reshape_index
 from einscade.ir import var
 from einscade.ir.expr import FloorDiv, Mod
+from tests.compiler.region_oracle import check, trace, values_of
 
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "view": lambda x: x.view(6, 20),

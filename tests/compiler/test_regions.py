@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,12 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from region_oracle import check, outputs_of, trace, values_of
-
 from einscade.compiler.capture import fake_inputs, to_aten
 from einscade.compiler.regions import Region, find
+from tests.compiler.region_oracle import check, outputs_of, trace, values_of
 
 SCALE = 8**-0.5
 

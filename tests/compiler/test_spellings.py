@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import sys
-from pathlib import Path
 
 import pytest
 import sympy
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from region_oracle import check, trace, values_of
-from spellings.cases import CASES, NEGATIVES, B, Case, M, P, inputs
 
 from einscade.compiler.regions import Region, find
 from einscade.ir import Access, Cascade, var
 from einscade.ir.interpret import interpret
 from einscade.passes.canonicalise import Canonicalise
 from einscade.passes.rewrite import NotApplicable
+from tests.compiler.region_oracle import check, trace, values_of
+from tests.spellings.cases import CASES, NEGATIVES, B, Case, M, P, inputs
 
 LENGTHS = {"static": (), "dynamic": (B, P, M)}
 
