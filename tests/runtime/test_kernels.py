@@ -124,13 +124,25 @@ def test_a_corrupt_entry_is_made_anew() -> None:
     _check(again(inputs, sizes), inputs)
 
 
+def _pretend(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float]) -> None:
+    monkeypatch.setattr(kernels, "_timed", lambda run, device: seconds[run.args[0].kind])
+
+
+def test_a_measurement_within_the_noise_does_not_overrule_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    _pretend(monkeypatch, {"library:sdpa": 1.05, "tiled_torch": 1.0})
+    inputs, sizes = _inputs()
+    kernel = build(ATTENTION, "exact", CPU, sizes)
+    _check(kernel(inputs, sizes), inputs)
+    assert (kernel.candidate, kernel.tuned) == ("library:sdpa", True)
+
+
+def test_no_candidate_stands_twice() -> None:
+    kernel = build(ATTENTION, "exact", CPU, _inputs()[1])
+    assert len(set(kernel.candidates)) == len(kernel.candidates)
+
+
 def test_the_fastest_candidate_is_found_and_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = {"library:sdpa": 3.0, "tiled_torch": 1.0}
-
-    def measured(run, device, best) -> float:
-        return seconds[run.args[0].kind]
-
-    monkeypatch.setattr(kernels, "_measure", measured)
+    _pretend(monkeypatch, {"library:sdpa": 3.0, "tiled_torch": 1.0})
     inputs, sizes = _inputs()
     kernel = build(ATTENTION, "exact", CPU, sizes)
     assert kernel.candidate == "library:sdpa"
@@ -143,7 +155,7 @@ def test_the_fastest_candidate_is_found_and_remembered(monkeypatch: pytest.Monke
 
 def test_without_autotuning_the_model_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EINSCADE_AUTOTUNE", "0")
-    monkeypatch.setattr(kernels, "_measure", None)
+    monkeypatch.setattr(kernels, "_timed", None)
     inputs, sizes = _inputs()
     kernel = build(ATTENTION, "exact", CPU, sizes)
     _check(kernel(inputs, sizes), inputs)
