@@ -72,9 +72,8 @@ class Memo:
             if not self._alike(x, y, a, b):
                 return None
             found[x], taken[y] = y, x
-            if x in touched and not _pair(x.args, y.args, touched, stack):
-                return None
-            if x in touched and not _pair(x.kwargs, y.kwargs, touched, stack):
+            followed = _followed(x, touched)
+            if followed and not (_pair(x.args, y.args, touched, stack) and _pair(x.kwargs, y.kwargs, touched, stack)):
                 return None
         same = found.get(a.values) is b.values and [found.get(s) for s in a.scores] == list(b.scores)
         return found if same else None
@@ -98,12 +97,17 @@ def _used_inside(node: Node, core: Collection[Node]) -> int:
     return sum(user in core for user in readers(node))
 
 
+def _followed(node: Node, touched: Collection[Node]) -> bool:
+    """Whether a node's inputs matter: it was looked at, or it is several results of which one was."""
+    return node in touched or isinstance(node.meta.get("val"), tuple | list)
+
+
 def _pair(x: Any, y: Any, touched: Collection[Node], stack: list[tuple[Node, Node]]) -> bool:
     """Compare two arguments; nodes whose elements matter are put on the stack, of others only the shape counts."""
     if isinstance(x, Node):
         if not isinstance(y, Node):
             return False
-        if x in touched:
+        if _followed(x, touched):
             stack.append((x, y))
             return True
         return _same_value(x, y)

@@ -360,3 +360,21 @@ def test_a_region_reads_the_result_of_another_and_nothing_inside_it() -> None:
 
     first, second = check(trace(function, qkv()), qkv())
     assert set(second.inputs) & set(first.nodes) <= {o.node for o in first.outputs}
+
+
+def test_pieces_of_a_packed_projection_are_told_apart() -> None:
+    """Two layers that differ in which piece is which, and in where they are split, have no common cascade."""
+
+    def layer(x: Tensor, order: tuple[int, int, int], sizes: list[int]) -> Tensor:
+        pieces = x.split(sizes, -1)
+        q, k, v = (pieces[i] for i in order)
+        return (q @ k.mT).softmax(-1) @ v
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        return (layer(x, (0, 1, 2), [8, 8, 8]), layer(x, (2, 0, 1), [8, 8, 8]), layer(x, (0, 2, 1), [8, 8, 8]),
+                layer(x.sin(), (0, 1, 2), [8, 8, 8]), layer(x, (0, 1, 3), [8, 8, 1, 7]), layer(x, (0, 1, 3), [8, 8, 0, 8]))  # fmt: skip
+
+    args = tensors((2, 5, 24))
+    regions = check(trace(function, args), args)
+    assert len(regions) == 6
+    assert regions[0].cascade == regions[3].cascade
