@@ -32,6 +32,7 @@ from einscade.compiler.aten_facts import (
     tensor_inputs,
     torch_dtype,
 )
+from einscade.compiler.aten_rules import evaluate
 from einscade.compiler.aten_views import VIEWS, is_copy, view
 from einscade.compiler.raising_constants import least_is_nonnegative, recognise
 from einscade.compiler.raising_index import Index, exact_quotient, is_one, one, product, quotient_and_rest, same
@@ -164,8 +165,6 @@ class Raiser:
     def _core(self, node: Node, index: Index) -> Expr:
         if moved := view(node, index, self.extents):
             return self.read(*moved)
-        from einscade.compiler.aten_rules import evaluate
-
         self.first.setdefault(node, index)
         shared = sum(1 for user in readers(node) if user in self.core) > 1
         sizes = shape(node)
@@ -238,8 +237,6 @@ class Raiser:
     def _side(self, node: Node, index: Index) -> Expr:
         if self._cut.get(node) or node in self.owned:
             return self.leaf(node, index)
-        from einscade.compiler.aten_rules import evaluate
-
         try:
             if moved := view(node, index, self.extents):
                 return self.read(*moved)

@@ -117,11 +117,14 @@ class _Finder:
         try:
             request = Request(core, products, scores, values, (draft.root, *others), holders)
             raised = raise_region(request, self.memo, "attention")
+            used = {new: old for new, old in raised.symbols.items() if new in raised.cascade.symbols}
+            if missing := sorted(set(used.values()) - set(self._sizes)):
+                raise Unraisable(f"no node of the graph has the size {missing[0]}")
         except Unraisable as stop:
             return Region(None, (), {}, (), nodes, *where, reason=str(stop))
         except (CascadeError, RecursionError) as error:
             return Region(None, (), {}, (), nodes, *where, reason=f"raising failed: {error}")
-        sizes = {new: self._sizes[old] for new, old in raised.symbols.items() if new in raised.cascade.symbols}
+        sizes = {new: self._sizes[old] for new, old in used.items()}
         return Region(raised.cascade, raised.inputs, sizes, raised.outputs, nodes, *where, known=raised.known)
 
     def _between(self, candidate: Candidate) -> set[Node]:
@@ -200,7 +203,7 @@ class _Finder:
         """The last node that only moves or casts the result, so that the kernel writes what is read."""
         inside = [n for n in core if not any(u in core for u in readers(n))]
         node = max(inside or [values], key=self.position.__getitem__)
-        if op_name(node) in _TUPLES or not is_tensor(node):
+        if not is_tensor(node):
             items = [u for u in node.users if op_name(u) == "getitem" and u.args[1] == 0]
             if items:
                 core.add(items[0])
@@ -229,11 +232,6 @@ class _Finder:
         return found
 
 
-_TUPLES = frozenset({
-    "aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_flash_attention_for_cpu",
-    "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention",
-    "aten::_scaled_dot_product_fused_attention_overrideable", "aten::_scaled_dot_product_attention_math",
-})  # fmt: skip
 _RESHAPES = frozenset({
     "aten::view", "aten::_unsafe_view", "aten::reshape", "aten::permute", "aten::transpose", "aten::t", "aten::squeeze",
     "aten::unsqueeze",
