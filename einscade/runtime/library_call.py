@@ -71,7 +71,7 @@ class _Writer:
         """The tensor as [batch, head, row, column]: dimensions in the call's order, made four."""
         view = View.of(access)
         divided = any(i.has(FloorDiv) for i in access.index)
-        if view.is_plain:
+        if view.is_plain and len(view.steps) == len(access.index):  # else a dimension of 1 is read at 0
             dims = {steps[0][0]: rank for rank, steps in view.steps}
             code = self.aligned(access.tensor, [dims[d] for d in sorted(dims)], ranks)
         else:
@@ -214,7 +214,7 @@ class _Number:
         if expr.is_Integer:
             return str(int(expr))
         if expr.is_number:
-            return repr(float(expr))
+            return f"float('{float(expr)}')" if expr.is_infinite else repr(float(expr))
         if expr.is_Pow and expr.exp == -1:
             return f"(1 / {self.code(expr.base)})"
         args = [self.code(x) for x in expr.args]

@@ -105,6 +105,34 @@ def test_any_number_of_batch_ranks(ranks: str, where: str) -> None:
     _agrees(PLAIN.replace("b,h,", ranks).replace("b < B, h < 4, ", where))
 
 
+def test_one_key_head_that_is_a_dimension_of_its_own() -> None:
+    _agrees(
+        """
+    cascade attention(Q[b,h,p,e], K[b,u,m,e], V[b,u,m,f]) -> O[b,h,p,f]
+      where b < 2, h < 4, p < 5, f < 6, m < 7, e < 8, u < 1
+      S[b,h,p,m] = sum(e) K[b,0,m,e] * Q[b,h,p,e]
+      G[b,h,p]   = max(m) S[b,h,p,m]
+      W[b,h,p,m] = exp(S[b,h,p,m] - G[b,h,p])
+      Z[b,h,p]   = sum(m) W[b,h,p,m]
+      O[b,h,p,f] = sum(m) V[b,0,m,f] * W[b,h,p,m] / Z[b,h,p]"""
+    )
+
+
+def test_an_infinite_bias_is_written_as_a_float() -> None:
+    source = _agrees(
+        """
+    cascade attention(Q[b,h,p,e], K[b,h,m,e], V[b,h,m,f]) -> O[b,h,p,f]
+      where b < 2, h < 4, p < 7, f < 6, m < 7, e < 8
+      S[b,h,p,m] = sum(e) K[b,h,m,e] * Q[b,h,p,e]
+      A[b,h,p,m] = S[b,h,p,m] + Where(m >= p + 1, -oo, 0)
+      G[b,h,p]   = max(m) A[b,h,p,m]
+      W[b,h,p,m] = exp(A[b,h,p,m] - G[b,h,p])
+      Z[b,h,p]   = sum(m) W[b,h,p,m]
+      O[b,h,p,f] = sum(m) V[b,h,m,f] * W[b,h,p,m] / Z[b,h,p]"""
+    )
+    assert "float('-inf')" in source
+
+
 def test_packed_operands_are_strided_views() -> None:
     packed = """
     cascade attention(X[b,p,t], Y[b,m,u]) -> O
