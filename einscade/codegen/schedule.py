@@ -273,8 +273,11 @@ def _fits(cascade: Cascade, nest: SerialNest, schedule: Schedule, device: Device
     scores = max((elements(e.output.ranks) for e in nest.body if nest.tile in e.output.ranks), default=0)
     wide = sum(1 for e in _contractions(nest) if nest.tile in e.output.ranks)
     ranks_of = {(t, i): [r for r in cascade.rank_table if r in free_vars(Access("_", *i))] for t, i in moving}
+    multiplied = {a.tensor for e in _contractions(nest) for a in e.reads}
     single = [
-        r for (t, _), r in ranks_of.items() if cascade.tensors[t].dtype == "f32" and elements(tuple(r)) > _power(least)
+        r
+        for (t, _), r in ranks_of.items()
+        if t in multiplied and cascade.tensors[t].dtype == "f32" and elements(tuple(r)) > _power(least)
     ]
     if single:  # split into parts in registers before they multiply
         scores += 4 * max(elements(tuple(r)) for r in single)

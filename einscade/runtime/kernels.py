@@ -29,6 +29,7 @@ from einscade.codegen.schedule import Schedule, candidates, target_of
 from einscade.codegen.source import Source, Unsupported
 from einscade.ir.cascade import Cascade
 from einscade.ir.device import Device
+from einscade.ir.expr import accesses
 from einscade.ir.text import parse_cascade, print_cascade
 from einscade.passes.pipeline import run
 from einscade.passes.recipes import RECIPES
@@ -180,7 +181,9 @@ class Kernel:
     ) -> None:
         if trusted is None or candidate.kind == trusted[0]:
             return
-        if wrong := disagreement(self._run(candidate, inputs, sizes), trusted[1], inputs):
+        given = {t.name for t in self.rewritten.inputs}
+        empty_rows = any(a.tensor in given for e in self.rewritten.body for a in accesses(e.domain))
+        if wrong := disagreement(self._run(candidate, inputs, sizes), trusted[1], inputs, empty_rows):
             raise ArithmeticError(wrong)
 
 

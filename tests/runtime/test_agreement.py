@@ -38,3 +38,12 @@ def test_shapes_and_integers() -> None:
     assert disagreement([a], [a.clone()], []) is None
     assert disagreement([a + 1], [a], []) == "output 0 differs"
     assert "not torch.int64(6,)" in (disagreement([a[:3]], [a], []) or "")
+
+
+def test_rows_without_points_are_passed_over_only_where_there_can_be_some() -> None:
+    right = torch.randn(4, 5, 6)
+    empty = right.clone()
+    empty[1, 2] = 0
+    assert disagreement([empty], [right], [right]) is not None
+    assert disagreement([empty], [right], [right], empty_rows=True) is None
+    assert disagreement([empty + 0.5], [right], [right], empty_rows=True) is not None
