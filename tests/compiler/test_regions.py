@@ -372,7 +372,7 @@ def test_pieces_of_a_packed_projection_are_told_apart() -> None:
 
     def function(x: Tensor) -> tuple[Tensor, ...]:
         return (layer(x, (0, 1, 2), [8, 8, 8]), layer(x, (2, 0, 1), [8, 8, 8]), layer(x, (0, 2, 1), [8, 8, 8]),
-                layer(x.sin(), (0, 1, 2), [8, 8, 8]), layer(x, (0, 1, 3), [8, 8, 1, 7]), layer(x, (0, 1, 3), [8, 8, 0, 8]))  # fmt: skip
+                layer(x.sin(), (0, 1, 2), [8, 8, 8]), layer(x, (0, 1, 3), [8, 8, 1, 7]), layer(x, (0, 1, 3), [8, 8, 0, 8]))  # fmt: skip  # noqa: E501
 
     args = tensors((2, 5, 24))
     regions = check(trace(function, args), args)
