@@ -30,7 +30,7 @@ PREFILL = 4096
 ERROR_TOKENS = 2048
 GREEDY_TOKENS = 64
 COMPILE_TOKENS = 64  # short, so that the first call's time is the compiler's
-RUNS = 5
+RUNS = 3
 
 # figure -> (bound, unit, what it is)
 BOUNDS: dict[str, tuple[float, str, str]] = {
@@ -99,7 +99,7 @@ def worker_prefill() -> dict[str, Any]:
 
     call = _prefill(pretrained.real_tokens(pretrained.smollm2_tokenizer(), PREFILL))
     models = {name: _variant(name) for name in ("eager", "sdpa", "einscade")}
-    medians = interleaved_medians({name: lambda m=m: call(m) for name, m in models.items()}, repeats=RUNS, warmup=2)
+    medians = interleaved_medians({name: lambda m=m: call(m) for name, m in models.items()}, repeats=RUNS, warmup=1)
     seconds = {name: median for name, (median, _) in medians.items()}
     return {
         "prefill_vs_eager": seconds["einscade"] / seconds["eager"],
