@@ -11,9 +11,9 @@ from collections.abc import Mapping
 import sympy
 from sympy.logic.boolalg import And, Boolean
 
-from einscade.codegen.domains import conjuncts
 from einscade.ir.cascade import Cascade
 from einscade.ir.expr import accesses, free_vars, var
+from einscade.passes.terms import conjuncts
 
 __all__ = ["existence"]
 

@@ -21,16 +21,13 @@ import networkx as nx
 import sympy
 from sympy.logic.boolalg import And, Boolean
 
-from einscade.codegen.domains import conjuncts
 from einscade.codegen.existence import existence
 from einscade.ir.cascade import Cascade, Einsum, Tensor
 from einscade.ir.expr import Access, accesses, free_vars, var
+from einscade.passes.fusion import is_long
+from einscade.passes.terms import conjuncts
 
-__all__ = ["FlatNest", "LoopProgram", "Nest", "SerialNest", "is_long", "plan"]
-
-LONG = 512
-"""A constant extent from which on a rank counts as long: it is worth tiling and must not be kept whole on chip."""
-
+__all__ = ["FlatNest", "LoopProgram", "Nest", "SerialNest", "plan"]
 
 @dataclass(frozen=True)
 class SerialNest:
@@ -90,12 +87,6 @@ def plan(cascade: Cascade) -> LoopProgram:
             owner.setdefault(e.name, []).append(len(nests))
         nests.append(nest)
     return LoopProgram(cascade, _order(cascade, nests, owner))
-
-
-def is_long(cascade: Cascade, rank: str) -> bool:
-    """Whether a rank's extent is symbolic or at least `LONG`."""
-    extent = cascade.extent(rank)
-    return not extent.is_Integer or int(extent) >= LONG
 
 
 def flat(cascade: Cascade) -> LoopProgram:

@@ -16,7 +16,8 @@ from einscade.passes.terms import closure
 
 __all__ = ["Carried", "Loop", "Plan", "inner_ranks", "is_long", "plan_loops"]
 
-# A rank of constant extent below this is short: worth a loop only if reductions over it depend on each other.
+# A rank of constant extent below this is short: worth a loop only if reductions over it depend on each other, and small
+# enough to be kept whole on chip.
 LONG = 512
 
 
@@ -52,6 +53,7 @@ class Plan:
 
 
 def is_long(cascade: Cascade, rank: str) -> bool:
+    """Whether a rank's extent is symbolic or at least `LONG`."""
     extent = cascade.extent(rank)
     return not extent.is_Integer or int(extent) >= LONG
 
