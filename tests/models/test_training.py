@@ -31,14 +31,16 @@ def _losses(model: nn.Module, batches: list[dict[str, torch.Tensor]], steps: int
     return losses
 
 
-def _tiny(name: str) -> Any:
+def _tiny(name: str, dropout: float = 0.0) -> Any:
+    """A tiny model in training mode. Dropout is a matter of the configuration: attention reads it there, not from a
+    module that could be set afterwards."""
     torch.manual_seed(0)
+    config = zoo.tiny_config(name)
+    for field in config.to_dict():
+        if "dropout" in field:
+            setattr(config, field, dropout)
     auto = transformers.AutoModelForSeq2SeqLM if name == "t5" else transformers.AutoModelForCausalLM
-    model = auto.from_config(zoo.tiny_config(name), attn_implementation="eager")
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model.train()
+    return auto.from_config(config, attn_implementation="eager").train()
 
 
 @pytest.mark.slow
