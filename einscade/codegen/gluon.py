@@ -11,10 +11,12 @@ Schedule: the tile of the long row rank is 64 a warpgroup; the serial tile is th
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import sympy
 
-from einscade.codegen.gluon_form import Operand, form
-from einscade.codegen.gluon_plan import GROUP_ROWS, REGISTERS
+from einscade.codegen.gluon_form import Form, Operand, form
+from einscade.codegen.gluon_plan import GROUP_ROWS, REGISTERS, Plan, Ring
 from einscade.codegen.gluon_points import GLUON_DTYPES, Points
 from einscade.codegen.gluon_text import REDUCTIONS, TILE_MAP, TURN, call, function, indent, paren, wrapped
 from einscade.codegen.gluon_values import HELPERS, Printer, Value
@@ -57,23 +59,38 @@ def schedules(program: LoopProgram) -> tuple[Schedule, ...]:
     shape = form(program)
     step = shape.loop.step
     points = [s for s in shape.statements if s.monoid is None and shape.m in s.ranks]
-    narrow = max(shape.width(shape.e), shape.width(shape.f)) <= 64 and len(points) == 1
-    wide = max(shape.width(shape.e), shape.width(shape.f)) > 128
+    widest = max(x.width for x in (*shape.stills, *shape.moving))
+    narrow = widest <= 64 and len(points) == 1
     gathers = any(
         a.tensor in shape.loop.nest.inputs and shape.m in free_vars(a)
-        for s in (shape.score, *shape.statements)
-        for a in (*accesses(s.keep), *(s.reads if s is not shape.score else ()))
+        for s in (*(x.score for x in shape.products), *shape.statements)
+        for a in (*accesses(s.keep), *(s.reads if s.name not in shape.scores else ()))
     )
+    wide = widest > 128
     space = [(3, 128, 2), (2, 128, 2)] if narrow else [(2, 64, 2)] if wide else [(2, 128, 2), (2, 64, 3)]
     if gathers:  # addresses take registers
         space = [(2, 64, 2 if wide else 3)]
+    if len(shape.products) > 1 or len(shape.sums) > 1:
+        space = [(2, 64, 2), (2, 32, 2), (1, 64, 2), (1, 32, 2)]
     found = []
     for groups, columns, stages in space:
         tiles = {shape.p: groups * GROUP_ROWS}
         if isinstance(step, sympy.Symbol):
             tiles[step.name] = columns
-        found.append(Schedule(tuple(sorted(tiles.items())), 4, stages, (), "cuda:90", True))
+        schedule = Schedule(tuple(sorted(tiles.items())), 4, stages, (), "cuda:90", True)
+        if len(space) < 4 or _fits(shape, schedule):
+            found.append(schedule)
+    if not found:
+        raise Unsupported("no tile of the kernel fits on chip")
     return tuple(found)
+
+
+def _fits(shape: Form, schedule: Schedule) -> bool:
+    try:
+        Plan(shape, schedule)
+    except Unsupported:
+        return False
+    return True
 
 
 class _Module(Points):
@@ -87,7 +104,9 @@ class _Module(Points):
         title = f"{self.cascade.name}: written by einscade for the cascade"
         doc = "\n".join("    " + line for line in str(self.cascade).splitlines())
         head = f'"""{title}\n\n{doc}\n"""\n{_IMPORTS}\n'
-        swizzle_e, swizzle_f = min(128, self.e * 2), min(128, self.f * 2)
+        maps = "\n".join(
+            f"TILE_{w} = gl.constexpr(gl.NVMMASharedLayout({min(128, w * 2)}, 16, 2))" for w in self._widths()
+        )
         constants = f"""
 GROUPS = gl.constexpr({self.groups})  # warpgroups of 64 rows of {shape.p}
 STEP = gl.constexpr({self.columns})  # of {shape.m}, an iteration
@@ -98,8 +117,7 @@ WEIGHTS = gl.constexpr(gl.DotOperandLayout(0, RESULT, 2))
 ROW = gl.constexpr(gl.SliceLayout(1, SCORES))
 COLUMN = gl.constexpr(gl.SliceLayout(0, SCORES))
 RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
-TILE_{shape.e.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_e}, 16, 2))
-TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
+{maps}
 """.strip("\n")
         parts = [
             constants,
@@ -155,20 +173,19 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
         if not self.shape.batch:
             return 1
         last = var(self.shape.batch[-1])
-        shared = {x.args[1] for _, i in self.shape.keys.batch for x in i.atoms(FloorDiv) if x.args[0] == last}
+        moving = [i for x in self.shape.moving for _, i in x.batch]
+        shared = {x.args[1] for i in moving for x in i.atoms(FloorDiv) if x.args[0] == last}
         size = shared.pop() if len(shared) == 1 else sympy.Integer(1)
         extent = self.shape.extent(self.shape.batch[-1])
         return int(size) if size.is_Integer and extent.is_Integer and extent % size == 0 else 1
 
+    def _widths(self) -> list[int]:
+        return sorted({r.width for r in (*self.stills, *self.rings)} | {self.f})
+
     def _coordinates(self, operand: Operand, row: str) -> str:
         printer = self._scalar_printer()
-        index = {operand.row: row, operand.width: "0"} | {i: printer.value(x).code for i, x in operand.batch}
-        order = self._order(operand)
-        return f"[{', '.join(index[i] for i in order)}]"
-
-    def _order(self, operand: Operand) -> list[int]:
-        """Dimensions as the copy engine sees them: rows and width last."""
-        return [*(i for i, _ in operand.batch), operand.row, operand.width]
+        index = {operand.row: row, operand.across: "0"} | {i: printer.value(x).code for i, x in operand.batch}
+        return f"[{', '.join(index[i] for i in operand.order)}]"
 
     def _scalar_printer(self) -> Printer:
         def refuse(access: Access, _: Printer) -> Value:
@@ -177,15 +194,20 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
         return Printer((self.shape.p, self.shape.m), {}, {}, refuse)
 
     def _load(self) -> str:
-        shape = self.shape
-        q, k, v = (self.name(x.tensor) for x in (shape.queries, shape.keys, shape.values))
+        early, late = [r for r in self.rings if r.early], [r for r in self.rings if not r.early]
+        names = [x.name for x in (*self.stills, *self.rings)]
         lines = [
-            f'"""The loading warp: all of a program\'s tiles of {q}, {k} and {v}, in the order they are read."""',
-            *self._copy(k, f"{self._coordinates(shape.keys, '(end - 1) * STEP')}", "0", wait=False),
-            f"mbarrier.expect({q}_full, GROUPS * {q}_map.block_type.nbytes)",
-            "for group in gl.static_range(GROUPS):",
-            f"    at = {self._coordinates(shape.queries, f'row + group * {GROUP_ROWS}')}",
-            f"    tma.async_copy_global_to_shared({q}_map, at, {q}_full, {q}_tile.index(group))",
+            f'"""The loading warp: all of a program\'s tiles of {_listed(names)}, in the order they are read."""',
+            *(line for r in early for line in self._copy(r, "(end - 1) * STEP", "0")),
+        ]
+        for x in self.stills:
+            lines += [
+                f"mbarrier.expect({x.name}_full, GROUPS * {x.name}_map.block_type.nbytes)",
+                "for group in gl.static_range(GROUPS):",
+                f"    at = {self._coordinates(x.operand, f'row + group * {GROUP_ROWS}')}",
+                f"    tma.async_copy_global_to_shared({x.name}_map, at, {x.name}_full, {x.name}_tile.index(group))",
+            ]
+        lines += [
             "stage = 0",
             "phase = 1",
             "for tile in range(end - 1 - first):",
@@ -194,35 +216,71 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
             "    if next_stage == STAGES:",
             "        next_stage = 0",
             "        next_phase = phase ^ 1",
-            *indent(
-                self._copy(k, self._coordinates(shape.keys, "(end - 2 - tile) * STEP"), "next_stage", "next_phase")
-            ),
-            *indent(self._copy(v, self._coordinates(shape.values, "(end - 1 - tile) * STEP"), "stage", "phase")),
+            *indent(x for r in early for x in self._copy(r, "(end - 2 - tile) * STEP", "next_stage", "next_phase")),
+            *indent(x for r in late for x in self._copy(r, "(end - 1 - tile) * STEP", "stage", "phase")),
             "    stage = next_stage",
             "    phase = next_phase",
-            *self._copy(v, self._coordinates(shape.values, "first * STEP"), "stage", "phase"),
+            *(x for r in late for x in self._copy(r, "first * STEP", "stage", "phase")),
         ]
         return function("load", self._load_arguments(), lines)
 
-    def _copy(self, x: str, at: str, stage: str, phase: str = "", wait: bool = True) -> list[str]:
+    def _copy(self, ring: Ring, row: str, stage: str, phase: str | None = None) -> list[str]:
+        """A tile to its place in the ring, after what was there has been read (`phase`; None: nothing was)."""
+        x = ring.name
+        at = self._coordinates(ring.operand, row)
         return [
-            *([f"mbarrier.wait({x}_empty.index({stage}), {phase})"] if wait else []),
+            *([f"mbarrier.wait({x}_empty.index({stage}), {phase})"] if phase is not None else []),
             f"mbarrier.expect({x}_full.index({stage}), {x}_map.block_type.nbytes)",
             f"tma.async_copy_global_to_shared({x}_map, {at}, {x}_full.index({stage}), {x}_tiles.index({stage}))",
         ]
 
     def _load_arguments(self) -> list[str]:
-        q, k, v = (self.name(x.tensor) for x in (self.shape.queries, self.shape.keys, self.shape.values))
-        places = [*self.shape.batch, "row", "first", "end"]
-        return [f"{q}_map", f"{k}_map", f"{v}_map", *self._tiles(), *self._barriers(), *places]
+        maps = [f"{x.name}_map" for x in (*self.stills, *self.rings)]
+        return [*maps, *self._tiles(), *self._barriers(), *self.shape.batch, "row", "first", "end"]
+
+    def _turns(self) -> tuple[list[str], list[str]]:
+        return (["take_turn(group)"], ["pass_turn(group)"]) if self.groups > 1 else ([], [])
+
+    def _multiply(self, still: Callable[[Ring], str], stage: str, prefix: str) -> list[str]:
+        """All products with the tiles of a stage, issued."""
+        lines = []
+        seen: set[str] = set()
+        for x, score in zip(self.shape.products, self._score_names(), strict=True):
+            ring = self.ring(x.moving)
+            if ring.name not in seen:
+                lines.append(f"{ring.name}_tile = {self._view(ring, stage)}.permute([1, 0])")
+                seen.add(ring.name)
+            rows = still(next(r for r in self.stills if r.operand == x.still))
+            lines.append(
+                f"{prefix}{score} = warpgroup_mma({rows}, {ring.name}_tile, zero, use_acc=False, is_async=True)"
+            )
+        return lines
+
+    def _accumulate(self, stage: str, phase: str, prefix: str) -> list[str]:
+        """All weighted sums with the tiles of a stage, issued. What a product reads as well has been waited for."""
+        lines = []
+        seen: set[str] = set()
+        for x, name in zip(self.shape.sums, self._sum_names(), strict=True):
+            ring = self.ring(x.values)
+            if ring.name not in seen:
+                if not ring.early:
+                    lines.append(f"mbarrier.wait({ring.name}_full.index({stage}), {phase})")
+                lines.append(f"{ring.name}_{'rows' if ring.early else 'tile'} = {self._view(ring, stage)}")
+                seen.add(ring.name)
+            tile = f"{ring.name}_{'rows' if ring.early else 'tile'}"
+            weights = self.weight_names[x.weights]
+            lines.append(f"{prefix}{name} = warpgroup_mma({weights}, {tile}, {name}, is_async=True)")
+        return lines
+
+    def _waited(self, pending: int, targets: Sequence[str], sources: Sequence[str]) -> str:
+        return f"{', '.join(targets)} = warpgroup_mma_wait({pending}, deps=[{', '.join(sources)}])"
 
     def _advance(self) -> str:
-        shape = self.shape
-        k, v = self.name(shape.keys.tensor), self.name(shape.values.tensor)
-        score, acc = self.name(shape.score.name), self.name(shape.accumulator.name)
-        states = self._state_names()
-        rescale = ["rescale"] if self.rescale is not None else []
-        turn, done = (["take_turn(group)"], ["pass_turn(group)"]) if self.groups > 1 else ([], [])
+        scores, sums, states = self._score_names(), self._sum_names(), self._state_names()
+        weights = list(self.weight_names.values())
+        rescales = list(self.rescale_names.values())
+        early, late = [r for r in self.rings if not r.late], [r for r in self.rings if r.late]
+        turn, done = self._turns()
         lines = [
             '"""One iteration: the next scores are issued before the last weights meet their values."""',
             "last_stage = stage",
@@ -231,55 +289,45 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
             "if stage == STAGES:",
             "    stage = 0",
             "    phase ^= 1",
-            f"mbarrier.wait({k}_full.index(stage), phase)",
+            *(f"mbarrier.wait({r.name}_full.index(stage), phase)" for r in self.rings if r.early),
             *turn,
-            f"{k}_tile = {self._view(f'{k}_tiles.index(stage)', self.columns, self.e, shape.e)}.permute([1, 0])",
-            f"next_{score} = warpgroup_mma({self._tiles()[0]}, {k}_tile, zero, use_acc=False, is_async=True)",
-            f"mbarrier.wait({v}_full.index(last_stage), last_phase)",
-            f"{v}_tile = {self._view(f'{v}_tiles.index(last_stage)', self.columns, self.f, shape.f)}",
-            f"next_{acc} = warpgroup_mma(weights, {v}_tile, {acc}, is_async=True)",
+            *self._multiply(lambda still: f"{still.name}_tile", "stage", "next_"),
+            *self._accumulate("last_stage", "last_phase", "next_"),
             *done,
-            f"{score} = warpgroup_mma_wait(1, deps=[next_{score}])",
-            f"mbarrier.arrive({k}_empty.index(stage))",
+            self._waited(len(sums), scores, [f"next_{s}" for s in scores]),
+            *(f"mbarrier.arrive({r.name}_empty.index(stage))" for r in early),
             call(
-                [*states, *rescale, "next_weights"],
+                [*states, *rescales, *(f"next_{w}" for w in weights)],
                 "weigh",
-                [score, *states, "tile * STEP", *self._context(), "MASKED"],
+                [*scores, *states, "tile * STEP", *self._context(), "MASKED"],
             ),
-            f"{acc}, weights = warpgroup_mma_wait(0, deps=[next_{acc}, weights])",
-            f"mbarrier.arrive({v}_empty.index(last_stage))",
+            self._waited(0, [*sums, *weights], [*(f"next_{s}" for s in sums), *weights]),
+            *(f"mbarrier.arrive({r.name}_empty.index(last_stage))" for r in late),
         ]
-        if self.rescale is not None:
-            lines.append(f"{acc} = {acc} * gl.convert_layout(rescale, RESULT_ROW)[:, None]")
-        lines.append(f"return {', '.join([*states, acc, 'next_weights', 'stage', 'phase'])}")
+        for name, factor in zip(sums, self.rescales, strict=True):
+            if factor is not None:
+                lines.append(f"{name} = {name} * gl.convert_layout({self.rescale_names[factor]}, RESULT_ROW)[:, None]")
+        lines.append(f"return {', '.join([*states, *sums, *(f'next_{w}' for w in weights), 'stage', 'phase'])}")
         return function("advance", [*self._advance_arguments(), self._masked_argument(), "group: gl.constexpr"], lines)
 
-    def _advance_arguments(self) -> list[str]:
-        acc = self.name(self.shape.accumulator.name)
-        tiles, barriers = self._tiles(), self._barriers()[1:]
-        return [
-            "tile",
-            *self._state_names(),
-            acc,
-            "weights",
-            "stage",
-            "phase",
-            *tiles,
-            *barriers,
-            "zero",
-            *self._context(),
-        ]
+    def _running(self) -> list[str]:
+        """What an iteration takes from the one before."""
+        return [*self._state_names(), *self._sum_names(), *self.weight_names.values(), "stage", "phase"]
 
-    def _view(self, tile: str, rows: int, width: int, rank: str) -> str:
-        return f"{tile}._reinterpret({GLUON_DTYPES[self.shape.dtype]}, [{rows}, {width}], TILE_{rank.upper()})"
+    def _advance_arguments(self) -> list[str]:
+        return ["tile", *self._running(), *self._tiles(), *self._ring_barriers(), "zero", *self._context()]
+
+    def _view(self, ring: Ring, at: str, still: bool = False) -> str:
+        """A tile without its dimensions of one element."""
+        rows, tile = (GROUP_ROWS, "tile") if still else (self.columns, "tiles")
+        dtype = GLUON_DTYPES[self.shape.dtype]
+        return f"{ring.name}_{tile}.index({at})._reinterpret({dtype}, [{rows}, {ring.width}], TILE_{ring.width})"
 
     def _compute(self) -> str:
         shape = self.shape
-        q, k, v = (self.name(x.tensor) for x in (shape.queries, shape.keys, shape.values))
-        o = self.name(shape.result.tensor)
-        score, acc = self.name(shape.score.name), self.name(shape.accumulator.name)
-        states = self._state_names()
-        rescale = ["rescale"] if self.rescale is not None else []
+        scores, sums, states = self._score_names(), self._sum_names(), self._state_names()
+        weights = list(self.weight_names.values())
+        rescales = list(self.rescale_names.values())
         printer = self._printer("")
         p_ = f"{shape.p}_"
         lines = [f'"""A warpgroup: {GROUP_ROWS} rows of {shape.p}, all of their loop, and what follows it."""']
@@ -296,87 +344,92 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
                 lines.append(f"{name} = gl.full([{GROUP_ROWS}], {init}, gl.float32, ROW)")
             else:
                 raise Unsupported(f"{state.name} runs without the rank {shape.p}")
-        lines.append(f"{acc} = gl.full([{GROUP_ROWS}, {self.f}], 0.0, gl.float32, RESULT)")
+        lines += [f"{s} = gl.full([{GROUP_ROWS}, {self.f}], 0.0, gl.float32, RESULT)" for s in sums]
+        turn, done = self._turns()
         if self.groups > 1:
             lines += ["if group == GROUPS - 1:", "    pass_turn(group)  # the first turn is the first warpgroup's"]
-        turn, done = (["take_turn(group)"], ["pass_turn(group)"]) if self.groups > 1 else ([], [])
+        lines += [f"mbarrier.wait({x.name}_full, 0)" for x in self.stills]
+        lines += [f"{x.name}_rows = {self._view(x, 'group', still=True)}" for x in self.stills]
         lines += [
-            f"mbarrier.wait({q}_full, 0)",
-            f"{q}_rows = {self._view(f'{q}_tile.index(group)', GROUP_ROWS, self.e, shape.e)}",
-            f"mbarrier.wait({k}_full.index(0), 0)",
+            *(f"mbarrier.wait({r.name}_full.index(0), 0)" for r in self.rings if r.early),
             *turn,
-            f"{k}_tile = {self._view(f'{k}_tiles.index(0)', self.columns, self.e, shape.e)}.permute([1, 0])",
-            f"{score} = warpgroup_mma({q}_rows, {k}_tile, zero, use_acc=False, is_async=True)",
+            *self._multiply(lambda still: f"{still.name}_rows", "0", ""),
             *done,
-            f"{score} = warpgroup_mma_wait(0, deps=[{score}])",
-            f"mbarrier.arrive({k}_empty.index(0))",
+            self._waited(0, scores, scores),
+            *(f"mbarrier.arrive({r.name}_empty.index(0))" for r in self.rings if not r.late),
             "tile = end - 1",
-            call([*states, *rescale, "weights"], "weigh", [score, *states, "tile * STEP", *self._context(), "True"]),
+            call(
+                [*states, *rescales, *weights], "weigh", [*scores, *states, "tile * STEP", *self._context(), "True"]
+            ),
             "stage = 0",
             "phase = 0",
         ]
-        result = [*states, acc, "weights", "stage", "phase"]
-        passed = [x if x != f"{q}_tile" else f"{q}_rows" for x in self._advance_arguments()]
+        stills = {f"{x.name}_tile" for x in self.stills}
+        passed = [x.removesuffix("_tile") + "_rows" if x in stills else x for x in self._advance_arguments()]
         lines += [
             "for _ in range(end - 1 - first):",
             "    tile -= 1",
-            *indent(call(result, "advance", [*passed, self._edge(), "group"]).splitlines()),
-        ]
-        lines += [
-            f"mbarrier.wait({v}_full.index(stage), phase)",
-            f"{v}_tile = {self._view(f'{v}_tiles.index(stage)', self.columns, self.f, shape.f)}",
-            f"{acc} = warpgroup_mma(weights, {v}_tile, {acc}, is_async=True)",
-            f"{acc}, weights = warpgroup_mma_wait(0, deps=[{acc}, weights])",
+            *indent(call(self._running(), "advance", [*passed, self._edge(), "group"]).splitlines()),
+            *self._accumulate("stage", "phase", ""),
+            self._waited(0, [*sums, *weights], [*sums, *weights]),
             *self._after(),
         ]
-        store = f"{q}_rows" if self.shares else f"{o}_tile.index(group)._reinterpret"
-        if not self.shares:
-            store = f"{o}_tile.index(group)._reinterpret({GLUON_DTYPES[self.dtype(shape.result.tensor)]}, " \
-                    f"[{GROUP_ROWS}, {self.f}], TILE_{shape.f.upper()})"  # fmt: skip
-        source = f"{q}_tile" if self.shares else f"{o}_tile"
-        lines += [
-            f"{store}.store({o}.to({GLUON_DTYPES[self.dtype(shape.result.tensor)]}))",
-            "fence_async_shared()",
-            f"at = {self._coordinates(shape.result, f'row + group * {GROUP_ROWS}')}",
-            f"tma.async_copy_shared_to_global({o}_map, at, {source}.index(group))",
-            "tma.store_wait(0)",
-        ]
+        for written in shape.written:
+            lines += self._store(written)
+        lines.append("tma.store_wait(0)")
         return function("compute", [*self._compute_arguments(), "group: gl.constexpr"], lines)
 
+    def _store(self, x: Operand) -> list[str]:
+        """A tile of results through shared memory, that of an operand where there is one to spare."""
+        o, dtype = self.name(x.tensor), GLUON_DTYPES[self.dtype(x.tensor)]
+        if x.tensor in self.shares:
+            source, target = f"{self.shares[x.tensor]}_tile", f"{self.shares[x.tensor]}_rows"
+        else:
+            source = f"{o}_tile"
+            target = f"{o}_tile.index(group)._reinterpret({dtype}, [{GROUP_ROWS}, {self.f}], TILE_{self.f})"
+        return [
+            f"{target}.store({o}.to({dtype}))",
+            "fence_async_shared()",
+            f"at = {self._coordinates(x, f'row + group * {GROUP_ROWS}')}",
+            f"tma.async_copy_shared_to_global({o}_map, at, {source}.index(group))",
+        ]
+
     def _compute_arguments(self) -> list[str]:
-        o = self.name(self.shape.result.tensor)
-        tiles = [*self._tiles(), *([] if self.shares else [f"{o}_tile"])]
+        written = [self.name(x.tensor) for x in self.shape.written]
+        own = [f"{self.name(x.tensor)}_tile" for x in self.shape.written if x.tensor not in self.shares]
         places = [*self.shape.batch, "row", *self._ends()]
-        return [f"{o}_map", *tiles, *self._barriers(), *places, *self._pointers(), *self.sizes]
+        return [
+            *(f"{o}_map" for o in written), *self._tiles(), *own, *self._barriers(), *places, *self._pointers(),
+            *self.sizes,
+        ]  # fmt: skip
 
     def _kernel(self) -> str:
         shape = self.shape
-        q, k, v = (self.name(x.tensor) for x in (shape.queries, shape.keys, shape.values))
-        o = self.name(shape.result.tensor)
-        maps = [f"{x}_map" for x in (q, k, v, o)]
-        dtype = GLUON_DTYPES[shape.dtype]
+        written = [self.name(x.tensor) for x in shape.written]
+        maps = [f"{x}_map" for x in (*(r.name for r in (*self.stills, *self.rings)), *written)]
 
-        def ring(x: str, count: str, operand: Operand, rows: int, width: int, name: str) -> str:
+        def tiles(name: str, dtype: str, count: str, operand: Operand, rows: int, width: int, layout: str) -> str:
             block = [1] * len(operand.batch) + [rows, width]
-            return (
-                f"{name} = gl.allocate_shared_memory({dtype}, [{count}, {', '.join(map(str, block))}], {x}_map.layout)"
-            )
+            sizes = f"[{count}, {', '.join(map(str, block))}]"
+            return f"{name} = gl.allocate_shared_memory({GLUON_DTYPES[dtype]}, {sizes}, {layout}_map.layout)"
 
         lines = [
-            ring(q, "GROUPS", shape.queries, GROUP_ROWS, self.e, f"{q}_tile"),
-            ring(k, "STAGES", shape.keys, self.columns, self.e, f"{k}_tiles"),
-            ring(v, "STAGES", shape.values, self.columns, self.f, f"{v}_tiles"),
+            tiles(f"{x.name}_tile", shape.dtype, "GROUPS", x.operand, GROUP_ROWS, x.width, x.name) for x in self.stills
         ]
-        if not self.shares:
-            block = [1] * len(shape.result.batch) + [GROUP_ROWS, self.f]
-            out = GLUON_DTYPES[self.dtype(shape.result.tensor)]
-            lines.append(
-                f"{o}_tile = gl.allocate_shared_memory({out}, [GROUPS, {', '.join(map(str, block))}], {o}_map.layout)"
-            )
-        lines.append(f"{q}_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())")
-        rings = self._barriers()[1:]
+        lines += [
+            tiles(f"{r.name}_tiles", shape.dtype, "STAGES", r.operand, self.columns, r.width, r.name)
+            for r in self.rings
+        ]
+        lines += [
+            tiles(f"{o}_tile", self.dtype(x.tensor), "GROUPS", x, GROUP_ROWS, self.f, o)
+            for o, x in zip(written, shape.written, strict=True)
+            if x.tensor not in self.shares
+        ]
+        stills, rings = [f"{x.name}_full" for x in self.stills], self._ring_barriers()
+        lines += [f"{b} = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())" for b in stills]
         lines += [f"{b} = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())" for b in rings]
-        lines += [f"mbarrier.init({q}_full, 1)", "for stage in gl.static_range(STAGES):"]
+        lines += [f"mbarrier.init({b}, 1)" for b in stills]
+        lines.append("for stage in gl.static_range(STAGES):")
         lines += [f"    mbarrier.init({b}.index(stage), {'1' if b.endswith('_full') else 'GROUPS'})" for b in rings]
         lines.append(call([*shape.batch, "row", *self._ends()], "place", self.sizes))
         compute, load = ", ".join(self._compute_arguments()), ", ".join(self._load_arguments())
@@ -407,14 +460,10 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
             f"-(-{paren(python(shape.extent(shape.p)))} // {self.rows})"
         ]
         lines.append(f"programs = {' * '.join(paren(g) for g in grid)}")
-        maps = []
-        sizes = ((shape.queries, GROUP_ROWS, self.e), (shape.keys, self.columns, self.e),
-                 (shape.values, self.columns, self.f), (shape.result, GROUP_ROWS, self.f))  # fmt: skip
-        for operand, rows, width in sizes:
-            order = self._order(operand)
-            n = self.name(operand.tensor)
-            view = n if order == sorted(order) else f"{n}.permute({', '.join(map(str, order))})"
-            maps.append(f"tile_map({view}, {rows}, {width})")
+        blocks = [(x.operand, GROUP_ROWS, x.width) for x in self.stills]
+        blocks += [(r.operand, self.columns, r.width) for r in self.rings]
+        blocks += [(x, GROUP_ROWS, self.f) for x in shape.written]
+        maps = [f"tile_map({self._seen(operand)}, {rows}, {width})" for operand, rows, width in blocks]
         others = []
         for t in dict.fromkeys(x.access.tensor for x in self.loads):
             others += [self.name(t), f"*{self.name(t)}.stride()"]
@@ -432,14 +481,29 @@ TILE_{shape.f.upper()} = gl.constexpr(gl.NVMMASharedLayout({swizzle_f}, 16, 2))
         body = "\n".join("    " + line for line in [doc, *lines])
         return f"def run({signature}) -> tuple[torch.Tensor, ...]:\n{body}"
 
+    def _seen(self, operand: Operand) -> str:
+        """The tensor as the copy engine sees it."""
+        view = self.name(operand.tensor)
+        extent = self.shape.extent(self.cascade.tensors[operand.tensor].ranks[operand.across])
+        if extent != operand.width:
+            view = f"{view}.narrow({operand.across}, {operand.offset}, {operand.width})"
+        if list(operand.order) != sorted(operand.order):
+            view = f"{view}.permute({', '.join(map(str, operand.order))})"
+        return view
+
     def _allocation(self, tensor: str, device: str) -> str:
         t = self.cascade.tensors[tensor]
         order = dict(self.schedule.out_order).get(tensor, t.ranks)
-        if tensor == self.shape.result.tensor and order[-1] != self.shape.f:
-            raise Unsupported(f"{tensor} with {self.shape.f} not innermost")
+        across = next((t.ranks[x.across] for x in self.shape.written if x.tensor == tensor), order[-1])
+        if order[-1] != across:
+            raise Unsupported(f"{tensor} with {across} not innermost")
         shape = ", ".join(python(self.shape.extent(r)) for r in order)
         comma = "," if len(order) == 1 else ""
         code = f"torch.empty(({shape}{comma}), dtype={_TORCH[t.dtype]}, device={device})"
         if order != t.ranks:
             code += f".permute({', '.join(str(order.index(r)) for r in t.ranks)})"
         return code
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]

@@ -2,29 +2,32 @@
 
 Comes in: a `LoopProgram`. Goes out: a `Form`, the statements of its one serial nest sorted by the part they play:
 
-    scores     = rows @ moving.T           one product over a short rank, on the tensor cores
+    scores     = rows @ moving.T           products over short ranks, on the tensor cores
     elementwise statements and row reductions, in registers, up to the weights
-    accumulator = scale * accumulator + weights @ values
+    accumulator = scale * accumulator + weights @ moving
 
-Nothing here knows softmax: the running values, their corrections and the weights are whatever the scans say. A loop
-with no scan but its accumulator (sigmoid attention) is the simplest case. `Unsupported` says what does not fit.
+Of both products there may be several, and one tensor may be an operand of more than one. Nothing here knows softmax:
+the running values, their corrections and the weights are whatever the scans say. A loop with no scan but its
+accumulator (sigmoid attention) is the simplest case. `Unsupported` says what does not fit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import sympy
 from sympy.logic.boolalg import And, Boolean
 
-from einscade.codegen.loops import LoopProgram, SerialNest, is_long
+from einscade.codegen.loops import LoopProgram, SerialNest
 from einscade.codegen.source import Unsupported
 from einscade.codegen.tiles import Finite, State, Statement, TileLoop, guarded, may_be_infinite, tile_loop, with_fills
 from einscade.ir.cascade import Cascade
 from einscade.ir.expr import Access, Expr, accesses, free_vars, var
+from einscade.passes.fusion import is_long
 
-__all__ = ["Form", "Operand", "form"]
+__all__ = ["Form", "Operand", "Product", "WeightedSum", "form", "nest_form"]
 
 WIDTHS = (8, 256)
 """Least and greatest width of a row of an operand, in elements; a multiple of 8 elements is 16 bytes, the copy
@@ -36,64 +39,98 @@ DTYPES = ("bf16", "f16")
 @dataclass(frozen=True)
 class Operand:
     """A tensor read (or written) a tile at a time: the position of its row rank and of its width rank, and the index
-    of every other dimension, an expression over grid ranks."""
+    of every other dimension, an expression over grid ranks. It is `width` elements wide from `offset` on."""
 
     tensor: str
     row: int
+    across: int
+    offset: int
     width: int
     batch: tuple[tuple[int, Expr], ...]
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The dimensions as the copy engine sees them: rows and width last."""
+        return (*(i for i, _ in self.batch), self.row, self.across)
+
+
+@dataclass(frozen=True)
+class Product:
+    """`score = still @ moving.T`, a product along the short rank `e`."""
+
+    score: Statement
+    still: Operand
+    moving: Operand
+    e: str
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """`state = rescale * state + weights @ values`, as wide as the rank `f`; no `rescale`: None."""
+
+    state: State
+    weights: str
+    values: Operand
+    f: str
+    rescale: Expr | None
 
 
 @dataclass(frozen=True)
 class Form:
-    """`p`: the tiled grid rank; `m`: the coordinate of the loop; `e`, `f`: the widths of the two products.
+    """`p`: the tiled grid rank; `m`: the coordinate of the loop.
 
-    score: the first product; weights: the name of the value that the second one reads. `statements` run between the
-    two, in order; `accumulator` is the state that the second product adds to, after scaling it by `rescale` (None: not
-    at all). `split` names running sums that only the epilogue reads: each thread keeps its own part of them until
-    then. keep: where points exist; always_guard: whether a tile without masks can hold infinite scores.
+    `statements` run between the products and the sums, in order. `split` names running sums that only the epilogue
+    reads: each thread keeps its own part of them until then. results: the nest's outputs; written: those that are
+    tiles, as operands. keep: where points exist; always_guard: whether a tile without masks can hold infinite scores.
     """
 
     cascade: Cascade
     loop: TileLoop
     p: str
     m: str
-    e: str
-    f: str
     batch: tuple[str, ...]
-    queries: Operand
-    keys: Operand
-    values: Operand
-    score: Statement
+    products: tuple[Product, ...]
+    sums: tuple[WeightedSum, ...]
     statements: tuple[Statement, ...]
-    weights: str
-    accumulator: State
-    rescale: Expr | None
     states: tuple[State, ...]
     split: frozenset[str]
     epilogue: tuple[Statement, ...]
     results: tuple[str, ...]
-    result: Operand
+    written: tuple[Operand, ...]
     keep: Boolean
     always_guard: bool
 
+    @cached_property
+    def stills(self) -> tuple[Operand, ...]:
+        """What is loaded once."""
+        return tuple(dict.fromkeys(x.still for x in self.products))
+
+    @cached_property
+    def moving(self) -> tuple[Operand, ...]:
+        """What is loaded once an iteration: the products' operands first."""
+        return tuple(dict.fromkeys((*(x.moving for x in self.products), *(x.values for x in self.sums))))
+
+    @cached_property
+    def scores(self) -> tuple[str, ...]:
+        return tuple(x.score.name for x in self.products)
+
     @property
     def dtype(self) -> str:
-        return self.cascade.tensors[self.keys.tensor].dtype
+        return self.cascade.tensors[self.moving[0].tensor].dtype
 
     def extent(self, rank: str) -> Expr:
         return self.cascade.extent(rank)
-
-    def width(self, rank: str) -> int:
-        return int(self.cascade.extent(rank))
 
 
 def form(program: LoopProgram) -> Form:
     """The program's one nest as the kernel sees it. Raises `Unsupported` with the construct that does not fit."""
     if len(program.nests) != 1 or not isinstance(program.nests[0], SerialNest):
         raise Unsupported("the Hopper kernel runs one serial nest, and nothing before or after it")
-    nest = program.nests[0]
-    cascade = program.cascade
+    return nest_form(program.cascade, program.nests[0])
+
+
+def nest_form(cascade: Cascade, nest: SerialNest) -> Form:
+    """One of a planned cascade's nests as the kernel sees it. Raises as `form` does."""
     loop = tile_loop(cascade, nest)
     if loop.prologue:
         raise Unsupported(f"{loop.prologue[0].name} is computed before the loop")
@@ -102,35 +139,35 @@ def form(program: LoopProgram) -> Form:
     (m,) = loop.coordinates
     always_guard = any(s.expr.has(Finite) for s in loop.body) and _reads_infinities(cascade, loop)
     body = _with_limit(loop, m)
-    score, queries, keys, p, e = _score(cascade, nest, body, m)
-    body, score = _joined(body, score)
-    product, accumulator, weights, values, f, rescale = _accumulation(cascade, loop, body, score, m)
-    update = next(s for s in body if s.name == accumulator.new)
-    states = tuple(s for s in loop.states if s is not accumulator)
-    statements = tuple(s for s in body if s not in (score, product, update))
-    _check_order(statements, product, accumulator, p, m)
-    results, result = _results(cascade, nest, loop.epilogue, p, f)
+    body, products, p = _products(cascade, nest, body, m)
+    found = [_weighted_sum(cascade, loop, body, products, s, m) for s in body if _is_weighted(s, loop, m)]
+    if not found:
+        raise Unsupported(f"no product along {m} in the loop")
+    sums = tuple(x for x, _ in found)
+    accumulators = {x.state.name for x in sums}
+    summed = {name for _, names in found for name in names}
+    scores = {x.score.name for x in products}
+    states = tuple(s for s in loop.states if s.name not in accumulators)
+    statements = tuple(s for s in body if s.name not in summed | scores)
+    _check_order(statements, summed | accumulators, m)
+    operands = [o for x in products for o in (x.still, x.moving)] + [x.values for x in sums]
+    if len(dtypes := sorted({cascade.tensors[o.tensor].dtype for o in operands})) > 1:
+        raise Unsupported(f"operands in {' and '.join(dtypes)}")
+    written = _written(cascade, nest, loop.epilogue, p, [x.f for x in sums])
     return Form(
         cascade,
         loop,
         p,
         m,
-        e,
-        f,
         tuple(r for r in nest.grid if r != p),
-        queries,
-        keys,
-        values,
-        score,
+        products,
+        sums,
         statements,
-        weights,
-        accumulator,
-        rescale,
         states,
-        _split(states, statements, rescale, p, m),
+        _split(states, statements, [x.rescale for x in sums if x.rescale is not None], m),
         loop.epilogue,
-        results,
-        result,
+        nest.outputs,
+        written,
         And(*{c for s in body for c in And.make_args(s.keep) if m in free_vars(c)}) if body else sympy.true,
         always_guard,
     )
@@ -168,9 +205,9 @@ def _named_weights(body: Sequence[Statement], loop: TileLoop, m: str) -> list[St
     named: list[Statement] = []
     for s in body:
         parts = sympy.Mul.make_args(s.expr)
-        moving = [x for x in parts if isinstance(x, Access) and x.tensor in loop.nest.inputs and m in free_vars(x)]
+        moving = [x for x in parts if x in _wide(s, loop, m)] if _is_weighted(s, loop, m) else []
         rest = sympy.Mul(*(x for x in parts if x not in moving))
-        if s.monoid == "sum" and s.reduced == (m,) and len(moving) == 1 and not isinstance(rest, Access):
+        if len(moving) == 1 and not isinstance(rest, Access):
             own = [r for r in s.ranks if r in free_vars(moving[0]) and r not in free_vars(rest)]
             ranks = (*(r for r in s.ranks if r not in own or r in loop.nest.grid), m)
             name = f"{s.name}_weights"
@@ -186,16 +223,30 @@ def _reads_infinities(cascade: Cascade, loop: TileLoop) -> bool:
     return may_be_infinite(bare, (t.name for t in cascade.inputs))
 
 
-# -- the two products -------------------------------------------------------------------------------------------------
+# -- the products -----------------------------------------------------------------------------------------------------
 
 
-def _score(
-    cascade: Cascade, nest: SerialNest, body: Sequence[Statement], m: str
-) -> tuple[Statement, Operand, Operand, str, str]:
+def _products(
+    cascade: Cascade, nest: SerialNest, body: list[Statement], m: str
+) -> tuple[list[Statement], tuple[Product, ...], str]:
+    """The body, with a score that is only scaled under the name of what scales it, its products, and the tiled rank."""
     found = [s for s in body if s.monoid == "sum" and m in s.ranks]
-    if len(found) != 1:
-        raise Unsupported(f"{len(found)} products along a short rank in the loop; the kernel runs one")
-    (s,) = found
+    if not found:
+        raise Unsupported("no product along a short rank in the loop")
+    products = []
+    rows = set()
+    for s in found:
+        product, p = _product(cascade, nest, s, m)
+        body, score = _joined(body, s)
+        products.append(replace(product, score=score))
+        rows.add(p)
+    if len(rows) > 1:
+        raise Unsupported(f"the products have rows along {', '.join(sorted(rows))}")
+    return body, tuple(products), rows.pop()
+
+
+def _product(cascade: Cascade, nest: SerialNest, s: Statement, m: str) -> tuple[Product, str]:
+    """A statement as a product, and the rank of its rows."""
     if len(s.reduced) != 1 or is_long(cascade, s.reduced[0]):
         raise Unsupported(f"{s.name} reduces {', '.join(s.reduced)}: one rank of constant width is needed")
     (e,) = s.reduced
@@ -206,11 +257,12 @@ def _score(
     still = [a for a in both if a not in moving]
     if len(moving) != 1:
         raise Unsupported(f"{s.name}: exactly one operand has to move with {m}")
-    long = [r for r in nest.grid if is_long(cascade, r) and r in free_vars(still[0]) and r not in free_vars(moving[0])]
+    own = [r for r in nest.grid if var(r) in still[0].index and r not in free_vars(moving[0])]
+    long = [r for r in own if is_long(cascade, r)] or sorted(own, key=lambda r: -int(cascade.extent(r)))[:1]
     if len(long) != 1:
         raise Unsupported(f"{s.name}: {still[0].tensor} needs one long rank of its own, it has {len(long)}")
     (p,) = long
-    return s, _operand(cascade, still[0], p, e), _operand(cascade, moving[0], m, e), p, e
+    return Product(s, _operand(cascade, still[0], p, e), _operand(cascade, moving[0], m, e), e), p
 
 
 def _joined(body: list[Statement], score: Statement) -> tuple[list[Statement], Statement]:
@@ -238,9 +290,10 @@ def _operand(cascade: Cascade, access: Access, row: str, width: str) -> Operand:
     if t.dtype not in DTYPES or t.layout.kind != "dense":
         raise Unsupported(f"{t.name} is {t.layout.kind} {t.dtype}; the kernel reads dense {' or '.join(DTYPES)}")
     index = list(access.index)
-    if index.count(var(row)) != 1 or index.count(var(width)) != 1:
+    wide = [i for i, x in enumerate(index) if width in free_vars(x)]
+    if index.count(var(row)) != 1 or len(wide) != 1 or not (index[wide[0]] - var(width)).is_Integer:
         raise Unsupported(f"{access} is not indexed by {row} and {width} themselves")
-    at, across = index.index(var(row)), index.index(var(width))
+    at, across = index.index(var(row)), wide[0]
     others = [(i, x) for i, x in enumerate(index) if i not in (at, across)]
     if any({row, width} & free_vars(x) or x.has(Access) for _, x in others):
         raise Unsupported(f"{access}: an index that gathers or mixes {row} or {width}")
@@ -249,16 +302,25 @@ def _operand(cascade: Cascade, access: Access, row: str, width: str) -> Operand:
         raise Unsupported(f"{t.name} has width {extent}; the copy engine needs a multiple of 8 up to {WIDTHS[1]}")
     if len(index) > 5:
         raise Unsupported(f"{t.name} has {len(index)} dimensions; the copy engine takes 5")
-    return Operand(t.name, at, across, tuple(others))
+    return Operand(t.name, at, across, int(index[across] - var(width)), int(extent), tuple(others))
 
 
-def _accumulation(
-    cascade: Cascade, loop: TileLoop, body: Sequence[Statement], score: Statement, m: str
-) -> tuple[Statement, State, str, Operand, str, Expr | None]:
-    found = [s for s in body if s.monoid == "sum" and s.reduced == (m,) and _reads_input(s, loop)]
-    if len(found) != 1:
-        raise Unsupported(f"{len(found)} products along {m} in the loop; the kernel runs one")
-    (s,) = found
+def _is_weighted(s: Statement, loop: TileLoop, m: str) -> bool:
+    """Whether a statement multiplies with a tile of an input: one that has a rank besides the loop's and the grid's."""
+    return s.monoid == "sum" and s.reduced == (m,) and bool(_wide(s, loop, m))
+
+
+def _wide(s: Statement, loop: TileLoop, m: str) -> list[Access]:
+    """The reads of inputs along `m` that have a rank of the result outside of the grid."""
+    own = set(s.ranks) - set(loop.nest.grid)
+    inputs = [a for a in accesses(s.expr) if a.tensor in loop.nest.inputs]
+    return [a for a in inputs if m in free_vars(a) and own & free_vars(a)]
+
+
+def _weighted_sum(
+    cascade: Cascade, loop: TileLoop, body: Sequence[Statement], products: Sequence[Product], s: Statement, m: str
+) -> tuple[WeightedSum, tuple[str, str]]:
+    """A product of weights and values as a sum that runs along, and the names of the two statements that it is."""
     both, rest = _factors(s.expr, m)
     weights = [x for x in both if isinstance(x, Access) and x.tensor not in loop.nest.inputs]
     values = [x for x in both if isinstance(x, Access) and x.tensor in loop.nest.inputs]
@@ -266,7 +328,7 @@ def _accumulation(
         raise Unsupported(f"{s.name} is no product of a value of the loop and an input")
     if s.mask_operand:
         raise Unsupported(f"{s.name}: its weights are not zero where points are missing")
-    own = [r for r in s.ranks if var(r) in values[0].index and r not in free_vars(weights[0])]
+    own = [r for r in s.ranks if r in free_vars(values[0]) and r not in free_vars(weights[0])]
     if len(own) != 1:
         raise Unsupported(f"{s.name}: {values[0].tensor} needs one width rank, it has {len(own)}")
     (f,) = own
@@ -281,21 +343,17 @@ def _accumulation(
         raise Unsupported(f"{state.name} is no sum with a factor for each row")
     if any(a.tensor == state.name for t in body for a in t.reads if t is not users[0]):
         raise Unsupported(f"{state.name} is read within the loop")
-    if any(i not in map(var, score.ranks) for i in weights[0].index):
-        raise Unsupported(f"{s.name} reads {weights[0]} at another place than {score.name}'s")
+    if any(i not in map(var, products[0].score.ranks) for i in weights[0].index):
+        raise Unsupported(f"{s.name} reads {weights[0]} at another place than {products[0].score.name}'s")
     operand = _operand(cascade, values[0], m, f)
-    return s, state, weights[0].tensor, operand, f, None if rescale == 1 else rescale
+    found = WeightedSum(state, weights[0].tensor, operand, f, None if rescale == 1 else rescale)
+    return found, (s.name, users[0].name)
 
 
-def _reads_input(s: Statement, loop: TileLoop) -> bool:
-    return any(a.tensor in loop.nest.inputs and set(s.reduced) & free_vars(a) for a in accesses(s.expr))
-
-
-def _check_order(statements: Sequence[Statement], product: Statement, accumulator: State, p: str, m: str) -> None:
-    made = {product.name, accumulator.name, accumulator.new}
+def _check_order(statements: Sequence[Statement], sums: Container[str], m: str) -> None:
     for s in statements:
-        if any(a.tensor in made for a in s.reads):
-            raise Unsupported(f"{s.name} reads {product.name} within the loop")
+        if any(a.tensor in sums for a in s.reads):
+            raise Unsupported(f"{s.name} reads a weighted sum within the loop")
         if s.reduced and s.reduced != (m,):
             raise Unsupported(f"{s.name} reduces {', '.join(s.reduced)}")
         if s.monoid not in (None, "sum", "max", "min"):
@@ -303,7 +361,7 @@ def _check_order(statements: Sequence[Statement], product: Statement, accumulato
 
 
 def _split(
-    states: Sequence[State], statements: Sequence[Statement], rescale: Expr | None, p: str, m: str
+    states: Sequence[State], statements: Sequence[Statement], rescales: Sequence[Expr], m: str
 ) -> frozenset[str]:
     """Running sums `x = c*x + sum(m) tile` that nothing in the loop reads: a sum is linear, so the threads of a row can
     keep their parts apart until the loop is over."""
@@ -319,7 +377,7 @@ def _split(
         local = next((s for s in statements if isinstance(rest, Access) and s.name == rest.tensor), None)
         linear = local is not None and local.monoid == "sum" and local.reduced == (m,) and state.init == 0
         once = local is not None and sum(any(a.tensor == local.name for a in s.reads) for s in statements) == 1
-        uses = rescale is not None and any(a.tensor in (state.name, state.new) for a in accesses(rescale))
+        uses = any(a.tensor in (state.name, state.new) for x in rescales for a in accesses(x))
         if linear and once and not readers and not uses and m not in free_vars(expr.coeff(before)):
             found.add(state.name)
     return frozenset(found)
@@ -328,24 +386,24 @@ def _split(
 # -- what comes out ---------------------------------------------------------------------------------------------------
 
 
-def _results(
-    cascade: Cascade, nest: SerialNest, epilogue: Sequence[Statement], p: str, f: str
-) -> tuple[tuple[str, ...], Operand]:
+def _written(
+    cascade: Cascade, nest: SerialNest, epilogue: Sequence[Statement], p: str, widths: Sequence[str]
+) -> tuple[Operand, ...]:
+    """The outputs that are tiles; the others have to be one value a row."""
     made = {s.name for s in epilogue}
     tiles = []
     for name in nest.outputs:
         t = cascade.tensors[name]
         if name not in made:
             raise Unsupported(f"{name} leaves the loop without an epilogue")
-        if f in t.ranks:
-            tiles.append(t)
+        across = [f for f in dict.fromkeys(widths) if f in t.ranks]
+        if len(across) == 1 and t.dtype in DTYPES:
+            tiles.append(_operand(cascade, Access(t.name, *map(var, t.ranks)), p, across[0]))
         elif p not in t.ranks or set(t.ranks) - set(nest.grid):
-            raise Unsupported(f"the output {name} is not one value a row")
-    if len(tiles) != 1 or tiles[0].dtype not in DTYPES:
-        raise Unsupported(f"one output over {p} and {f} in {' or '.join(DTYPES)} is needed")
-    (t,) = tiles
-    access = Access(t.name, *map(var, t.ranks))
+            raise Unsupported(f"the output {name} is not one value a row, nor a tile in {' or '.join(DTYPES)}")
+    if not tiles:
+        raise Unsupported(f"an output over {p} and a width is needed")
     for s in epilogue:
         if s.monoid is not None:
             raise Unsupported(f"{s.name} reduces after the loop")
-    return nest.outputs, _operand(cascade, access, p, f)
+    return tuple(tiles)

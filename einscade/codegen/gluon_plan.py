@@ -7,18 +7,19 @@ schedule's tiles fit neither shared memory nor registers.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import sympy
 
 from einscade.codegen.base2 import base2
 from einscade.codegen.gluon_bounds import bounds
-from einscade.codegen.gluon_form import Form
+from einscade.codegen.gluon_form import Form, Operand
 from einscade.codegen.schedule import Schedule
 from einscade.codegen.source import Unsupported
 from einscade.codegen.tiles import Statement
 from einscade.ir.expr import Access, Expr, accesses, free_vars, var
 
-__all__ = ["GROUP_ROWS", "REGISTERS", "Load", "Plan", "factor_of"]
+__all__ = ["GROUP_ROWS", "REGISTERS", "Load", "Plan", "Ring", "factor_of"]
 
 GROUP_ROWS = 64
 """Rows of a warpgroup: those of one warpgroup_mma instruction."""
@@ -31,7 +32,7 @@ RESERVED = frozenset({
     "gl", "gluon", "torch", "tma", "mbarrier", "run", "kernel", "load", "weigh", "advance", "compute", "group", "tile",
     "stage", "phase", "first", "end", "full_first", "full_end", "weights", "keep", "programs", "row", "finite", "tanh",
     "reciprocal", "row_max", "row_min", "row_sum", "row_parts", "tile_map", "MASKED", "ROWS", "COLUMNS",
-})  # fmt: skip  # fmt: skip
+})  # fmt: skip
 
 
 def padded(width: int) -> int:
@@ -44,6 +45,18 @@ class Load:
 
     access: Access
     name: str | None
+
+
+@dataclass(frozen=True)
+class Ring:
+    """An operand's tiles in shared memory, `width` elements wide there. `name` is the operand's in the text; `early`:
+    a product reads it, so that it is needed before the last weights are; `late`: a weighted sum reads it."""
+
+    name: str
+    operand: Operand
+    width: int
+    early: bool
+    late: bool
 
 
 class Plan:
@@ -62,11 +75,10 @@ class Plan:
         if columns not in (32, 64, 128, 256):
             raise Unsupported(f"a tile of {columns} along {shape.m}: 32, 64, 128 or 256 are what the kernel takes")
         self.columns, self.stages = columns, max(1, schedule.stages)
-        self.e, self.f = padded(shape.width(shape.e)), padded(shape.width(shape.f))
-        self.shares = self.e == self.f and shape.dtype == self.dtype(shape.result.tensor)
+        self.f = max(padded(x.values.width) for x in shape.sums)
         self._check_fit()
-        self.statements, self.score, self.epilogue, self.rescale = self._in_base2()
-        self.factor = factor_of(self.score, shape.e)
+        self.statements, self.scores, self.epilogue, self.rescales = self._in_base2()
+        self.factors = {s.name: factor_of(s, x.e) for s, x in zip(self.scores, shape.products, strict=True)}
         self.bounds = bounds(shape.keep, shape.m, shape.p, var("row"), self.rows, self.columns)
         self.used: set[str] = set()
         self.loads = self._loads()
@@ -79,54 +91,121 @@ class Plan:
         taken = tensor in RESERVED or tensor in self.cascade.symbols or tensor in self.cascade.rank_table
         return f"{tensor}_" if taken else tensor
 
+    # -- operands --
+
+    @cached_property
+    def _names(self) -> tuple[dict[Operand, str], dict[Operand, str]]:
+        """Operands that stay, and that move, by the names of their tensors, numbered where a tensor is read at several
+        places."""
+        given: set[str] = set()
+        found: tuple[dict[Operand, str], dict[Operand, str]] = {}, {}
+        for names, operands in zip(found, (self.shape.stills, self.shape.moving), strict=True):
+            for x in operands:
+                name = self.name(x.tensor)
+                numbered = (f"{name}_{i}" for i in range(2, 99))
+                taken = given | set(self.cascade.tensors)
+                names[x] = name if name not in given else next(n for n in numbered if n not in taken)
+                given.add(names[x])
+        return found
+
+    @cached_property
+    def rings(self) -> tuple[Ring, ...]:
+        shape = self.shape
+        early = [x.moving for x in shape.products]
+        late = [x.values for x in shape.sums]
+        return tuple(
+            Ring(self._names[1][x], x, self.f if x in late else padded(x.width), x in early, x in late)
+            for x in shape.moving
+        )
+
+    def ring(self, operand: Operand) -> Ring:
+        return next(r for r in self.rings if r.operand == operand)
+
+    @cached_property
+    def stills(self) -> tuple[Ring, ...]:
+        """The operands that stay, as wide as what they meet."""
+        widths = {x.still: self.ring(x.moving).width for x in self.shape.products}
+        for x in self.shape.products:
+            if widths[x.still] != self.ring(x.moving).width:
+                raise Unsupported(f"{x.still.tensor} meets tiles of different widths")
+        return tuple(Ring(self._names[0][x], x, widths[x], False, False) for x in self.shape.stills)
+
+    @cached_property
+    def shares(self) -> dict[str, str]:
+        """The outputs that leave through the tile of an operand that stays, by its name."""
+        free = {r.name: r.width for r in self.stills}
+        found = {}
+        for x in self.shape.written:
+            name = next((n for n, w in free.items() if w == self.f), None)
+            if name is not None and self.dtype(x.tensor) == self.shape.dtype:
+                found[x.tensor] = name
+                del free[name]
+        return found
+
     def _check_fit(self) -> None:
-        tiles = self.stages * self.columns * (self.e + self.f) * 2
-        tiles += self.rows * (self.e if self.shares else self.e + self.f) * 2
+        tiles = self.stages * self.columns * sum(r.width for r in self.rings) * 2
+        tiles += self.rows * sum(r.width for r in self.stills) * 2
+        tiles += self.rows * self.f * 2 * (len(self.shape.written) - len(self.shares))
         if tiles + 1024 > SHARED:
             raise Unsupported(f"{tiles} bytes of tiles do not fit in {SHARED} bytes of shared memory")
-        if self.f // 2 + self.columns * 3 // 4 + 32 > REGISTERS[self.groups]:
+        registers = len(self.shape.sums) * self.f // 2 + len(self.shape.products) * self.columns * 3 // 4 + 32
+        if registers > REGISTERS[self.groups]:
             raise Unsupported(f"tiles of {self.columns} by {self.f} do not fit in {REGISTERS[self.groups]} registers")
 
-    def _in_base2(self) -> tuple[tuple[Statement, ...], Statement, tuple[Statement, ...], Expr | None]:
-        """The statements with exponentials in base 2; the rescaling factor travels as one of them."""
+    # -- arithmetic --
+
+    def _in_base2(
+        self,
+    ) -> tuple[tuple[Statement, ...], tuple[Statement, ...], tuple[Statement, ...], tuple[Expr | None, ...]]:
+        """The statements between, the scores, those after the loop, and the sums' rescaling factors, with exponentials
+        in base 2; the factors travel as statements."""
         shape = self.shape
-        body = (shape.score, *shape.statements)
-        if shape.rescale is not None:
-            ranks = tuple(r for r in shape.accumulator.ranks if r != shape.f)
-            body = (*body, Statement("rescale", ranks, shape.rescale))
+        body = (*(x.score for x in shape.products), *shape.statements)
+        for i, total in enumerate(shape.sums):
+            if total.rescale is not None:
+                ranks = tuple(r for r in total.state.ranks if r != total.f)
+                body = (*body, Statement(f"rescale {i}", ranks, total.rescale))
         loop = base2(replace(shape.loop, body=body, states=shape.states), self._unit())
-        statements = {s.name: s for s in loop.body}
-        rescale = statements["rescale"].expr if shape.rescale is not None else None
-        score = statements[shape.score.name]
-        rest = tuple(s for s in loop.body if s.name not in ("rescale", score.name))
-        factor = factor_of(score, shape.e)
-        if factor.is_number and score.fill is None:  # it joins the numbers of whatever reads the score
-            both = score.expr / factor
-            scaled = {a: factor * a for s in rest for a in s.reads if a.tensor == score.name}
-            rest = tuple(replace(s, expr=s.expr.xreplace(scaled)) for s in rest)
-            score = replace(score, expr=both)
-        return tuple(map(spread, rest)), score, loop.epilogue, rescale
+        made = {s.name: s for s in loop.body}
+        rescales = tuple(made[f"rescale {i}"].expr if f"rescale {i}" in made else None for i in range(len(shape.sums)))
+        rest = tuple(s for s in loop.body if not s.name.startswith("rescale ") and s.name not in shape.scores)
+        scores = []
+        for x in shape.products:
+            score = made[x.score.name]
+            factor = factor_of(score, x.e)
+            if factor.is_number and score.fill is None:  # it joins the numbers of whatever reads the score
+                score = replace(score, expr=score.expr / factor)
+                scaled = {a: factor * a for s in rest for a in s.reads if a.tensor == score.name}
+                rest = tuple(replace(s, expr=s.expr.xreplace(scaled)) for s in rest)
+            scores.append(score)
+        return tuple(map(spread, rest)), tuple(scores), loop.epilogue, rescales
 
     def _unit(self) -> Expr | None:
         """What a modified score `c*score + ...` is kept in: c times the score's own factor, so that adding to it is one
         multiply-add for each point. None: what `base2` chooses."""
-        shape = self.shape
-        access = Access(shape.score.name, *map(var, shape.score.ranks))
-        readers = [s for s in shape.statements if access in s.reads]
-        number = factor_of(shape.score, shape.e)
+        units = {self._unit_of(x.score, x.e) for x in self.shape.products}
+        return units.pop() if len(units) == 1 else None
+
+    def _unit_of(self, score: Statement, e: str) -> Expr | None:
+        access = Access(score.name, *map(var, score.ranks))
+        readers = [s for s in self.shape.statements if access in s.reads]
+        number = factor_of(score, e)
         if len(readers) != 1 or not readers[0].expr.is_Add or not number.is_number:
             return None
         unit = number * readers[0].expr.coeff(access)
         rest = readers[0].expr - readers[0].expr.coeff(access) * access
         return unit if unit.is_number and unit.is_positive and not rest.has(access) else None
 
+    # -- other inputs --
+
     def _loads(self) -> tuple[Load, ...]:
         """Other inputs: an element or a row is read before the loop, the rest in it."""
         shape = self.shape
-        operands = {shape.queries.tensor, shape.keys.tensor, shape.values.tensor}
+        operands = {x.tensor for x in (*shape.stills, *shape.moving)}
+        widths = {x.f for x in shape.sums}
         found: dict[Access, None] = {}
-        for s in (*self.statements, *self.epilogue, self.score):
-            exprs = (self.factor, s.keep) if s is self.score else (s.expr, s.keep, s.row)
+        for s in (*self.statements, *self.epilogue, *self.scores):
+            exprs = (self.factors[s.name], s.keep) if s in self.scores else (s.expr, s.keep, s.row)
             for expr in exprs:
                 for a in accesses(expr):
                     if a.tensor in shape.loop.nest.inputs:
@@ -134,15 +213,11 @@ class Plan:
         for a in found:
             if a.tensor in operands:
                 raise Unsupported(f"{a.tensor} is an operand of a product and read elsewhere")
-            if self.cascade.tensors[a.tensor].layout.kind != "dense" or shape.f in free_vars(a):
+            if self.cascade.tensors[a.tensor].layout.kind != "dense" or widths & free_vars(a):
                 raise Unsupported(f"{a} is read where the kernel does not")
         loads = []
         for i, a in enumerate(sorted(found, key=sympy.default_sort_key)):
-            moves = (
-                shape.m in free_vars(a)
-                or a.has(*(x for x in accesses(a) if x != a and x.tensor == ""))
-                or any(x != a for x in accesses(a))
-            )
+            moves = shape.m in free_vars(a) or any(x != a for x in accesses(a))
             loads.append(Load(a, None if moves else f"{self.name(a.tensor)}_at{i}"))
         return tuple(loads)
 
@@ -155,7 +230,7 @@ class Plan:
         return [name, *(f"{name}_{i}" for i in range(len(self.cascade.tensors[tensor].ranks)))]
 
     def _row_results(self) -> list[str]:
-        return [r for r in self.shape.results if r != self.shape.result.tensor]
+        return [r for r in self.shape.results if r not in {x.tensor for x in self.shape.written}]
 
     def _sizes(self) -> list[str]:
         """Symbols that the kernel needs: in extents of the grid, bounds, predicates and expressions."""
@@ -164,7 +239,7 @@ class Plan:
         names: set[str] = set()
         for r in (shape.p, *shape.batch):
             names |= free_vars(shape.extent(r))
-        for s in (*self.statements, *self.epilogue, self.score):
+        for s in (*self.statements, *self.epilogue, *self.scores):
             names |= free_vars(s.expr) | free_vars(s.keep) | free_vars(s.row)
         return [s for s in self.cascade.symbols if s in names and s not in tiles]
 
@@ -191,16 +266,37 @@ class Plan:
     def _masked_argument(self) -> str:
         return "MASKED: gl.constexpr" if self._is_static() else "MASKED"
 
+    # -- names in the text --
+
     def _state_names(self) -> list[str]:
         return [self.name(s.name) for s in self.shape.states]
 
+    def _score_names(self) -> list[str]:
+        return [self.name(x.score.name) for x in self.shape.products]
+
+    def _sum_names(self) -> list[str]:
+        return [self.name(x.state.name) for x in self.shape.sums]
+
+    @cached_property
+    def rescale_names(self) -> dict[Expr, str]:
+        """The distinct factors of the sums, by their names."""
+        distinct = dict.fromkeys(x for x in self.rescales if x is not None)
+        return {x: "rescale" if i == 0 else f"rescale{i + 1}" for i, x in enumerate(distinct)}
+
+    @cached_property
+    def weight_names(self) -> dict[str, str]:
+        """The values that are weights of a sum, by the names of what multiplies."""
+        distinct = dict.fromkeys(x.weights for x in self.shape.sums)
+        return {x: "weights" if i == 0 else f"weights{i + 1}" for i, x in enumerate(distinct)}
+
     def _barriers(self) -> list[str]:
-        q, k, v = (self.name(x.tensor) for x in (self.shape.queries, self.shape.keys, self.shape.values))
-        return [f"{q}_full", f"{k}_full", f"{k}_empty", f"{v}_full", f"{v}_empty"]
+        return [f"{x.name}_full" for x in self.stills] + self._ring_barriers()
+
+    def _ring_barriers(self) -> list[str]:
+        return [b for x in self.rings for b in (f"{x.name}_full", f"{x.name}_empty")]
 
     def _tiles(self) -> list[str]:
-        q, k, v = (self.name(x.tensor) for x in (self.shape.queries, self.shape.keys, self.shape.values))
-        return [f"{q}_tile", f"{k}_tiles", f"{v}_tiles"]
+        return [f"{x.name}_tile" for x in self.stills] + [f"{x.name}_tiles" for x in self.rings]
 
     def _context(self) -> list[str]:
         """What the elementwise part reads besides the scores and the running values."""

@@ -82,18 +82,20 @@ class Points(Plan):
             for state in shape.states:
                 ranks = () if p not in state.ranks else (p,)
                 printer.names[state.name] = Value(self.name(state.name), ranks)
-            printer.names[shape.score.name] = Value(self.name(shape.score.name), (p, m))
-        for s in (self.score, *self.statements):
+            for score in shape.scores:
+                printer.names[score] = Value(self.name(score), (p, m))
+        for s in (*self.scores, *self.statements):
             lines += self._comment(s)
             lines += self._statement(s, masked, full)
         result = [self.name(s.new) for s in shape.states]
-        if self.rescale is not None:
-            codes = [full.value(self.rescale).code, masked.value(self.rescale).code]
-            lines += self._both(*([f"rescale = {c}"] for c in codes))
-            result.append("rescale")
-        weights = full.names[shape.weights]
-        result.append(f"gl.convert_layout({weights.atom()}.to({GLUON_DTYPES[shape.dtype]}), WEIGHTS)")
-        arguments = [self.name(shape.score.name), *self._state_names(), f"{m}_first", *self._context()]
+        for expr, name in self.rescale_names.items():
+            codes = [full.value(expr).code, masked.value(expr).code]
+            lines += self._both(*([f"{name} = {c}"] for c in codes))
+            result.append(name)
+        for weights in self.weight_names:
+            value = full.names[weights].atom()
+            result.append(f"gl.convert_layout({value}.to({GLUON_DTYPES[shape.dtype]}), WEIGHTS)")
+        arguments = [*self._score_names(), *self._state_names(), f"{m}_first", *self._context()]
         lines.append(f"return {', '.join(result)}")
         return function("weigh", [*arguments, self._masked_argument()], lines)
 
@@ -114,15 +116,16 @@ class Points(Plan):
         if s.keep != sympy.true and any(x.name is None and x.access in s.reads for x in self.loads):
             keep = self._mask(masked, s.keep)  # an index may be out of bounds where no point exists
             masked.inside = masked.names["keep"]
-        expr = Access(s.name, *map(var, s.ranks)) * self.factor if s is self.score else s.expr
+        score = s in self.scores
+        expr = Access(s.name, *map(var, s.ranks)) * self.factors[s.name] if score else s.expr
         v, other = full.value(expr), masked.value(expr)
         masked.inside = None
         split = s.name in {x.new for x in shape.states if x.name in shape.split}
         codes = [self._split_update(s, full)] * 2 if split else [v.code, other.code]
         lines = [[f"{name} = {c}"] if c != name else [] for c in codes]
-        if s.monoid is not None and s is not self.score:
+        if s.monoid is not None and not score:
             lines, v = self._reduction(s, [replace(v, code=c) for c in codes], masked)
-        kind = "f" if s is self.score else v.kind
+        kind = "f" if score else v.kind
         for printer in (masked, full):
             printer.names[s.name] = Value(name, v.ranks, kind)
         if s.fill is not None:
@@ -208,10 +211,11 @@ class Points(Plan):
     def _after(self) -> list[str]:
         """The Einsums that follow the loop."""
         shape = self.shape
-        p, f = shape.p, shape.f
-        names = {shape.accumulator.name: Value(self.name(shape.accumulator.name), (p, f))}
+        p = shape.p
+        names = {x.state.name: Value(self.name(x.state.name), (p, x.f)) for x in shape.sums}
         variables = {p: Value(f"{p}_", (p,), "i")}
-        printer = Printer((p, f), names, variables, self._element, shape.dtype == "bf16", "finite", used=self.used)
+        dims = (p, *dict.fromkeys(x.f for x in shape.sums))
+        printer = Printer(dims, names, variables, self._element, shape.dtype == "bf16", "finite", used=self.used)
         self._name_hoisted(printer)
         lines = [f"{p}_ = gl.convert_layout({p}_, RESULT_ROW)"]
         lines += [f"{x.name} = gl.convert_layout({x.name}, RESULT_ROW)" for x in self.loads

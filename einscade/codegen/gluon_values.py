@@ -82,7 +82,8 @@ def _is_atomic(code: str) -> bool:
 
 @dataclass
 class Printer:
-    """`dims` are the tile's two ranks; `names` what local tensors are, `variables` what ranks and sizes are.
+    """`dims` are the tile's two ranks (after the loop: the rows, and the widths of the tiles); `names` what local
+    tensors are, `variables` what ranks and sizes are.
 
     load: code for an element (or a tile of elements) of a tensor in memory. guard: how `Finite` is printed ("finite",
     or "" where no row can be without points). inside: the points that exist, where some of a tile may not, for reads by
@@ -90,7 +91,7 @@ class Printer:
     that the printed code calls.
     """
 
-    dims: tuple[str, str]
+    dims: tuple[str, ...]
     names: dict[str, Value]
     variables: dict[str, Value]
     load: Callable[[Access, Printer], Value]

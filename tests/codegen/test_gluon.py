@@ -18,12 +18,14 @@ from torch import Tensor
 
 from einscade.codegen.gluon import emit, schedules
 from einscade.codegen.gluon_bounds import bounds
+from einscade.codegen.gluon_form import form
 from einscade.codegen.loops import LoopProgram, plan
 from einscade.codegen.schedule import Schedule
 from einscade.codegen.source import Unsupported
 from einscade.ir.expr import var
 from einscade.ir.interpret import interpret
 from einscade.ir.text import parse_cascade
+from einscade.passes.pipeline import run as rewrite
 from tests.codegen.cascades import CASES, cascade, inputs, relative_error
 from tests.codegen.generated import module
 
@@ -84,17 +86,50 @@ def test_unsupported_schedules(tiles: dict[str, int], stages: int, reason: str) 
         emit(program("causal", **WIDE), Schedule(tuple(sorted(tiles.items())), 4, stages, (), "cuda:90", True))
 
 
-def test_two_products_over_keys_are_unsupported() -> None:
-    text = """cascade two(Q[p,e]: bf16, K[m,e]: bf16, V[m,f]: bf16, U[m,f]: bf16) -> O[p,f]: bf16, R[p,f]: bf16
+def made_of(text: str) -> LoopProgram:
+    return plan(rewrite(parse_cascade(text), "exact").cascade)
+
+
+TWO_SUMS = """cascade two(Q[p,e]: bf16, K[m,e]: bf16, V[m,f]: bf16, U[m,f]: bf16) -> O[p,f]: bf16, R[p,f]: bf16
   where p < P, m < M, e < 64, f < 64
   S[p,m] = sum(e) Q[p,e] * K[m,e]
   O[p,f]: bf16 = sum(m) S[p,m] * V[m,f]
   R[p,f]: bf16 = sum(m) S[p,m] * S[p,m] * U[m,f]
 """
-    from einscade.passes.pipeline import run
 
-    with pytest.raises(Unsupported):
-        schedules(plan(run(parse_cascade(text), "exact").cascade))
+TWO_SOFTMAXES = """cascade differential(Q[b,g,p,e]: bf16, K[b,g,m,e]: bf16, L[], V[b,h,m,f]: bf16) -> O[b,h,p,f]: bf16
+  where b < B, g < 8, h < 4, p < P, m < M, e < 64, f < {f}
+  A[b,g,p,m] = sum(e) 0.125 * Q[b,g,p,e] * K[b,g,m,e]   if m <= p
+  G[b,g,p]   = max(m) A[b,g,p,m]
+  W[b,g,p,m] = exp(A[b,g,p,m] - G[b,g,p])
+  Z[b,g,p]   = sum(m) W[b,g,p,m]
+  O[b,h,p,f]: bf16 = sum(m) (W[b,2*h,p,m] / Z[b,2*h,p] - L[] * W[b,2*h + 1,p,m] / Z[b,2*h + 1,p]) * V[b,h,m,f]
+"""
+
+
+def test_a_tensor_that_two_sums_read_is_loaded_once() -> None:
+    """One form for every number of products and sums."""
+    shape = form(made_of(TWO_SOFTMAXES.format(f=64)))
+    assert [len(x) for x in (shape.products, shape.sums, shape.stills, shape.moving)] == [2, 2, 2, 3]
+    shape = form(made_of(TWO_SUMS))
+    assert (len(shape.products), len(shape.sums)) == (1, 2)
+    assert {x.tensor for x in shape.written} == set(shape.results)
+
+
+def test_operands_that_are_one_tensor_have_names_of_their_own() -> None:
+    text = """cascade own(X[b,m,e]: bf16) -> O[b,p,f]: bf16
+  where b < B, p < M, m < M, e < 64, f < 64
+  S[b,p,m] = sum(e) 0.125 * X[b,p,e] * X[b,m,e]
+  G[b,p]   = max(m) S[b,p,m]
+  W[b,p,m] = exp(S[b,p,m] - G[b,p])
+  Z[b,p]   = sum(m) W[b,p,m]
+  O[b,p,f]: bf16 = sum(m) W[b,p,m] * X[b,m,f] / Z[b,p]
+"""
+    loops = made_of(text)
+    assert len(form(loops).moving) == 1
+    for schedule in schedules(loops):
+        names = re.findall(r"^    (\w+) = gl.allocate_shared_memory", emit(loops, schedule).text, re.M)
+        assert len(names) == len(set(names))
 
 
 # -- which tiles are masked -------------------------------------------------------------------------------------------
@@ -209,6 +244,20 @@ def test_compiles(name: str, shape: dict[str, Any]) -> None:
     assert shared <= 227 << 10
     assert re.search(r"\b0 bytes spill stores, 0 bytes spill loads", report), report
     assert "serialized" not in report  # what ptxas says where products do not run in the background
+
+
+@pytest.mark.parametrize("text", [TWO_SUMS, TWO_SOFTMAXES.format(f=64), TWO_SOFTMAXES.format(f=128)])
+def test_several_products_compile(text: str) -> None:
+    loops = made_of(text)
+    sizes = {s: {"B": 1}.get(s, 300) for s in loops.cascade.symbols if s != "M0"}
+    given = []
+    for t in loops.cascade.inputs:
+        shape = [int(loops.cascade.extent(r).subs({var(n): x for n, x in sizes.items()})) for r in t.ranks]
+        given.append(torch.zeros(shape, dtype={"bf16": torch.bfloat16, "f32": torch.float32}[t.dtype]))
+    shared, report = compiled(module(emit(loops, schedules(loops)[0])), given, sizes)
+    assert shared <= 227 << 10
+    assert re.search(r"\b0 bytes spill stores, 0 bytes spill loads", report), report
+    assert "serialized" not in report
 
 
 # -- on a GPU ---------------------------------------------------------------------------------------------------------

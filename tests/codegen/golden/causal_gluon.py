@@ -35,8 +35,7 @@ WEIGHTS = gl.constexpr(gl.DotOperandLayout(0, RESULT, 2))
 ROW = gl.constexpr(gl.SliceLayout(1, SCORES))
 COLUMN = gl.constexpr(gl.SliceLayout(0, SCORES))
 RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
-TILE_E = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
-TILE_F = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
+TILE_128 = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 
 
 @gluon.jit
@@ -165,10 +164,10 @@ def advance(tile, G, Z, N, weights, stage, phase, Q_tile, K_tiles, V_tiles, K_fu
         phase ^= 1
     mbarrier.wait(K_full.index(stage), phase)
     take_turn(group)
-    K_tile = K_tiles.index(stage)._reinterpret(gl.bfloat16, [128, 128], TILE_E).permute([1, 0])
+    K_tile = K_tiles.index(stage)._reinterpret(gl.bfloat16, [128, 128], TILE_128).permute([1, 0])
     next_S = warpgroup_mma(Q_tile, K_tile, zero, use_acc=False, is_async=True)
     mbarrier.wait(V_full.index(last_stage), last_phase)
-    V_tile = V_tiles.index(last_stage)._reinterpret(gl.bfloat16, [128, 128], TILE_F)
+    V_tile = V_tiles.index(last_stage)._reinterpret(gl.bfloat16, [128, 128], TILE_128)
     next_N = warpgroup_mma(weights, V_tile, N, is_async=True)
     pass_turn(group)
     S = warpgroup_mma_wait(1, deps=[next_S])
@@ -192,10 +191,10 @@ def compute(O_map, Q_tile, K_tiles, V_tiles, Q_full, K_full, K_empty, V_full, V_
     if group == GROUPS - 1:
         pass_turn(group)  # the first turn is the first warpgroup's
     mbarrier.wait(Q_full, 0)
-    Q_rows = Q_tile.index(group)._reinterpret(gl.bfloat16, [64, 128], TILE_E)
+    Q_rows = Q_tile.index(group)._reinterpret(gl.bfloat16, [64, 128], TILE_128)
     mbarrier.wait(K_full.index(0), 0)
     take_turn(group)
-    K_tile = K_tiles.index(0)._reinterpret(gl.bfloat16, [128, 128], TILE_E).permute([1, 0])
+    K_tile = K_tiles.index(0)._reinterpret(gl.bfloat16, [128, 128], TILE_128).permute([1, 0])
     S = warpgroup_mma(Q_rows, K_tile, zero, use_acc=False, is_async=True)
     pass_turn(group)
     S = warpgroup_mma_wait(0, deps=[S])
@@ -209,7 +208,7 @@ def compute(O_map, Q_tile, K_tiles, V_tiles, Q_full, K_full, K_empty, V_full, V_
         G, Z, N, weights, stage, phase = advance(tile, G, Z, N, weights, stage, phase, Q_rows, K_tiles, V_tiles,
             K_full, K_empty, V_full, V_empty, zero, p_, b, h, B, M, P, False, group)
     mbarrier.wait(V_full.index(stage), phase)
-    V_tile = V_tiles.index(stage)._reinterpret(gl.bfloat16, [128, 128], TILE_F)
+    V_tile = V_tiles.index(stage)._reinterpret(gl.bfloat16, [128, 128], TILE_128)
     N = warpgroup_mma(weights, V_tile, N, is_async=True)
     N, weights = warpgroup_mma_wait(0, deps=[N, weights])
     p_ = gl.convert_layout(p_, RESULT_ROW)
