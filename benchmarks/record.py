@@ -34,11 +34,12 @@ def check_clean() -> None:
         raise DirtyTreeError(f"figures are recorded under a commit; commit or remove these first:\n{changed}")
 
 
-def environment() -> dict[str, Any]:
-    """Commit, date (UTC), machine and versions of what takes part in the measurement."""
+def environment(commit: str | None = None) -> dict[str, Any]:
+    """Commit, date (UTC), machine and versions of what takes part in the measurement. `commit`: its id, for a copy of
+    the tree without git, where nothing else can tell."""
     packages = ("torch", "triton", "transformers", "sympy", "numpy")
     return {
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": commit or _git("rev-parse", "HEAD"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": _cpu(),
         "cores": os.cpu_count(),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cpu_model, record, zoo
+from benchmarks import cpu_model, end_to_end, record, zoo
 from benchmarks.measure import interleaved_medians, peak_extra_memory
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/clear_refs is Linux's")
@@ -112,3 +112,19 @@ def test_nan_is_an_infinite_error() -> None:
         assert zoo._error([good, good], actual)[0] == float("inf")
     with pytest.raises(ValueError, match="returned 1 tensors"):
         zoo._error([good], [good, good])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_whole_models_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoding step and an encoder, small: both right, rewritten and timed."""
+    names = ["llama3-8b-decode-32k", "t5-large-encoder-4k"]
+    out = tmp_path / "figures.json"
+    command = ["end_to_end", *names, "--tiny", "--variants", "eager", "einscade", "--out", str(out), "--commit", "none"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert end_to_end.main() == 0
+    figures = json.loads(out.read_text())["figures"]
+    for name in names:
+        ours = figures[name]["variants"]["einscade"]
+        assert ours["rewritten"] == ours["sites"] == 2
+        assert ours["ms"] > 0
