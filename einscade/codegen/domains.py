@@ -1,8 +1,9 @@
 """Domains over tiles: how far a loop has to run, and where it needs no masks.
 
 Comes in: a predicate over coordinates (rank variables whose range in the tile is known) and the bounds of that range
-as expressions. Goes out: bounds over the *edges* of the tile, which emitters print as code. The interval reasoning is
-that of `passes.restrict`; a predicate that reads tensors may always hold and is never certain.
+as expressions; `data`: what is known of tensors over the tile. Goes out: bounds over the *edges* of the tile, which
+emitters print as code. The interval reasoning is that of `passes.restrict`; a predicate that reads tensors of which
+nothing is known may always hold and is never certain.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import sympy
 from sympy.logic.boolalg import And, Boolean, Or
 
 from einscade.ir.expr import Access, Expr, var
-from einscade.passes.restrict import certain, extremes, possible
+from einscade.passes.restrict import NO_DATA, Data, certain, extremes, possible
+from einscade.passes.terms import conjuncts
 
 __all__ = [
     "Span",
     "certain",
-    "conjuncts",
     "extremes",
     "full_range",
     "implied_limit",
@@ -30,10 +31,6 @@ __all__ = [
 
 Ranges = Mapping[str, tuple[Expr, Expr]]
 """Inclusive bounds of each coordinate in a tile; a name that is missing is a size, the same for the whole tile."""
-
-
-def conjuncts(predicate: Boolean) -> tuple[Boolean, ...]:
-    return tuple(And.make_args(predicate)) if predicate != sympy.true else ()
 
 
 def is_data_dependent(predicate: Boolean) -> bool:
@@ -61,19 +58,19 @@ class Span:
     exact: bool
 
 
-def span(predicate: Boolean, coordinate: str, ranges: Ranges) -> Span:
+def span(predicate: Boolean, coordinate: str, ranges: Ranges, data: Data = NO_DATA) -> Span:
     """Bounds of the coordinate over the points of a tile of all the *other* coordinates."""
     others = {name: r for name, r in ranges.items() if name != coordinate}
     x = var(coordinate)
     if isinstance(predicate, And):
-        parts = [span(a, coordinate, others) for a in predicate.args]
+        parts = [span(a, coordinate, others, data) for a in predicate.args]
         return Span(
             _pick(sympy.Max, [p.start for p in parts], any),
             _pick(sympy.Min, [p.stop for p in parts], any),
             all(p.exact for p in parts),
         )
     if isinstance(predicate, Or):
-        parts = [span(a, coordinate, others) for a in predicate.args]
+        parts = [span(a, coordinate, others, data) for a in predicate.args]
         return Span(
             _pick(sympy.Min, [p.start for p in parts], all), _pick(sympy.Max, [p.stop for p in parts], all), False
         )
@@ -82,8 +79,8 @@ def span(predicate: Boolean, coordinate: str, ranges: Ranges) -> Span:
     d = _at_most_zero(predicate)
     if d is None and isinstance(predicate, sympy.Eq):
         low, high = (
-            span(sympy.Le(predicate.lhs, predicate.rhs), coordinate, others),
-            span(sympy.Ge(predicate.lhs, predicate.rhs), coordinate, others),
+            span(sympy.Le(predicate.lhs, predicate.rhs), coordinate, others, data),
+            span(sympy.Ge(predicate.lhs, predicate.rhs), coordinate, others, data),
         )
         return Span(
             low.start if low.start is not None else high.start, low.stop if low.stop is not None else high.stop, False
@@ -92,7 +89,7 @@ def span(predicate: Boolean, coordinate: str, ranges: Ranges) -> Span:
         return Span(None, None, False)
     slope = d.coeff(x)
     rest = d - slope * x
-    if x in rest.free_symbols or slope not in (1, -1) or (e := extremes(rest, others)) is None:
+    if x in rest.free_symbols or slope not in (1, -1) or (e := extremes(rest, others, data)) is None:
         return Span(
             None,
             None,
@@ -122,7 +119,9 @@ def implied_limit(predicate: Boolean, coordinate: str, sizes_only: frozenset[str
     return None
 
 
-def full_range(predicate: Boolean, coordinate: str, ranges: Ranges) -> tuple[Expr | None, Expr | None] | None:
+def full_range(
+    predicate: Boolean, coordinate: str, ranges: Ranges, data: Data = NO_DATA
+) -> tuple[Expr | None, Expr | None] | None:
     """`(start, stop)` such that every point of the tile with `start <= coordinate < stop` satisfies the predicate,
     with None for a side that is unbounded; None where there is no such interval to be found."""
     others = {name: r for name, r in ranges.items() if name != coordinate}
@@ -130,20 +129,20 @@ def full_range(predicate: Boolean, coordinate: str, ranges: Ranges) -> tuple[Exp
     if predicate == sympy.true:
         return None, None
     if isinstance(predicate, And):
-        parts = [full_range(a, coordinate, ranges) for a in predicate.args]
+        parts = [full_range(a, coordinate, ranges, data) for a in predicate.args]
         if any(p is None for p in parts):
             return None
         starts = [p[0] for p in parts if p is not None]
         stops = [p[1] for p in parts if p is not None]
         return _pick(sympy.Max, starts, any), _pick(sympy.Min, stops, any)
     if isinstance(predicate, Or):  # any one alternative will do: the one with most ends, which is the widest band
-        found = [p for a in predicate.args if (p := full_range(a, coordinate, ranges)) is not None]
+        found = [p for a in predicate.args if (p := full_range(a, coordinate, ranges, data)) is not None]
         return max(found, key=lambda p: (p[0] is not None) + (p[1] is not None), default=None)
     d = _at_most_zero(predicate)
     if d is None:
         return None
     slope = d.coeff(x)
     rest = d - slope * x
-    if x in rest.free_symbols or slope not in (1, -1) or (e := extremes(rest, others)) is None:
+    if x in rest.free_symbols or slope not in (1, -1) or (e := extremes(rest, others, data)) is None:
         return None
     return (None, 1 - e[1]) if slope == 1 else (e[1], None)

@@ -27,6 +27,7 @@ from einscade.codegen.torch_values import Name, python
 from einscade.codegen.torch_writer import TORCH_DTYPES, Lines
 from einscade.ir.cascade import Cascade
 from einscade.ir.expr import Expr, var
+from einscade.ir.text import parse_expr
 
 __all__ = ["TorchModule", "emit", "emit_flat"]
 
@@ -83,9 +84,11 @@ class TorchModule:
     # -- the module --
 
     def text(self) -> str:
-        symbols = [s for s in self.original.symbols if s not in self.tiles()]
+        symbols = [s for s in self.original.symbols if s not in self.schedule.settled]
         inputs = [self.code(t.name) for t in self.original.inputs]
         signature = ", ".join(inputs + (["*", *symbols] if symbols else []))
+        for symbol, expr in self.schedule.launch:
+            self.out(f"{symbol} = {self.size(parse_expr(expr))}")
         self.boundary_views()
         for nest in self.program.nests:
             self.nest(nest)

@@ -11,6 +11,7 @@ import textwrap
 from einscade.codegen.loops import FlatNest, LoopProgram, SerialNest
 from einscade.codegen.schedule import Schedule
 from einscade.codegen.source import Source, Unsupported
+from einscade.codegen.summaries import summarised
 from einscade.codegen.tiled_torch import TorchModule
 from einscade.codegen.triton_helpers import HELPERS
 from einscade.codegen.triton_kernel import Kernel, kernel
@@ -27,6 +28,8 @@ def emit_with_kernels(program: LoopProgram, schedule: Schedule) -> tuple[Source,
     """The same, with what is known of each kernel in it, for compiling without launching."""
     if not program.serial_nests:
         raise Unsupported("the program has no loop: there is nothing to write a kernel for")
+    if schedule.summaries:
+        program = summarised(program, schedule)
     module = _TritonModule(program, schedule)
     return Source("triton", module.text()), tuple(module.kernels)
 

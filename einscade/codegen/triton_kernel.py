@@ -2,7 +2,7 @@
 
 Comes in: a cascade, one of its serial nests, a schedule. Goes out: `Kernel`: the text of a step function (one tile of
 the loop, with or without masks), of the kernel, and the lines that launch it. A program of the kernel is one tile of
-the nest's tiled grid rank at one point of the others. The loop runs over the tiles that hold points: those across the
+the nest's tiled grid ranks at one point of the others. The loop runs over the tiles that hold points: those across the
 domain's edge masked, those inside it without any mask code.
 """
 
@@ -13,16 +13,13 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import sympy
-from sympy.logic.boolalg import And, Boolean
-
-from einscade.codegen.domains import full_range, possible, span
+from einscade.codegen.domains import span
 from einscade.codegen.loops import SerialNest
 from einscade.codegen.schedule import Schedule
-from einscade.codegen.triton_tile import TileWriter
-from einscade.codegen.triton_values import Local, scalar, value
+from einscade.codegen.triton_bounds import BoundsWriter
+from einscade.codegen.triton_values import Local, value
 from einscade.ir.cascade import Cascade
-from einscade.ir.expr import Expr, free_vars, var
+from einscade.ir.expr import free_vars, var
 
 __all__ = ["Kernel", "kernel"]
 
@@ -48,99 +45,15 @@ def kernel(cascade: Cascade, nest: SerialNest, schedule: Schedule, name: str) ->
     return _KernelWriter(cascade, nest, schedule, name).write()
 
 
-class _KernelWriter(TileWriter):
-    """The loop around the tile, and the text."""
+class _KernelWriter(BoundsWriter):
+    """The text around the loops."""
 
-    # -- the loop --
-
-    def edges(self) -> dict[str, tuple[Expr, Expr]]:
-        found: dict[str, tuple[Expr, Expr]] = {}
-        if self.tiled is not None:
-            found[self.tiled] = (var(f"{self.tiled}_lo"), var(f"{self.tiled}_hi") - 1)
-        for r, n in self.widths.items():
-            found[r] = (sympy.Integer(0), sympy.Integer(n - 1))
-        for x in self.loop.coordinates:
-            lo = var(f"{self.loop.coordinate}_lo")
-            found[x] = (lo, lo + self.step_size - 1)
-        return found
-
-    def masked_predicate(self) -> Boolean:
-        found = [s.row for s in self.loop.body if s.fill is not None]
-        found += [s.keep for s in self.loop.body if s.mask_operand]
-        return And(*found)
-
-    def write_loop(self, call: str, states: str) -> None:
-        x, here, size = self.loop.coordinate, self.main, self.step_size
-        if x is None:
-            serial = self.nest.serial
-            here(f"for {serial} in range({self.host(self.cascade.extent(serial))}):")
-            self.write_call(2, states, call.format(masked=True))
-            return
-        edges = self.edges()
-        lo = f"{x}_lo"
-        reach = span(self.loop.domain, x, edges)
-        total = self.cascade.extent(self.nest.serial) * self.loop.step
-        start, stop = sympy.Integer(0), total
-        if self.loop.skippable:
-            start = sympy.Max(0, reach.start) if reach.start is not None else start
-            stop = reach.stop if reach.stop is not None else stop
-        guard = None
-        if self.loop.skippable and not reach.exact:
-            condition = possible(self.loop.domain, edges).xreplace(self.known)
-            guard = None if condition == sympy.true else scalar(condition, {})
-        predicate = self.masked_predicate()
-        inside = full_range(predicate, x, edges)
-        first = "0"
-        if start != 0:
-            here(f"{x}_start = {self.host(start)} // {size} * {size}".replace(f"{self.host(start)} //",
-                 f"({self.host(start)}) //"))  # fmt: skip
-            first = f"{x}_start"
-        here(f"{x}_stop = {self.host(stop)}")
-        last = f"{x}_stop"
-
-        def loop(a: str, b: str, masked: bool) -> None:
-            here(f"for {lo} in range({a}, {b}, {size}):")
-            if guard is None or not masked:
-                self.write_call(2, states, call.format(masked=masked))
-            else:
-                here(f"    if {guard}:")
-                self.write_call(3, states, call.format(masked=masked))
-
-        if inside is None:
-            loop(first, last, True)
-            return
-        if predicate == sympy.true:
-            loop(first, last, False)
-            return
-        full_first = first
-        if inside[0] is not None:
-            here(f"{x}_full = tl.maximum({first}, tl.cdiv(tl.maximum({self.host(inside[0])}, 0), {size}) * {size})")
-            full_first = f"{x}_full"
-        end = inside[1] if inside[1] is not None else stop
-        here(f"{x}_full_stop = tl.maximum({full_first}, ({self.host(sympy.Min(end, stop))}) // {size} * {size})")
-        if full_first != first:
-            here("# tiles before those that are full")
-            loop(first, f"tl.minimum({full_first}, {last})", True)
-        here("# full tiles need no masks")
-        loop(full_first, f"{x}_full_stop", False)
-        here("# tiles across the edge of the domain")
-        loop(f"{x}_full_stop", last, True)
-
-    def write_call(self, depth: int, states: str, call: str) -> None:
-        name, arguments = call[:-1].split("(", 1)
-        self.main.depth = depth
-        self.main(f"{states} = {name}(")
-        for line in textwrap.wrap(arguments, 108, break_long_words=False):
-            self.main(f"    {line}")
-        self.main(")")
-        self.main.depth = 1
-
-    def heavy_last(self) -> bool:
-        """Whether later tiles of the grid have more to do, as the later rows under a causal domain have."""
-        if self.tiled is None or self.loop.coordinate is None or not self.loop.skippable:
+    def heavy_last(self, rank: str) -> bool:
+        """Whether later tiles of a rank have more to do, as the later rows under a causal domain have."""
+        if self.loop.coordinate is None or not self.loop.skippable:
             return False
         reach = span(self.loop.domain, self.loop.coordinate, self.edges())
-        return reach.stop is not None and var(f"{self.tiled}_hi") in reach.stop.free_symbols and reach.start is None
+        return reach.stop is not None and var(f"{rank}_hi") in reach.stop.free_symbols and reach.start is None
 
     # -- the text --
 
@@ -164,18 +77,20 @@ class _KernelWriter(TileWriter):
     def write_head(self) -> None:
         here = self.main
         here("program = tl.program_id(0)")
-        if self.tiled is not None:
-            r, size = self.tiled, self.schedule.tile(self.tiled)
-            here(f"{r}_tiles = tl.cdiv({self.host(self.cascade.extent(r))}, {size})")
-            if self.heavy_last():
+        tiled = tuple(zip(self.rows.ranks, self.rows.tiles, strict=True)) if self.rows else ()
+        for i, (r, size) in enumerate(tiled):
+            extent = self.host(self.cascade.extent(r))
+            here(f"{r}_tiles = tl.cdiv({extent}, {size})")
+            if self.heavy_last(r):
                 here(f"{r}_tile = {r}_tiles - 1 - program % {r}_tiles  # the tiles with most to do first")
             else:
                 here(f"{r}_tile = program % {r}_tiles")
-            if self.points:
+            if self.points or i < len(tiled) - 1:
                 here(f"program = program // {r}_tiles")
             here(f"{r}_lo = {r}_tile * {size}")
-            here(f"{r}_hi = tl.minimum({r}_lo + {size}, {self.host(self.cascade.extent(r))})")
-            here(f"{r} = {r}_lo + tl.arange(0, {size})")
+            here(f"{r}_hi = tl.minimum({r}_lo + {size}, {extent})")
+        for line in self.rows.lines() if self.rows else ():
+            here(line)
         for i, r in enumerate(reversed(self.points)):
             extent = self.host(self.cascade.extent(r))
             if i == len(self.points) - 1:
@@ -241,13 +156,12 @@ class _KernelWriter(TileWriter):
         where = self.loop.coordinate or self.nest.serial
         text = _function(f"{self.step_name}", [*constants, "MASKED: tl.constexpr"],
                          f"One tile along {where} of {self.name}: the values of {states} after it.", step)  # fmt: skip
-        tile = f"one tile of {self.tiled}" if self.tiled is not None else "one point"
-        at = f" at one {', '.join(self.points)}" if self.points and self.tiled is not None else ""
+        tile = f"one tile of {', '.join(self.rows.ranks)}" if self.rows else "one point"
+        at = f" at one {', '.join(self.points)}" if self.points and self.rows else ""
         title = f"{', '.join(self.nest.outputs)}: a program is {tile}{at}, and loops along {where}."
         text += _function(self.name, signature, title, self.main.text)
-        programs = (
-            [f"triton.cdiv({self.grid_extent(self.tiled)}, {self.schedule.tile(self.tiled)})"] if self.tiled else []
-        )
+        tiled = zip(self.rows.ranks, self.rows.tiles, strict=True) if self.rows else ()
+        programs = [f"triton.cdiv({self.grid_extent(r)}, {n})" for r, n in tiled]
         programs += [_wrapped(self.grid_extent(r)) for r in self.points]
         return Kernel(self.name, text, " * ".join(programs) or "1", tensors, strides, sizes, self.described,
                       frozenset(self.scope.helpers))  # fmt: skip

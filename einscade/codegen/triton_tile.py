@@ -19,7 +19,8 @@ from einscade.codegen.loops import SerialNest
 from einscade.codegen.matmul import Contraction, contraction
 from einscade.codegen.schedule import Schedule
 from einscade.codegen.source import Unsupported
-from einscade.codegen.tiles import State, Statement, tile_loop
+from einscade.codegen.tiles import State, Statement, TileLoop, tile_loop
+from einscade.codegen.triton_rows import boxed, find_rows, starts_of
 from einscade.codegen.triton_values import Block, Local, Memory, TritonScope, Value, align, aligned, scalar, value
 from einscade.ir.cascade import Cascade
 from einscade.ir.expr import Access, Expr, free_vars, var
@@ -61,7 +62,11 @@ class TileWriter:
         self.cascade, self.nest, self.schedule, self.name = cascade, nest, schedule, name
         self.step_name = name.replace("_kernel", "_step")
         self.known = {var(s): sympy.Integer(n) for s, n in schedule.tiles}
-        self.loop = base2(tile_loop(cascade, nest, clip=False))
+        self.rows = find_rows(cascade, nest, schedule)
+        loop = base2(tile_loop(cascade, nest, clip=False))
+        self.step_size = self.step_extent(loop)
+        self.starts = starts_of(self.rows, loop.coordinates, loop.coordinate, self.step_size)
+        self.loop = boxed(loop, self.starts, schedule.multiples)
         self.check()
         self.main, self.step = Lines(), Lines()
         self.here = self.main
@@ -69,16 +74,13 @@ class TileWriter:
         self.loads: dict[tuple[bool, Access], Value] = {}
         self.load_names: dict[str, int] = {}
         self.described: dict[str, tuple[int, ...]] = {}
-        self.edge_names: dict[tuple[str, str], str] = {}
+        self.edge_names: dict[tuple[Expr, str], str] = {}
         self.edge_lines: list[str] = []
+        self.edge_counts: dict[str, int] = {}
+        self.data_names: set[str] = set()
         self.masks: dict[Boolean, Value] = {}
-        tiled = [r for r in nest.grid if schedule.tile(r) is not None]
-        if len(tiled) > 1:
-            raise Unsupported(f"two tiled grid ranks, {' and '.join(tiled)}")
-        self.tiled = tiled[0] if tiled else None
-        self.points = [r for r in nest.grid if r != self.tiled]
+        self.points = [r for r in nest.grid if self.rows is None or r not in self.rows.ranks]
         self.widths = self.find_widths()
-        self.step_size = self.step_extent()
         self.scope = self.make_scope()
 
     # -- what is what --
@@ -104,24 +106,24 @@ class TileWriter:
         inner = [r for r in used if r not in self.nest.grid and r not in self.loop.coordinates]
         return {r: self.number(self.cascade.extent(r), f"rank {r}, which a program holds whole,") for r in inner}
 
-    def step_extent(self) -> int:
-        if not self.loop.coordinates:
+    def step_extent(self, loop: TileLoop) -> int:
+        if not loop.coordinates:
             return 1
-        size = self.number(self.loop.step, "the tile of the serial rank")
+        size = self.number(loop.step, "the tile of the serial rank")
         if size & (size - 1) or size < 16:
             raise Unsupported(f"a tile of {size} along {self.nest.serial}: Triton needs a power of two from 16")
         return size
 
     def make_scope(self) -> TritonScope:
         blocks: dict[str, Block] = {}
-        if self.tiled is not None:
-            size = self.schedule.tile(self.tiled) or 0
-            limit = self.host(self.cascade.extent(self.tiled))
-            blocks[self.tiled] = Block(self.tiled, str(size), limit)
+        if self.rows is not None:
+            for i, r in enumerate(self.rows.ranks):  # all but the outermost are cut off by what they are divided by
+                whole = f"{r}_hi" if self.rows.padded else self.host(self.cascade.extent(r))
+                blocks[r] = Block(r, str(self.rows.size), None if i else whole, self.rows.dim)
         for x in self.loop.coordinates:
-            blocks[x] = Block(x, str(self.step_size), None)
+            blocks[x] = Block(x, str(self.step_size), None, x)
         for r, n in self.widths.items():
-            blocks[r] = Block(r, str(_power(n)), None if _power(n) == n else str(n))
+            blocks[r] = Block(r, str(_power(n)), None if _power(n) == n else str(n), r)
         points = {r: r for r in self.points}
         points[self.nest.serial] = self.nest.serial
         memory = {}
@@ -130,7 +132,8 @@ class TileWriter:
             strides = tuple(f"{name}_{r}" for r in t.ranks)
             extents = tuple(self.host(self.cascade.extent(r)) for r in t.ranks)
             memory[name] = Memory(name, strides, extents, t.dtype)
-        order = tuple(x for x in (self.tiled, *self.loop.coordinates, *self.widths) if x is not None)
+        rows = (self.rows.dim,) if self.rows is not None else ()
+        order = (*rows, *self.loop.coordinates, *self.widths)
         return TritonScope(order, points, blocks, memory, {}, "float32", self.load)
 
     def host(self, expr: Expr) -> str:
@@ -143,7 +146,7 @@ class TileWriter:
     # -- loads --
 
     def moves(self, expr: Expr) -> bool:
-        return bool(free_vars(expr) & {*self.loop.coordinates, self.nest.serial})
+        return bool(free_vars(expr) & {*self.loop.coordinates, f"{self.loop.coordinate}_lo", self.nest.serial})
 
     def load(self, access: Access) -> Value:
         """A variable with what memory holds at the access; one that does not move is loaded before the loop."""
@@ -180,10 +183,10 @@ class TileWriter:
                 base += term
                 continue
             address += term
-            if not isinstance(i, sympy.Symbol):
+            if len(v.ranks) == 1 and v.ranks[0] in self.loop.coordinates and moving:
+                inside = Value(self.edge(i, v, extent), v.ranks)
+            elif not isinstance(i, sympy.Symbol):
                 inside = Value(f"(({v.code}) >= 0) & (({v.code}) < {extent})", v.ranks, prec=4)
-            elif i.name in self.loop.coordinates:
-                inside = Value(self.edge(i.name, extent), v.ranks)
             elif (limit := self.scope.blocks[i.name].limit) is not None:
                 inside = Value(f"{v.code} < {limit}", v.ranks, prec=4)
             else:
@@ -211,26 +214,32 @@ class TileWriter:
             return Value(f"({name} != 0)", ranks, "b")
         return Value(name, ranks, kind, dtype=dtype)
 
-    def edge(self, coordinate: str, extent: str) -> str:
+    def edge(self, index: Expr, v: Value, extent: str) -> str:
         """The variable that says which of the tile's indices are inside the tensor; all are, in a full tile."""
-        key = (coordinate, extent)
+        key = (index, extent)
         if key not in self.edge_names:
-            self.edge_names[key] = f"{coordinate}_there" + (str(len(self.edge_names)) if self.edge_names else "")
-            size = self.scope.blocks[coordinate].size
-            inside = f"({coordinate} < {extent}) if MASKED else tl.full([{size}], True, tl.int1)"
-            self.edge_lines.append(f"    {self.edge_names[key]} = {inside}")
+            name = f"{self.loop.coordinate}_there" + (str(len(self.edge_names)) if self.edge_names else "")
+            plain = isinstance(index, sympy.Symbol)
+            inside = f"{v.code} < {extent}" if plain else f"(({v.code}) >= 0) & (({v.code}) < {extent})"
+            line = f"    {name} = ({inside}) if MASKED else tl.full([{self.step_size}], True, tl.int1)"
+            if plain:
+                self.edge_lines.append(line)
+            else:  # what the index is made of is loaded here
+                self.here(line.strip())
+            self.edge_names[key] = name
         return self.edge_names[key]
 
     def is_width(self, index: Expr) -> bool:
         return isinstance(index, sympy.Symbol) and index.name in self.widths
 
     def descriptor(self, access: Access, ranks: tuple[str, ...], name: str) -> bool:
-        """The load through the copy engine, where the access is a plain box whose innermost dimension is a width."""
+        """The load through the copy engine, where the access is a box whose innermost dimension is a width."""
         t = self.cascade.tensors[access.tensor]
         last = access.index[-1]
         width = self.widths.get(last.name) if isinstance(last, sympy.Symbol) else None
         if (
             not self.schedule.descriptors
+            or self.rows is None
             or width is None
             or t.dtype not in _BYTES
             or width * _BYTES[t.dtype] % 16
@@ -238,28 +247,28 @@ class TileWriter:
             or len(ranks) != 2
         ):
             return False
-        starts, block = [], []
+        starts, block, order = [], [], []
         for i in access.index:
-            rank = i.name if isinstance(i, sympy.Symbol) and i.name in self.scope.blocks else None
-            if rank is None:
-                v = value(i, self.scope)
-                if v.ranks or i.has(Access):
-                    return False
-                starts.append(v.code)
+            moving = [s for s in sympy.Add.make_args(i) if s.is_Symbol and s.name in self.scope.blocks]
+            rest = i - moving[0] if moving else i
+            if len(moving) > 1 or free_vars(rest) & {*self.scope.blocks}:
+                return False
+            if not moving:
+                starts.append(value(rest, self.scope).code)
                 block.append(1)
-            elif rank in self.loop.coordinates:
-                starts.append(f"{self.loop.coordinate}_lo")
+            elif moving[0].name in self.loop.coordinates:
+                starts.append(value(rest + var(f"{self.loop.coordinate}_lo"), self.scope).code)
                 block.append(self.step_size)
-            elif rank in self.widths:
+            elif moving[0].name in self.widths and rest == 0:
                 starts.append("0")
-                block.append(int(self.scope.blocks[rank].size))
+                block.append(int(self.scope.blocks[moving[0].name].size))
             else:
                 return False
-        order = tuple(i.name for i in access.index if isinstance(i, sympy.Symbol) and i.name in self.scope.blocks)
-        if order != ranks or max(block) > 256 or self.described.get(access.tensor, tuple(block)) != tuple(block):
+            order += [s.name for s in moving]
+        if tuple(order) != ranks or max(block) > 256 or self.described.get(access.tensor, tuple(block)) != tuple(block):
             return False
         self.described[access.tensor] = tuple(block)
-        shape = ", ".join(self.scope.blocks[r].size for r in ranks)
+        shape = ", ".join(self.size(r) for r in ranks)
         self.here(f"if {access.tensor}_TMA:")
         self.here(f"    {name} = {access.tensor}.load([{', '.join(starts)}]).reshape({shape})")
         return True
@@ -301,16 +310,18 @@ class TileWriter:
 
     def as_dot(self, s: Statement) -> Contraction | None:
         """The statement as one product of two matrices, if it is one."""
-        c = contraction(s, self.scope.order, frozenset(self.scope.blocks)) if s.monoid == "sum" else None
-        if c is None or c.batch or not len(c.reduced) == len(c.rows) == len(c.columns) == 1:
+        order = sorted(self.scope.blocks, key=lambda r: self.scope.order.index(self.scope.blocks[r].dim))
+        c = contraction(s, tuple(order), frozenset(order)) if s.monoid == "sum" else None
+        if c is None or c.batch:
             return None
-        return c
+        c = replace(c, rows=self.scope.dims(c.rows), columns=self.scope.dims(c.columns))
+        return c if len(c.reduced) == len(c.rows) == len(c.columns) == 1 else None
 
     def dot(self, c: Contraction, s: Statement, into: str | None = None) -> Value:
         """Operands in one dtype of the matrix unit; what was computed is rounded to that of what it meets."""
         left, right = (self.operand(e) for e in (c.left_expr, c.right_expr))
         if s.mask_operand:
-            if {x.name for x in s.keep.free_symbols} & {*c.rows}:
+            if set(self.scope.dims(free_vars(s.keep))) & {*c.rows}:
                 left = self.masked_terms(left, s)
             else:
                 right = self.masked_terms(right, s)
@@ -433,20 +444,20 @@ class TileWriter:
             v = self.masked(v, s.row, sympy.Integer(0))
         memory = self.scope.memory[s.name]
         inner = dict(self.loop.inner)
-        ranks = tuple(x for r in t.ranks if (x := inner.get(r, r)) in self.scope.blocks)
-        ordered = self.scope.sort(ranks)
+        ordered = self.scope.dims(inner.get(r, r) for r in t.ranks)
         base, address, conditions = memory.pointer, "", []
         for r, stride in zip(t.ranks, memory.strides, strict=True):
             x = inner.get(r, r)
             if x not in self.scope.blocks:
                 base += f" + {r}.to(tl.int64) * {stride}"
                 continue
-            index = Value(x, (x,)) if x not in inner.values() else Value(f"({x} - {self.loop.coordinate}_lo)", (x,))
+            dim = (self.scope.blocks[x].dim,)
+            index = Value(x, dim) if x not in inner.values() else Value(f"({x} - {self.loop.coordinate}_lo)", dim)
             wide = "" if x in self.widths else ".to(tl.int64)"
             address += f" + {align(index, ordered)}{wide} * {stride}"
             limit = self.scope.blocks[x].limit
             if limit is not None:
-                conditions.append(align(Value(f"({x} < {limit})", (x,)), ordered))
+                conditions.append(align(Value(f"({x} < {limit})", dim), ordered))
         full = (
             v.code if set(v.ranks) == set(ordered) else f"tl.broadcast_to({align(v, ordered)}, {self.shape(ordered)})"
         )
@@ -468,7 +479,11 @@ class TileWriter:
         self.here(")")
 
     def shape(self, ranks: Iterable[str]) -> str:
-        return "[" + ", ".join(self.scope.blocks[r].size for r in ranks) + "]"
+        return "[" + ", ".join(map(self.size, ranks)) + "]"
+
+    def size(self, dim: str) -> str:
+        """Places along a dimension, as code."""
+        return next(b.size for b in self.scope.blocks.values() if b.dim == dim)
 
     def statements(self, statements: tuple[Statement, ...]) -> None:
         updates = {v.new: v for v in self.loop.states} if self.in_step else {}
@@ -522,11 +537,15 @@ class TileWriter:
         self.scope.locals[update.name] = Local(update.name, v.ranks)
 
     def state_ranks(self, state: State) -> tuple[str, ...]:
-        return self.scope.sort(r for r in state.ranks if r in self.scope.blocks)
+        return self.scope.dims(state.ranks)
 
     def spread(self, v: Value, ranks: tuple[str, ...]) -> Value:
-        if v.ranks == ranks:
+        if v.ranks == ranks != ():
             return v
+        if not ranks:  # a scalar that the loop carries has a type from the start
+            return Value(
+                f"tl.full([], {v.code}, tl.float32)" if v.kind == "i" or v.code.startswith("float(") else v.code
+            )
         if not v.ranks and re.fullmatch(r'-?[\d.]+(e-?\d+)?|float\(".*"\)', v.code):
             return Value(f"tl.full({self.shape(ranks)}, {v.code}, tl.float32)", ranks)
         if v.ranks:

@@ -2,7 +2,8 @@
 
 Comes in: sympy expressions and a `TritonScope` that says what each rank and tensor is inside the kernel. Goes out:
 `Value`s: code with at most two dimensions, in the scope's order. A rank is a *point* (one index a program: its value
-is a scalar) or a *block* (a vector of indices, padded to a power of two).
+is a scalar) or a *block* (a vector of indices along a dimension, padded to a power of two; ranks that a tile has a box
+of share one dimension).
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ ATOM, UNARY, PRODUCT, SUM, COMPARISON = range(5)
 
 @dataclass(frozen=True)
 class Value:
-    """Code over `ranks`. `kind`: f, i or b. `dtype`: the storage dtype of an unconverted load, else None (float32)."""
+    """Code over the dimensions `ranks`. `kind`: f, i or b. `dtype`: the storage dtype of an unconverted load, else None
+    (float32)."""
 
     code: str
     ranks: tuple[str, ...] = ()
@@ -39,12 +41,13 @@ class Value:
 
 @dataclass(frozen=True)
 class Block:
-    """A rank that a tile has a dimension for: `size` indices held by the variable `index`, of which those below
-    `limit` are there (None: all of them are, always)."""
+    """A rank that a tile has several points of: `size` indices along the dimension `dim`, held by the variable `index`,
+    of which those below `limit` are there (None: all of them are, always)."""
 
     index: str
     size: str
     limit: str | None
+    dim: str
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,8 @@ class Local:
 
 @dataclass
 class TritonScope:
-    """`order`: of dimensions. `points`: scalars by rank. `blocks`: dimensions by rank. `load`: emits a load and returns
-    its variable (loads of one place are shared). `helpers`: names of helper functions used."""
+    """`order`: of dimensions. `points`: scalars by rank. `blocks`: those along dimensions by rank. `load`: emits a load
+    and returns its variable (loads of one place are shared). `helpers`: names of helper functions used."""
 
     order: tuple[str, ...]
     points: Mapping[str, str]
@@ -85,6 +88,10 @@ class TritonScope:
         if len(found) > 2:
             raise Unsupported(f"a tile over {', '.join(found)}: Triton kernels are written with two dimensions")
         return found
+
+    def dims(self, ranks: Iterable[str]) -> tuple[str, ...]:
+        """The dimensions that values over these ranks have; points have none."""
+        return self.sort(self.blocks[r].dim for r in ranks if r in self.blocks)
 
 
 def scalar(expr: Expr, names: Mapping[str, str]) -> str:
@@ -154,7 +161,8 @@ def value(expr: Expr, scope: TritonScope) -> Value:
         return Value(str(bool(expr)), kind="b")
     if isinstance(expr, sympy.Symbol):
         if expr.name in scope.blocks:
-            return Value(scope.blocks[expr.name].index, (expr.name,), "i")
+            block = scope.blocks[expr.name]
+            return Value(block.index, (block.dim,), "i")
         return Value(scope.points.get(expr.name, expr.name), kind="i")
     if expr.is_number and not expr.args:
         return _number(expr)
@@ -319,7 +327,7 @@ def _read(access: Access, scope: TritonScope) -> Value:
         )
     blocks = [i.name for i in access.index if isinstance(i, sympy.Symbol) and i.name in scope.blocks]
     points = [i for i in access.index if not (isinstance(i, sympy.Symbol) and i.name in scope.blocks)]
-    if tuple(sorted(blocks, key=scope.order.index)) != local.ranks or any(_moved(i, scope) for i in points):
+    if scope.dims(blocks) != local.ranks or any(_moved(i, scope) for i in points):
         raise Unsupported(f"{access}: a value of the loop read at another point of its tile")
     return Value(local.code, local.ranks, local.kind)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 import sympy
@@ -20,7 +21,7 @@ from einscade.ir.intervals import rank_ranges, simplify
 from einscade.passes.rewrite import NotApplicable
 from einscade.passes.terms import conjuncts, depends
 
-__all__ = ["Restrict", "RowBound", "TileClasses", "certain", "extremes", "possible", "tile_classes"]
+__all__ = ["NO_DATA", "Data", "Restrict", "RowBound", "TileClasses", "certain", "extremes", "possible", "tile_classes"]
 
 _ZERO = sympy.Integer(0)
 
@@ -213,23 +214,33 @@ def _nonnegative(condition: Boolean) -> Expr | None:
     return difference - 1 if isinstance(condition, (sympy.Lt, sympy.Gt)) else difference
 
 
-def extremes(expr: Expr, tiles: Mapping[str, tuple[Expr, Expr]]) -> tuple[Expr, Expr] | None:
-    """Least and greatest value over a tile; None for what intervals do not bound."""
-    if expr.has(Access):
-        return None
-    if not depends(expr, tiles):
+Ends = Mapping[str, tuple[Expr, Expr]]
+"""First and last index of each rank in a tile."""
+
+Data = Mapping[Access, tuple[Expr | Boolean, Expr | Boolean]]
+"""Least and greatest value of an access over a tile, as expressions of whatever the caller will compute; of a boolean
+access, whether it holds at all points and at any. Symbols in them must not be assumed nonnegative: data need not be."""
+
+NO_DATA: Data = MappingProxyType({})
+
+
+def extremes(expr: Expr, tiles: Ends, data: Data = NO_DATA) -> tuple[Expr, Expr] | None:
+    """Least and greatest value over a tile; None for what intervals do not bound, accesses without `data` included."""
+    if isinstance(expr, Access):
+        return data.get(expr)
+    if not depends(expr, tiles) and not expr.has(Access):
         return expr, expr
     if isinstance(expr, sympy.Symbol):
         return tiles[expr.name]
-    if isinstance(expr, sympy.Add):
-        parts = [extremes(a, tiles) for a in expr.args]
+    if isinstance(expr, (sympy.Add, sympy.Max, sympy.Min)):
+        parts = [extremes(a, tiles, data) for a in expr.args]
         known = [p for p in parts if p is not None]
         if len(known) < len(parts):
             return None
-        return sympy.Add(*(p[0] for p in known)), sympy.Add(*(p[1] for p in known))
+        return expr.func(*(p[0] for p in known)), expr.func(*(p[1] for p in known))
     if isinstance(expr, sympy.Mul):
         coefficient, rest = expr.as_coeff_Mul()
-        inner = extremes(rest, tiles) if coefficient != 1 else None
+        inner = extremes(rest, tiles, data) if coefficient != 1 else None
         if inner is None:
             return None
         ends = coefficient * inner[0], coefficient * inner[1]
@@ -237,39 +248,43 @@ def extremes(expr: Expr, tiles: Mapping[str, tuple[Expr, Expr]]) -> tuple[Expr, 
     if isinstance(expr, (FloorDiv, Mod)) and expr.args[1].is_Integer and expr.args[1] > 0:
         if isinstance(expr, Mod):
             return _ZERO, expr.args[1] - 1
-        inner = extremes(expr.args[0], tiles)
+        inner = extremes(expr.args[0], tiles, data)
         return None if inner is None else (FloorDiv(inner[0], expr.args[1]), FloorDiv(inner[1], expr.args[1]))
     return None
 
 
-def possible(condition: Boolean, tiles: Mapping[str, tuple[Expr, Expr]]) -> Boolean:
+def possible(condition: Boolean, tiles: Ends, data: Data = NO_DATA) -> Boolean:
     """False only where no point of the tile satisfies the condition."""
     if isinstance(condition, (sympy.And, sympy.Or)):
-        return condition.func(*(possible(a, tiles) for a in condition.args))
+        return condition.func(*(possible(a, tiles, data) for a in condition.args))
     if isinstance(condition, sympy.Not):
-        return sympy.Not(certain(condition.args[0], tiles))
+        return sympy.Not(certain(condition.args[0], tiles, data))
+    if isinstance(condition, Access):
+        return data.get(condition, (sympy.false, sympy.true))[1]
     difference = _nonnegative(condition)
     if difference is not None:
-        ends = extremes(difference, tiles)
+        ends = extremes(difference, tiles, data)
         return sympy.true if ends is None else sympy.Ge(ends[1], 0)
-    if isinstance(condition, Relational) and (ends := extremes(_gap(condition), tiles)) is not None:
+    if isinstance(condition, Relational) and (ends := extremes(_gap(condition), tiles, data)) is not None:
         if isinstance(condition, sympy.Eq):
             return sympy.And(sympy.Le(ends[0], 0), sympy.Ge(ends[1], 0))
         return sympy.Or(sympy.Ne(ends[0], 0), sympy.Ne(ends[1], 0))
     return sympy.false if condition == sympy.false else sympy.true
 
 
-def certain(condition: Boolean, tiles: Mapping[str, tuple[Expr, Expr]]) -> Boolean:
+def certain(condition: Boolean, tiles: Ends, data: Data = NO_DATA) -> Boolean:
     """True only where every point of the tile satisfies the condition."""
     if isinstance(condition, (sympy.And, sympy.Or)):
-        return condition.func(*(certain(a, tiles) for a in condition.args))
+        return condition.func(*(certain(a, tiles, data) for a in condition.args))
     if isinstance(condition, sympy.Not):
-        return sympy.Not(possible(condition.args[0], tiles))
+        return sympy.Not(possible(condition.args[0], tiles, data))
+    if isinstance(condition, Access):
+        return data.get(condition, (sympy.false, sympy.true))[0]
     difference = _nonnegative(condition)
     if difference is not None:
-        ends = extremes(difference, tiles)
+        ends = extremes(difference, tiles, data)
         return sympy.false if ends is None else sympy.Ge(ends[0], 0)
-    if isinstance(condition, Relational) and (ends := extremes(_gap(condition), tiles)) is not None:
+    if isinstance(condition, Relational) and (ends := extremes(_gap(condition), tiles, data)) is not None:
         if isinstance(condition, sympy.Eq):
             return sympy.And(sympy.Eq(ends[0], 0), sympy.Eq(ends[1], 0))
         return sympy.Or(sympy.Gt(ends[0], 0), sympy.Lt(ends[1], 0))

@@ -28,22 +28,25 @@ __all__ = ["Split"]
 
 @dataclass(frozen=True)
 class Split:
-    """Cut `rank` into `parts` parts: a number, or the name of a symbol that the schedule decides."""
+    """Cut `rank` into `parts` parts of equal length, or into parts of `length` positions: a number, or the name of a
+    symbol that the schedule decides. Raises ValueError for a number below 1."""
 
     rank: str
     parts: int | str = "S"
+    length: int | str | None = None
     name: ClassVar[str] = "split"
     identity: ClassVar[str] = "red(m) f(x[m], G) = red(s) c(G_s, G) * red(m in s) f(x[m], G_s), with c derived"
     exact: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.parts, int) and self.parts < 1:
-            raise ValueError(f"Split: parts={self.parts}; it must be at least 1")
+        for name in ("parts", "length"):
+            if isinstance(value := getattr(self, name), int) and value < 1:
+                raise ValueError(f"Split: {name}={value}; it must be at least 1")
 
     def apply(self, cascade: Cascade) -> Cascade:
         done = 0
         while loop := next((loop for loop in plan_loops(cascade).loops if loop.rank == self.rank), None):
-            cascade = _Parts(cascade, loop, self.parts).run()
+            cascade = _Parts(cascade, loop, self).run()
             done += 1
         if not done:
             reasons = plan_loops(cascade).refusals
@@ -51,15 +54,23 @@ class Split:
         return cascade
 
 
+def _number(value: int | str) -> Expr:
+    return sympy.Integer(value) if isinstance(value, int) else var(value)
+
+
 class _Parts:
     """Writes the parts of one loop's reductions, and their merges, into a cascade."""
 
-    def __init__(self, cascade: Cascade, loop: Loop, parts: int | str) -> None:
+    def __init__(self, cascade: Cascade, loop: Loop, split: Split) -> None:
         self.cascade, self.loop, self.m = cascade, loop, loop.rank
         self.names = Names(cascade)
-        count = sympy.Integer(parts) if isinstance(parts, int) else var(parts)
         self.extent = cascade.extent(self.m)
-        length = ceil_div(self.extent, count)
+        if split.length is None:
+            count = _number(split.parts)
+            length = ceil_div(self.extent, count)
+        else:
+            length = _number(split.length)
+            count = ceil_div(self.extent, length)
         self.part = Rank(self.names(f"{self.m}s"), count, self.m)
         self.inner = Rank(self.names(f"{self.m}u"), length, self.m)
         self.index = var(self.part.name) * length + var(self.inner.name)
