@@ -138,7 +138,10 @@ class FlatWriter(Writer):
             code += f".permute({', '.join(str(order.index(r)) for r in t.ranks)})"
         dtype = TORCH_DTYPES[t.dtype]
         code += f".to(torch.{dtype})"
-        return Value(code + ".contiguous()", t.ranks, v.kind)
+        # An output is fresh memory, also where all that is left of its statement is a read.
+        read_only = s.source is not None and isinstance(s.source.expr, Access) and s.source.reduce is None
+        fresh = ".clone(memory_format=torch.contiguous_format)" if read_only else ".contiguous()"
+        return Value(code + fresh, t.ranks, v.kind)
 
     def write_scan(self, s: Statement) -> None:
         e = s.source

@@ -117,6 +117,17 @@ def test_under_aot_autograd() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_outputs_are_fresh_memory() -> None:
+    """A softmax over one key is 1: what is left is a copy of the value, and it has to be one."""
+    program = Program(
+        "exact", parse_cascade("cascade one(V[b,u,f]) -> O\n  where b < B, u < 1, f < 8\n  O[b,f] = V[b,0,f]")
+    )
+    v = torch.randn(3, 1, 8)
+    (out,) = cascade([v], [3], program.text)
+    torch.testing.assert_close(out, v[:, 0], rtol=0, atol=0)
+    assert out.data_ptr() != v.data_ptr()
+
+
 def test_autocast_around_it_casts_nothing() -> None:
     inputs, sizes = _inputs()
     with torch.autocast("cpu", dtype=torch.bfloat16):
