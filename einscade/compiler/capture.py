@@ -206,10 +206,12 @@ def _put_back(
     graph = traced.graph
     placeholders = graph.find_nodes(op="placeholder")
     attributes: dict[str, Any] = {}
+    lifted: set[fx.Node] = set()
     for name, node in zip(owned, placeholders, strict=False):
         if node.users:
             with graph.inserting_before(node):
                 read = graph.create_node("get_attr", name)
+            lifted.add(read)
             attributes[name] = _attribute(gm, name)
             read.meta.update(node.meta, requires_grad=attributes[name].requires_grad)
             node.replace_all_uses_with(read)
@@ -223,8 +225,11 @@ def _put_back(
             node.meta["tensor_dict"] = source.meta["tensor_dict"]
     first = next((n for n in graph.nodes if n.op not in ("placeholder", "get_attr")), None)
     for node in graph.find_nodes(op="get_attr"):
-        if node.target not in attributes:
-            attributes[node.target] = _attribute(traced, node.target)
+        if node not in lifted:  # made by the trace, whose names may be those of the module's own constants
+            value = _attribute(traced, node.target)
+            while node.target in owned:
+                node.target += "_made"
+            attributes[node.target] = value
     if first is not None:  # placeholders come first in a graph
         for node in reversed(graph.find_nodes(op="placeholder")):
             node_first = next(iter(graph.nodes))
