@@ -34,7 +34,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from einscade.compiler.direct import direct
-from einscade.compiler.messages import first_line
+from einscade.runtime.messages import first_line
 
 __all__ = ["CaptureError", "Captured", "fake_inputs", "made_fake", "nested_graphs", "to_aten"]
 

@@ -20,10 +20,10 @@ import torch
 from torch import fx, nn
 
 from einscade.compiler.capture import Captured, CaptureError, fake_inputs, to_aten
-from einscade.compiler.messages import first_line, warn_once
 from einscade.compiler.report import REWRITTEN, Report
 from einscade.compiler.rewrite import rewrite
 from einscade.runtime import progress
+from einscade.runtime.messages import first_line, warn_once
 
 __all__ = [
     "RewrittenGraph",

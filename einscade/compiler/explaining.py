@@ -21,9 +21,9 @@ from torch.utils import _pytree as pytree
 from einscade.compiler.capture import CaptureError, fake_inputs, made_fake
 from einscade.compiler.compile import constants_of, rewritten, weights_of
 from einscade.compiler.graph_module import flat_inputs
-from einscade.compiler.messages import first_line
 from einscade.compiler.report import Report
 from einscade.runtime import progress
+from einscade.runtime.messages import first_line
 
 __all__ = ["explain_call"]
 

@@ -36,19 +36,20 @@ _library.define(
 @functools.cache
 def _compiler() -> SimpleNamespace:
     from einscade.compiler.gradients import gradient
-    from einscade.runtime.kernels import kernel_for, recompute_gradients
+    from einscade.runtime.call import call_for
     from einscade.runtime.program import parse_program
+    from einscade.runtime.recompute import recompute_gradients
 
     return SimpleNamespace(
         gradient=gradient,
-        kernel_for=kernel_for,
+        call_for=call_for,
         recompute_gradients=recompute_gradients,
         parse_program=parse_program,
     )
 
 
 def _run(inputs: Sequence[Tensor], sizes: Sequence[int], program: str) -> list[Tensor]:
-    return _compiler().kernel_for(program, inputs, tuple(sizes))(inputs)
+    return _compiler().call_for(program, inputs[0].device)(inputs, sizes)
 
 
 def _run_backward(
@@ -78,7 +79,7 @@ def _fake(inputs: Sequence[Tensor], sizes: Sequence[int], program: str) -> list[
     device = inputs[0].device
     return [
         torch.empty_strided(shape, strides, dtype=dtype, device=device)
-        for shape, strides, dtype in parsed.outputs(parsed.named_sizes(sizes))
+        for (shape, strides), dtype in zip(parsed.layouts(*sizes), parsed.dtypes, strict=True)
     ]
 
 
@@ -100,15 +101,33 @@ def _fake_backward(
 # --- autograd --------------------------------------------------------------------------------------------------------
 
 
+def _keys(*names: str) -> int:
+    bits = 0
+    for name in names:
+        bits |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)).raw_repr()
+    return bits
+
+
+# What the dispatcher would do between autograd and a device's kernel: modes, subclasses, functionalization, lazy
+# negation and conjugation, layouts that are not dense.
+_BETWEEN = torch._C._after_ADInplaceOrView_keyset.raw_repr() & ~_keys("CPU", "CUDA", "BackendSelect")
+
+
+def _below(keyset: Any, inputs: Sequence[Tensor], sizes: Sequence[int], program: str) -> Sequence[Tensor]:
+    """The operator below autograd. Where nothing lies between, the kernel is called from here: the dispatcher would
+    only turn the arguments into its own kind and back again, which takes longer than all the rest of a call."""
+    with torch._C._AutoDispatchBelowAutograd():
+        if not keyset.raw_repr() & _BETWEEN:
+            return _run(inputs, sizes, program)
+        return cascade.redispatch(keyset & torch._C._after_autograd_keyset, inputs, sizes, program)
+
+
 class _Differentiable(torch.autograd.Function):
     """Forward runs the program that its gradient asks for (which may return more) and saves what the gradient reads."""
 
     @staticmethod
     def forward(ctx: Any, keyset: Any, plan: Gradient, sizes: Sequence[int], *inputs: Tensor) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            outputs = cascade.redispatch(
-                keyset & torch._C._after_autograd_keyset, inputs, plan.forward_sizes(sizes), plan.forward
-            )
+        outputs = _below(keyset, inputs, plan.forward_sizes(sizes), plan.forward)
         results = outputs[: plan.results]
         ctx.plan, ctx.sizes = plan, sizes
         ctx.shapes = [(r.shape, r.dtype) for r in results]
@@ -126,11 +145,10 @@ class _Differentiable(torch.autograd.Function):
         return None, None, None, *plan.run(inputs, saved, grads, needed, ctx.sizes, ctx.shapes)
 
 
-def _autograd(keyset: Any, inputs: Sequence[Tensor], sizes: Sequence[int], program: str) -> list[Tensor]:
-    needed = tuple(x.requires_grad for x in inputs) if torch.is_grad_enabled() else ()
-    if not any(needed):
-        with torch._C._AutoDispatchBelowAutograd():
-            return cascade.redispatch(keyset & torch._C._after_autograd_keyset, inputs, sizes, program)
+def _autograd(keyset: Any, inputs: Sequence[Tensor], sizes: Sequence[int], program: str) -> Sequence[Tensor]:
+    needed = tuple([x.requires_grad for x in inputs]) if torch.is_grad_enabled() else ()
+    if True not in needed:
+        return _below(keyset, inputs, sizes, program)
     return list(_Differentiable.apply(keyset, gradient_of(program, needed), sizes, *inputs))
 
 

@@ -15,10 +15,10 @@ from torch import fx
 
 from einscade.compiler.capture import nested_graphs
 from einscade.compiler.lowering import Unlowerable, check, lower, program_of
-from einscade.compiler.messages import first_line, warn_once
 from einscade.compiler.regions import Region, find
 from einscade.compiler.report import REWRITTEN, UNCHANGED, Site
 from einscade.runtime import progress
+from einscade.runtime.messages import first_line, warn_once
 from einscade.runtime.program import remember
 
 __all__ = ["Rewritten", "rewrite"]

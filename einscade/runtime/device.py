@@ -12,12 +12,23 @@ import torch
 from einscade.codegen.schedule import target_of
 from einscade.ir.device import Device
 
-__all__ = ["bucket", "describe", "supported", "versions"]
+__all__ = ["bucket", "describe", "indexed", "supported", "versions"]
 
 
 def supported(device: torch.device) -> bool:
     """Whether kernels are generated for this kind of device."""
     return device.type in ("cpu", "cuda")
+
+
+def indexed(device: torch.device) -> torch.device:
+    """The device with its number. Raises ValueError for a kind that no kernels are generated for."""
+    if not supported(device):
+        raise ValueError(
+            f"device {device}: kernels are generated for cpu and cuda; run the model unchanged on {device.type}"
+        )
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from typing import Any
 from einscade.codegen.source import Source
 from einscade.ir.cascade import Cascade
 from einscade.ir.text import print_cascade
+from einscade.runtime import launch
 from einscade.runtime.program import DTYPES
 
 __all__ = ["interpreted", "load"]
@@ -19,13 +20,16 @@ __all__ = ["interpreted", "load"]
 
 @functools.lru_cache(maxsize=512)
 def load(source: Source, name: str) -> Callable[..., Any]:
-    """The entry function of a module with this text. Triton and tracebacks read the text through `linecache`."""
+    """The entry function of a module with this text; `launch` launches its kernels. Triton and tracebacks read the text
+    through `linecache`."""
     digest = hashlib.sha256(source.text.encode()).hexdigest()[:12]
     filename = f"<einscade {name} {source.language} {digest}>"
     module = types.ModuleType(f"einscade_{name}_{digest}")
     module.__file__ = filename
     linecache.cache[filename] = (len(source.text), None, source.text.splitlines(keepends=True), filename)
     exec(compile(source.text, filename, "exec"), module.__dict__)
+    if source.language == "triton":
+        launch.install(module)
     return getattr(module, source.entry)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -26,7 +26,7 @@ from einscade.ir.cascade import Cascade
 from einscade.ir.expr import Expr, FloorDiv, Mod
 from einscade.ir.text import parse_cascade, print_cascade
 
-__all__ = ["DTYPES", "MemoryOrder", "Program", "evaluate", "parse_program", "remember"]
+__all__ = ["DTYPES", "MemoryOrder", "Program", "parse_program", "remember"]
 
 DTYPES: Mapping[str, torch.dtype] = {
     "f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16,
@@ -37,6 +37,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 LINE_END = " ;; "
 
 MemoryOrder = tuple[tuple[str, tuple[str, ...]], ...]
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -53,40 +54,64 @@ class Program:
         lines = self.recipe + (f" -> {orders}" if orders else "") + "\n" + print_cascade(self.cascade)
         return lines.strip().replace("\n", LINE_END)
 
-    def named_sizes(self, sizes: Sequence[Any]) -> dict[str, Any]:
-        """`sizes` come in the order of `cascade.symbols`; they may be ints or SymInts."""
-        return dict(zip(self.cascade.symbols, sizes, strict=True))
-
-    def check(self, inputs: Sequence[torch.Tensor], sizes: Mapping[str, int]) -> None:
-        """Raises ValueError where an input's shape or dtype is not what the cascade says for these sizes."""
+    def check(self, inputs: Sequence[torch.Tensor], sizes: Sequence[int]) -> None:
+        """Raises ValueError where an input's shape, dtype or device is not what the cascade says for these sizes."""
         tensors = self.cascade.inputs
         if len(inputs) != len(tensors):
             raise ValueError(f"cascade {self.cascade.name} has {len(tensors)} inputs, {len(inputs)} were given")
-        for tensor, value in zip(tensors, inputs, strict=True):
-            expected = tuple(evaluate(self.cascade.extent(r), sizes) for r in tensor.ranks)
+        for tensor, value, expected in zip(tensors, inputs, self.geometry(*sizes)[0], strict=True):
             if tuple(value.shape) != expected:
                 extents = ", ".join(f"{r}={n}" for r, n in zip(tensor.ranks, expected, strict=True))
                 raise ValueError(f"input {tensor.name} has shape {tuple(value.shape)}, the sizes say {extents}")
             if value.dtype != DTYPES[tensor.dtype]:
                 raise ValueError(f"input {tensor.name} is {value.dtype}, the cascade says {DTYPES[tensor.dtype]}")
+            if value.device != inputs[0].device:
+                raise ValueError(f"input {tensor.name} is on {value.device}, {tensors[0].name} on {inputs[0].device}")
 
-    def is_empty(self, sizes: Mapping[str, int]) -> bool:
-        """Whether some rank has no points."""
-        return any(evaluate(r.extent, sizes) == 0 for r in self.cascade.ranks)
+    @cached_property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Of the outputs."""
+        return tuple(DTYPES[self.cascade.tensors[name].dtype] for name in self.cascade.outputs)
 
-    def outputs(self, sizes: Mapping[str, Any]) -> list[tuple[list[Any], list[Any], torch.dtype]]:
-        """Shape, strides and dtype of every output."""
-        return [self._output(name, sizes) for name in self.cascade.outputs]
+    @cached_property
+    def geometry(self) -> Callable[..., tuple[tuple[Shape, ...], tuple[tuple[Shape, Shape], ...], bool]]:
+        """A function of the sizes: the inputs' shapes, the outputs' shapes and strides, whether all ranks have points.
 
-    def _output(self, name: str, sizes: Mapping[str, Any]) -> tuple[list[Any], list[Any], torch.dtype]:
-        tensor = self.cascade.tensors[name]
-        lengths = {r: evaluate(self.cascade.extent(r), sizes) for r in tensor.ranks}
-        strides: dict[str, Any] = {}
-        step: Any = 1
-        for rank in reversed(dict(self.out_order).get(name, tensor.ranks)):
-            strides[rank] = step
-            step = step * torch.sym_max(lengths[rank], 1)
-        return [lengths[r] for r in tensor.ranks], [strides[r] for r in tensor.ranks], DTYPES[tensor.dtype]
+        Written for the program and compiled, so that a call with new sizes costs as little as one with known ones."""
+        shapes = [self._shape(t.name) for t in self.cascade.inputs]
+        extents = dict.fromkeys(_code(r.extent) for r in self.cascade.ranks)
+        points = [e for e in extents if e == "0" or not e.isdigit()]
+        text = f"{_tuple(shapes)}, {self._layouts}, {' > 0 and '.join([*points, ''])}True"
+        return self._function(text, max, min)
+
+    @cached_property
+    def layouts(self) -> Callable[..., tuple[tuple[Shape, Shape], ...]]:
+        """A function of the sizes, SymInts among them: the outputs' shapes and strides."""
+        return self._function(self._layouts, torch.sym_max, torch.sym_min)
+
+    def _function(self, text: str, larger: Any, smaller: Any) -> Callable[..., Any]:
+        return eval(f"lambda {', '.join(self.cascade.symbols)}: ({text})", {"max": larger, "min": smaller})
+
+    def _shape(self, name: str) -> str:
+        return _tuple([_code(n) for n in self.cascade.shape(name)])
+
+    @cached_property
+    def _layouts(self) -> str:
+        return _tuple([f"({self._shape(name)}, {self._strides(name)})" for name in self.cascade.outputs])
+
+    def _strides(self, name: str) -> str:
+        ranks = self.cascade.tensors[name].ranks
+        strides: dict[str, str] = {}
+        steps: list[str] = []
+        constant = 1
+        for rank in reversed(dict(self.out_order).get(name, ranks)):
+            strides[rank] = " * ".join([*steps, str(constant)] if constant != 1 else steps or ["1"])
+            extent = self.cascade.extent(rank)
+            if extent.is_Integer:
+                constant *= max(int(extent), 1)
+            else:
+                steps.append(f"max({_code(extent)}, 1)")
+        return _tuple([strides[r] for r in ranks])
 
 
 _parsed: dict[str, Program] = {}
@@ -118,27 +143,23 @@ def _parse(text: str) -> Program:
     return Program(recipe, cascade, out_order)
 
 
-def evaluate(expr: Expr, sizes: Mapping[str, Any]) -> Any:
-    """An extent as an int, or as a SymInt where `sizes` has SymInts."""
+def _tuple(items: Sequence[str]) -> str:
+    return f"({', '.join(items)}{',' if len(items) == 1 else ''})"
+
+
+def _code(expr: Expr) -> str:
+    """An extent as Python over the sizes."""
     if expr.is_Integer:
-        return int(expr)
+        return str(int(expr))
     if expr.is_Symbol:
-        return sizes[expr.name]
-    args = [evaluate(a, sizes) for a in expr.args]
-    if isinstance(expr, FloorDiv):
-        return args[0] // args[1]
-    if isinstance(expr, Mod):
-        return args[0] % args[1]
-    operation = _FOLDS.get(expr.func)
-    if operation is None:
-        raise ValueError(f"extent {expr}: {expr.func.__name__} is not an operation on sizes")
-    return functools.reduce(operation, args)
+        return expr.name
+    args = [_code(a) for a in expr.args]
+    if isinstance(expr, (sympy.Max, sympy.Min)):
+        return functools.reduce(lambda a, b: f"{type(expr).__name__.lower()}({a}, {b})", args)
+    for kind, sign in _SIGNS.items():
+        if isinstance(expr, kind):
+            return f"({sign.join(args)})"
+    raise ValueError(f"extent {expr}: {expr.func.__name__} is not an operation on sizes")
 
 
-_FOLDS: Mapping[Any, Any] = {
-    sympy.Add: lambda a, b: a + b,
-    sympy.Mul: lambda a, b: a * b,
-    sympy.Pow: lambda a, b: a**b,
-    sympy.Max: lambda a, b: torch.sym_max(a, b),
-    sympy.Min: lambda a, b: torch.sym_min(a, b),
-}
+_SIGNS: Mapping[Any, str] = {sympy.Add: " + ", sympy.Mul: " * ", sympy.Pow: " ** ", FloorDiv: " // ", Mod: " % "}

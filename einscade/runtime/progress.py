@@ -1,7 +1,8 @@
 """Progress while compiling: one line on stderr, or a caller's function.
 
-Compiling reports through `step` how many sites are done; who listens is a context (`listening`). Without a listener the
-line is drawn where stderr is a terminal, and `EINSCADE_PROGRESS=0` turns it off.
+Compiling reports through `step` how many sites are done, measuring through `tuning` how many kernels of one; who
+listens is a context (`listening`). Without a listener the line is drawn where stderr is a terminal, and
+`EINSCADE_PROGRESS=0` turns it off.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-__all__ = ["Listener", "finish", "listening", "step"]
+__all__ = ["Listener", "finish", "listening", "step", "tuning"]
 
 Listener = Callable[[int, int], None]
 """Called with the number of sites done and their total."""
@@ -38,17 +39,29 @@ def listening(listener: Listener | None) -> Iterator[None]:
 
 def step(done: int, total: int, what: str) -> None:
     """`done` of `total` sites are compiled; `what` names the one that is next."""
-    global _started
     listener = _listener.get()
     if listener is not None:
         listener(done, total)
-    elif _visible():
-        _started = time.monotonic() if _started is None else _started
-        filled = WIDTH * done // max(total, 1)
-        bar = "█" * filled + "░" * (WIDTH - filled)
-        seconds = time.monotonic() - _started
-        sys.stderr.write(f"\r\x1b[Keinscade {bar} {done}/{total} sites · {seconds:.1f} s · {what[:48]}")
-        sys.stderr.flush()
+    else:
+        _draw(done, total, "sites", what)
+
+
+def tuning(done: int, total: int, what: str) -> None:
+    """`done` of `total` kernels for the site `what` are measured. Drawn only: a listener counts sites."""
+    if _listener.get() is None:
+        _draw(done, total, "kernels measured", what)
+
+
+def _draw(done: int, total: int, unit: str, what: str) -> None:
+    global _started
+    if not _visible():
+        return
+    _started = time.monotonic() if _started is None else _started
+    filled = WIDTH * done // max(total, 1)
+    bar = "█" * filled + "░" * (WIDTH - filled)
+    seconds = time.monotonic() - _started
+    sys.stderr.write(f"\r\x1b[Keinscade {bar} {done}/{total} {unit} · {seconds:.1f} s · {what[:48]}")
+    sys.stderr.flush()
 
 
 def finish() -> None:

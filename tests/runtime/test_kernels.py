@@ -16,10 +16,14 @@ import torch
 from einscade.codegen.source import Source
 from einscade.ir.interpret import interpret
 from einscade.ir.text import parse_cascade
-from einscade.runtime import kernels
+from einscade.runtime import call, kernels, tuning
 from einscade.runtime.cache import DiskCache
-from einscade.runtime.kernels import Candidate, build, kernel_for, recompute_gradients
+from einscade.runtime.call import call_for
+from einscade.runtime.candidates import Candidate
+from einscade.runtime.kernels import Kernel, build
+from einscade.runtime.messages import warn_once
 from einscade.runtime.program import Program, parse_program
+from einscade.runtime.recompute import recompute_gradients
 
 ATTENTION = parse_cascade("""
 cascade attention(Q[b,h,p,e], K[b,h,m,e], V[b,h,m,f]) -> O
@@ -40,8 +44,8 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     def forget() -> None:
         kernels._build.cache_clear()
-        kernels._ready.clear()
-        kernels._warn_once.cache_clear()
+        call._calls.clear()
+        warn_once.cache_clear()
 
     monkeypatch.setenv("EINSCADE_CACHE_DIR", str(tmp_path / "kernels"))
     forget()
@@ -52,6 +56,10 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def _inputs(b: int = 2, p: int = 9, m: int = 9) -> tuple[tuple[torch.Tensor, ...], dict[str, int]]:
     q, k, v = torch.randn(b, 4, p, 8), torch.randn(b, 4, m, 8), torch.randn(b, 4, m, 8)
     return (q, k, v), {"B": b, "M": m, "P": p}
+
+
+def _run(kernel: Kernel, inputs: tuple[torch.Tensor, ...], sizes: dict[str, int]) -> tuple[torch.Tensor, ...]:
+    return kernel(inputs, [sizes[name] for name in kernel.program.cascade.symbols])
 
 
 def _check(outputs: tuple[torch.Tensor, ...] | list[torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> None:
@@ -67,7 +75,7 @@ def test_every_candidate_computes_the_cascade() -> None:
     assert "tiled_torch" in kinds
     assert kinds[-2:] == ["flat", "interpreter"]
     for candidate in kernel.candidates:
-        _check(kernel._run(candidate, inputs, sizes), inputs)
+        _check(kernel.prepared(candidate)(inputs, list(sizes.values())), inputs)
 
 
 def test_equal_programs_share_one_kernel_and_neighbouring_lengths_too() -> None:
@@ -90,7 +98,7 @@ kernel = kernels.build(parse_cascade('''{ATTENTION}'''), "exact", torch.device("
 assert kernel.from_disk
 print(kernel.candidate, len(kernel.steps), hash(kernel.source) == hash(kernel.candidates[0].source.text))
 q = torch.randn(2, 4, 9, 8)
-print(kernel((q, q, q), {sizes!r})[0].shape)
+print(kernel((q, q, q), list({sizes!r}.values()))[0].shape)
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     source_key = "from einscade.runtime import cache; print(cache.source_fingerprint())"
@@ -121,18 +129,18 @@ def test_a_corrupt_entry_is_made_anew() -> None:
     kernels._build.cache_clear()
     again = build(ATTENTION, "exact", CPU, sizes)
     assert not again.from_disk
-    _check(again(inputs, sizes), inputs)
+    _check(_run(again, inputs, sizes), inputs)
 
 
 def _pretend(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float]) -> None:
-    monkeypatch.setattr(kernels, "_timed", lambda run, device: seconds[run.args[0].kind])
+    monkeypatch.setattr(tuning, "_timed", lambda run, device: seconds[run.args[0].kind])
 
 
 def test_a_measurement_within_the_noise_does_not_overrule_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     _pretend(monkeypatch, {"library:sdpa": 1.05, "tiled_torch": 1.0})
     inputs, sizes = _inputs()
     kernel = build(ATTENTION, "exact", CPU, sizes)
-    _check(kernel(inputs, sizes), inputs)
+    _check(_run(kernel, inputs, sizes), inputs)
     assert (kernel.candidate, kernel.tuned) == ("library:sdpa", True)
 
 
@@ -146,7 +154,7 @@ def test_the_fastest_candidate_is_found_and_remembered(monkeypatch: pytest.Monke
     inputs, sizes = _inputs()
     kernel = build(ATTENTION, "exact", CPU, sizes)
     assert kernel.candidate == "library:sdpa"
-    _check(kernel(inputs, sizes), inputs)
+    _check(_run(kernel, inputs, sizes), inputs)
     assert kernel.candidate == "tiled_torch"
     kernels._build.cache_clear()
     read = build(ATTENTION, "exact", CPU, sizes)
@@ -155,10 +163,10 @@ def test_the_fastest_candidate_is_found_and_remembered(monkeypatch: pytest.Monke
 
 def test_without_autotuning_the_model_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EINSCADE_AUTOTUNE", "0")
-    monkeypatch.setattr(kernels, "_timed", None)
+    monkeypatch.setattr(tuning, "_timed", None)
     inputs, sizes = _inputs()
     kernel = build(ATTENTION, "exact", CPU, sizes)
-    _check(kernel(inputs, sizes), inputs)
+    _check(_run(kernel, inputs, sizes), inputs)
     assert kernel.candidate == "library:sdpa"
 
 
@@ -171,10 +179,10 @@ def test_a_kernel_that_fails_is_replaced_and_told_once(monkeypatch: pytest.Monke
     symbols = ATTENTION.symbols
     kernel.candidates[:0] = [Candidate("triton", s, kernel.schedule, symbols) for s in (broken, unparsable)]
     with pytest.warns(RuntimeWarning, match=r"the triton kernel failed \(RuntimeError: illegal instruction\); running"):
-        _check(kernel(inputs, sizes), inputs)
+        _check(_run(kernel, inputs, sizes), inputs)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _check(kernel(inputs, sizes), inputs)
+        _check(_run(kernel, inputs, sizes), inputs)
     assert kernel.candidate == "library:sdpa"
 
 
@@ -189,7 +197,7 @@ def test_a_pass_that_breaks_costs_speed_only(monkeypatch: pytest.MonkeyPatch) ->
         kernel = build(ATTENTION, "exact", CPU, sizes)
     kernels._rewrite.cache_clear()
     assert kernel.rewritten == ATTENTION
-    _check(kernel(inputs, sizes), inputs)
+    _check(_run(kernel, inputs, sizes), inputs)
 
 
 def test_unknown_recipes_and_devices_are_refused() -> None:
@@ -216,8 +224,8 @@ def test_programs_print_and_parse() -> None:
     assert "\n" not in program.text  # compilers quote it in comments
     assert parse_program(program.text) == program
     assert parse_program(PROGRAM.text) == PROGRAM
-    (shape, strides, dtype) = program.outputs({"B": 2, "P": 5, "M": 3})[0]
-    assert (shape, strides, dtype) == ([2, 4, 5, 8], [160, 8, 32, 1], torch.float32)
+    assert program.dtypes == (torch.float32,)
+    assert program.layouts(2, 3, 5) == (((2, 4, 5, 8), (160, 8, 32, 1)),)
     with pytest.raises(ValueError, match="not a program"):
         parse_program("exact")
     with pytest.raises(ValueError, match="does not order"):
@@ -227,7 +235,7 @@ def test_programs_print_and_parse() -> None:
 def test_outputs_come_in_the_memory_order_asked_for() -> None:
     program = Program("exact", ATTENTION, (("O", ("b", "p", "h", "f")),))
     inputs, _ = _inputs(p=33, m=33)
-    (out,) = kernel_for(program.text, inputs, (2, 33, 33))(inputs)
+    (out,) = call_for(program.text, CPU)(inputs, (2, 33, 33))
     _check((out,), inputs)
     assert out.transpose(1, 2).is_contiguous()
 
@@ -235,17 +243,17 @@ def test_outputs_come_in_the_memory_order_asked_for() -> None:
 def test_inputs_that_contradict_the_program_are_refused() -> None:
     (q, k, v), _ = _inputs()
     with pytest.raises(ValueError, match=r"input K has shape \(2, 4, 3, 8\), the sizes say b=2, h=4, m=9, e=8"):
-        kernel_for(PROGRAM.text, (q, k[:, :, :3], v), (2, 9, 9))
+        call_for(PROGRAM.text, CPU)((q, k[:, :, :3], v), (2, 9, 9))
     with pytest.raises(ValueError, match=r"input Q is torch.float64, the cascade says torch.float32"):
-        kernel_for(PROGRAM.text, (q.double(), k, v), (2, 9, 9))
+        call_for(PROGRAM.text, CPU)((q.double(), k, v), (2, 9, 9))
     with pytest.raises(ValueError, match="has 3 inputs, 2 were given"):
-        kernel_for(PROGRAM.text, (q, k), (2, 9, 9))
+        call_for(PROGRAM.text, CPU)((q, k), (2, 9, 9))
 
 
 @pytest.mark.parametrize(("b", "p", "m"), [(0, 5, 5), (2, 0, 5), (2, 5, 0), (0, 0, 0)])
 def test_empty_ranks(b: int, p: int, m: int) -> None:
     inputs, _ = _inputs(b, p, m)
-    (out,) = kernel_for(PROGRAM.text, inputs, (b, m, p))(inputs)
+    (out,) = call_for(PROGRAM.text, CPU)(inputs, (b, m, p))
     assert out.shape == (b, 4, p, 8)
     assert (out == 0).all()
 

@@ -1,0 +1,127 @@
+"""Every way to run a program on a device.
+
+Comes in: a program, what its recipe made of it, a device and sizes. Goes out: `Candidate`s, the cost model's choice
+first: schedules of the emitters that can lower the rewritten cascade, library calls that compute the same cascade, and
+at the end what needs nothing: one Einsum after another, whole, and the reference interpreter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from einscade.codegen import tiled_torch
+from einscade.codegen.loops import LoopProgram, plan
+from einscade.codegen.schedule import Schedule, target_of
+from einscade.codegen.schedule import candidates as schedules_for
+from einscade.codegen.source import Source, Unsupported
+from einscade.ir.cascade import Cascade
+from einscade.ir.device import Device
+from einscade.ir.text import parse_cascade
+from einscade.runtime import library_call
+from einscade.runtime.library import NotInLibrary
+from einscade.runtime.messages import first_line, warn_once
+from einscade.runtime.modules import interpreted
+from einscade.runtime.program import MemoryOrder, Program
+from einscade.runtime.steps import StepRecord
+
+__all__ = ["LAST_RESORTS", "Candidate", "candidates"]
+
+MOST_SCHEDULES = {"gluon": 4, "triton": 8, "tiled_torch": 3}
+"""So many schedules of an emitter are written out; the cost model has put the likely ones first."""
+
+LAST_RESORTS = ("flat", "interpreter")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run a cascade. `symbols` are the sizes that it takes.
+
+    `kind`: "gluon", "triton", "tiled_torch", "library:sdpa", "flat" (every Einsum whole) or "interpreter".
+    """
+
+    kind: str
+    source: Source
+    schedule: Schedule
+    symbols: tuple[str, ...]
+
+
+def candidates(
+    program: Program, rewritten: Cascade, steps: Sequence[StepRecord], device: Device, sizes: Mapping[str, int]
+) -> list[Candidate]:
+    """Every way to run the program, the cost model's choice first, the last resorts last; none stands twice.
+
+    On a GPU generated kernels come before library calls, on a CPU after them: torch's own kernel is compiled code
+    there, ours is a loop of torch operations.
+    """
+    loops = plan(rewritten)
+    orders = _renamed_orders(program, rewritten)
+    calls = _library_calls(program, steps)
+    generated = [c for kind in _emitters(device) for c in _generated(kind, loops, orders, device, sizes)]
+    if not generated:
+        generated = _generated("tiled_torch", loops, orders, device, sizes)
+    found = [*calls, *generated] if device.kind == "cpu" else [*generated, *calls]
+    found += _last_resorts(program.cascade, Schedule(target=target_of(device)))
+    return list(dict.fromkeys(found))
+
+
+def _emitters(device: Device) -> tuple[str, ...]:
+    """The emitters for a device, the ones that know most of it first; tiled torch is what all others fall back to."""
+    if device.kind == "cpu":
+        return ("tiled_torch",)
+    hopper = device.kind == "cuda" and device.capability[0] == 9
+    return ("gluon", "triton") if hopper else ("triton",)
+
+
+def _last_resorts(cascade: Cascade, schedule: Schedule) -> list[Candidate]:
+    """One Einsum after another, whole; and should even that fail, the reference interpreter."""
+    interpreter = Candidate("interpreter", interpreted(cascade), schedule, cascade.symbols)
+    try:
+        return [Candidate("flat", tiled_torch.emit_flat(cascade), schedule, cascade.symbols), interpreter]
+    except Unsupported:
+        return [interpreter]
+
+
+def _generated(
+    kind: str, loops: LoopProgram, orders: MemoryOrder, device: Device, sizes: Mapping[str, int]
+) -> list[Candidate]:
+    """What an emitter makes of a loop program, one candidate per schedule; nothing where it cannot lower it."""
+    if kind == "gluon":
+        from einscade.codegen.gluon import emit, schedules
+    elif kind == "triton":
+        from einscade.codegen.triton_emit import emit
+    else:
+        from einscade.codegen.tiled_torch import emit
+    found = []
+    try:
+        tried = schedules(loops) if kind == "gluon" else schedules_for(loops, device, sizes)
+        for schedule in tried[: MOST_SCHEDULES[kind]]:
+            schedule = replace(schedule, out_order=orders)
+            tiles = dict(schedule.tiles)
+            symbols = tuple(s for s in loops.cascade.symbols if s not in tiles)
+            found.append(Candidate(kind, emit(loops, schedule), schedule, symbols))
+    except Unsupported:
+        pass
+    except Exception as error:  # an emitter that breaks on a program costs its speed, not its result
+        warn_once(f"{loops.cascade.name}: the {kind} emitter failed ({first_line(error)})")
+    return found
+
+
+def _library_calls(program: Program, steps: Sequence[StepRecord]) -> list[Candidate]:
+    """The library call that computes the program, if one does: recognised on the raised cascade or on a later form."""
+    for cascade in [program.cascade, *(parse_cascade(s.after) for s in steps if s.changed)]:
+        try:
+            return [Candidate("library:sdpa", library_call.emit(cascade), Schedule(), cascade.symbols)]
+        except NotInLibrary:
+            continue
+    return []
+
+
+def _renamed_orders(program: Program, rewritten: Cascade) -> MemoryOrder:
+    """The program's memory orders in the names that outputs and their ranks have after rewriting."""
+    orders = []
+    for name, ranks in program.out_order:
+        new = rewritten.outputs[program.cascade.outputs.index(name)]
+        names = dict(zip(program.cascade.tensors[name].ranks, rewritten.tensors[new].ranks, strict=True))
+        orders.append((new, tuple(names[r] for r in ranks)))
+    return tuple(orders)

@@ -1,0 +1,153 @@
+"""Which candidate is fastest, measured on the inputs of a real call.
+
+Comes in: candidates, likely ones first, and a way to run one. Goes out: a `Tuned`: their order, the times, and what
+failed. Every candidate is first held to the outputs of one that rests on none of our code, then timed; those that are
+close to the best are timed again, in turns, so that a busy moment of the machine is nobody's loss. The first candidate,
+the cost model's choice, stays first unless another beats it by more than measurements are off.
+
+`EINSCADE_AUTOTUNE=0` turns all of it off: the cost model decides.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from einscade.runtime import progress
+from einscade.runtime.agreement import disagreement
+from einscade.runtime.candidates import LAST_RESORTS, Candidate
+
+__all__ = ["Tuned", "enabled", "tune"]
+
+SECONDS = 15.0
+"""Nothing is started after so long: with what is under way a site is tuned within 20."""
+
+ROUNDS = 4
+"""So often are those that are close to the best timed again."""
+
+CLOSE = 2.0
+"""Further than this from the best, a candidate is not timed again."""
+
+MARGIN = 0.9
+"""Another candidate takes the first one's place if it needs less than this part of its time."""
+
+LEAST_SECONDS = 1e-3
+"""A measurement repeats its call until it takes about so long: one short call is the clock's and the host's noise."""
+
+MOST_CALLS = 50
+
+TRUSTED = ("library:sdpa", "tiled_torch")
+"""The kinds that others are checked against before they are timed: torch's own code, then code of torch operations."""
+
+Run = Callable[[Candidate], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """`order`: all candidates but those that failed, fastest first; those that were not measured keep their order
+    behind them. `seconds` of those that were; `failures` say why a candidate cannot be used."""
+
+    order: tuple[Candidate, ...]
+    seconds: Mapping[Candidate, float]
+    failures: Mapping[Candidate, Exception]
+
+
+def enabled() -> bool:
+    return os.environ.get("EINSCADE_AUTOTUNE", "1") != "0"
+
+
+def tune(name: str, candidates: Sequence[Candidate], run: Run, inputs: Sequence[Tensor], empty_rows: bool) -> Tuned:
+    """The candidates' order for inputs like these. `name` is for the progress line; `empty_rows` as in `disagreement`.
+
+    A candidate for which the memory does not suffice is not measured, but has not failed either.
+    """
+    contenders = [c for c in candidates if c.kind not in LAST_RESORTS]
+    seconds: dict[Candidate, float] = {}
+    failures: dict[Candidate, Exception] = {}
+    if len(contenders) > 1:
+        end = time.perf_counter() + SECONDS
+        trusted = _trusted(contenders, run, failures)
+        for done, candidate in enumerate(contenders):
+            if time.perf_counter() > end:
+                break
+            progress.tuning(done, len(contenders), name)
+            if candidate in failures:
+                continue
+            try:
+                if trusted is not None and candidate.kind != trusted[0]:
+                    wrong = disagreement(run(candidate), trusted[1], inputs, empty_rows)
+                    if wrong is not None:
+                        raise ArithmeticError(wrong)
+                seconds[candidate] = _timed(partial(run, candidate), inputs[0].device)
+            except torch.OutOfMemoryError:
+                continue
+            except Exception as error:
+                failures[candidate] = error
+        trusted = None
+        _repeat(seconds, run, inputs[0].device, end)
+    likely = next(iter(seconds), None)
+
+    def rank(candidate: Candidate) -> float:
+        return seconds.get(candidate, float("inf")) * (MARGIN if candidate == likely else 1)
+
+    order = sorted((c for c in candidates if c not in failures), key=rank)
+    return Tuned(tuple(order), seconds, failures)
+
+
+def _trusted(
+    contenders: Sequence[Candidate], run: Run, failures: dict[Candidate, Exception]
+) -> tuple[str, tuple[Tensor, ...]] | None:
+    """The kind of the candidate that rests on least of our own, and its outputs: the others are held to them."""
+    for kind in TRUSTED:
+        candidate = next((c for c in contenders if c.kind == kind), None)
+        if candidate is None:
+            continue
+        try:
+            return kind, run(candidate)
+        except torch.OutOfMemoryError:
+            continue
+        except Exception as error:
+            failures[candidate] = error
+    return None
+
+
+def _repeat(seconds: dict[Candidate, float], run: Run, device: torch.device, end: float) -> None:
+    """Times those that are close to the best again, in turns, and keeps the least of each."""
+    for _ in range(ROUNDS):
+        close = [c for c, s in seconds.items() if s <= CLOSE * min(seconds.values())]
+        if len(close) < 2 or time.perf_counter() > end:
+            return
+        for candidate in close:
+            seconds[candidate] = min(seconds[candidate], _timed(partial(run, candidate), device))
+
+
+def _timed(run: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one warm call: the mean over as many as make a measurement that the clock can tell."""
+    first = _elapsed(run, 1, device)
+    calls = min(MOST_CALLS, int(LEAST_SECONDS / max(first, 1e-9)))
+    return first if calls < 2 else _elapsed(run, calls, device)
+
+
+def _elapsed(run: Callable[[], Any], calls: int, device: torch.device) -> float:
+    """Seconds of a call. On a GPU the host first queues a wait, so that it is ahead and only the device is timed."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        return (time.perf_counter() - start) / calls
+    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    torch.cuda._sleep(1_000_000)
+    before.record()
+    for _ in range(calls):
+        run()
+    after.record()
+    after.synchronize()
+    return before.elapsed_time(after) * 1e-3 / calls
