@@ -63,10 +63,21 @@ def _gelu(a: SimpleNamespace) -> Expr:
 def _div(a: SimpleNamespace) -> Expr:
     mode = getattr(a, "rounding_mode", None)
     if mode is None:
-        return a.self / a.other
+        return _over(a.self, a.other)
     if mode == "floor":
         return FloorDiv(a.self, a.other) if _integers(a) else sympy.floor(a.self / a.other)
     return Trunc(a.self / a.other)
+
+
+def _over(a: Expr, b: Expr) -> Expr:
+    """a / b; of numbers as floating point has it, by a positive zero: sympy's zoo is none of its values."""
+    if b.is_zero and a.is_number and not a.is_zero:
+        return sympy.oo if a.is_positive else -sympy.oo
+    return a / b
+
+
+def _log(x: Expr) -> Expr:
+    return -sympy.oo if x.is_zero else sympy.log(x)
 
 
 def _integers(a: SimpleNamespace) -> bool:
@@ -127,13 +138,13 @@ NUMERIC: Mapping[str, Rule] = {
     "exp": lambda a: sympy.exp(a.self),
     "exp2": lambda a: sympy.exp(a.self * sympy.log(2)),
     "expm1": lambda a: sympy.exp(a.self) - 1,
-    "log": lambda a: sympy.log(a.self),
-    "log2": lambda a: sympy.log(a.self) / sympy.log(2),
-    "log10": lambda a: sympy.log(a.self) / sympy.log(10),
-    "log1p": lambda a: sympy.log(1 + a.self),
+    "log": lambda a: _log(a.self),
+    "log2": lambda a: _log(a.self) / sympy.log(2),
+    "log10": lambda a: _log(a.self) / sympy.log(10),
+    "log1p": lambda a: _log(1 + a.self),
     "sqrt": lambda a: sympy.sqrt(a.self),
-    "rsqrt": lambda a: 1 / sympy.sqrt(a.self),
-    "reciprocal": lambda a: 1 / a.self,
+    "rsqrt": lambda a: _over(sympy.S.One, sympy.sqrt(a.self)),
+    "reciprocal": lambda a: _over(sympy.S.One, a.self),
     "square": lambda a: a.self**2,
     "pow": _pow,
     "sin": lambda a: sympy.sin(a.self),
@@ -189,7 +200,11 @@ NUMERIC: Mapping[str, Rule] = {
 
 
 def _infinite(x: Expr) -> Boolean:
-    return sympy.Or(sympy.Eq(x, sympy.oo), sympy.Eq(x, -sympy.oo)) if x.has(Access) else sympy.false
+    if x.is_number:
+        return sympy.true if x.is_infinite else sympy.false
+    return (
+        sympy.Or(sympy.Eq(x, sympy.oo), sympy.Eq(x, -sympy.oo)) if x.has(Access, sympy.oo, -sympy.oo) else sympy.false
+    )
 
 
 def _exclusive(a: Boolean, b: Boolean) -> Boolean:

@@ -293,6 +293,31 @@ def causal_triu_additive(q, k, v):
 
 
 @spelling("qs ks vs", domain=causal)
+def causal_isinf_of_an_additive_mask(q, k, v):
+    mask = nn.Transformer.generate_square_subsequent_mask(q.shape[2])
+    return (q @ k.mT * SCALE).masked_fill(mask.isinf(), float("-inf")).softmax(-1) @ v
+
+
+@spelling("qs ks vs", domain=causal)
+def causal_equal_to_minus_infinity(q, k, v):
+    n = q.shape[2]
+    mask = torch.full((n, n), float("-inf")).triu(1)
+    return torch.where(mask == -math.inf, mask, q @ k.mT * SCALE).softmax(-1) @ v
+
+
+@spelling("qs ks vs", domain=causal)
+def causal_log_of_tril(q, k, v):
+    n = q.shape[2]
+    return (q @ k.mT * SCALE + torch.ones(n, n).tril().log()).softmax(-1) @ v
+
+
+@spelling("qs ks vs", domain=causal)
+def causal_minus_reciprocal(q, k, v):
+    n = q.shape[2]
+    return (q @ k.mT * SCALE + 1 - 1 / torch.ones(n, n).tril()).softmax(-1) @ v
+
+
+@spelling("qs ks vs", domain=causal)
 def causal_where_arange(q, k, v):
     n = torch.arange(q.shape[2])
     s = q @ k.mT * SCALE
