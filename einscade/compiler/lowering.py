@@ -95,19 +95,28 @@ def check(region: Region) -> None:
 
 
 def _place(region: Region, position: Mapping[fx.Node, int]) -> fx.Node:
-    """The first node that reads a result from outside, if everything that the region reads comes before it."""
+    """The first node that reads a result from outside or that writes to memory after the region began to read, if
+    everything that the region reads comes before it."""
     inside = set(region.nodes)
     users = [u for o in region.outputs for u in o.node.users if u not in inside]
     if not users:
         raise Unlowerable("nothing reads its result")
-    first = min(users, key=position.__getitem__)
+    begin = min(map(position.__getitem__, inside))
+    writes = [n for n, at in position.items() if at > begin and _writes(n)]
+    first = min((*users, *writes), key=position.__getitem__)
     held = [n for n in region.sizes.values() if isinstance(n, fx.Node)]
     for source in (*region.inputs, *held):
         if source in inside:
             raise Unlowerable(f"it reads {source.name}, which is part of it")
         if position[source] >= position[first]:
-            raise Unlowerable(f"{first.name} reads its result before its input {source.name} is made")
+            does = "writes to memory" if first in writes else "reads its result"
+            raise Unlowerable(f"{first.name} {does} before its input {source.name} is made")
     return first
+
+
+def _writes(node: fx.Node) -> bool:
+    """Updates of the graph's inputs: all else in it is functional."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _output(

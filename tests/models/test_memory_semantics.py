@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import einscade
 from tests.models.small import CausalAttention, assert_as_exact, rewritten_sites
@@ -110,6 +110,32 @@ def test_an_input_updated_in_place() -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(actual_args, expected_args, strict=True):
         assert torch.equal(ours, theirs)
+
+
+class Updating(nn.Module):
+    """Attention, and after it an update of one of its inputs."""
+
+    def __init__(self, written: str) -> None:
+        super().__init__()
+        self.written = written
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = attention(q, k, v)
+        {"q": q, "k": k, "v": v}[self.written].mul_(-0.5)
+        return out
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("written", ["q", "k", "v"])
+def test_an_input_updated_in_place_afterwards(written: str, inner: str) -> None:
+    """Attention reads what was there before the update, also where nothing reads its result until after it."""
+    model, args = Updating(written), _qkv()
+    for original in (model, fx.symbolic_trace(model)):
+        fast = einscade.optimize(original, inner=inner)
+        theirs, ours = tuple(t.clone() for t in args), tuple(t.clone() for t in args)
+        torch.testing.assert_close(fast(*ours), model(*theirs), rtol=1e-5, atol=1e-5)
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        assert rewritten_sites(fast) == 1
 
 
 def test_an_intermediate_updated_in_place() -> None:
