@@ -17,14 +17,15 @@ import sympy
 
 from einscade.codegen.gluon_form import Form, Operand, form
 from einscade.codegen.gluon_plan import GROUP_ROWS, REGISTERS, Plan, Ring
-from einscade.codegen.gluon_points import GLUON_DTYPES, Points
+from einscade.codegen.gluon_points import GLUON_DTYPES
 from einscade.codegen.gluon_text import REDUCTIONS, TILE_MAP, TURN, call, function, indent, paren, wrapped
-from einscade.codegen.gluon_values import HELPERS, Printer, Value
+from einscade.codegen.gluon_values import HELPERS
+from einscade.codegen.gluon_visits import LISTING, Visits
 from einscade.codegen.loops import LoopProgram
 from einscade.codegen.schedule import Schedule
 from einscade.codegen.source import Source, Unsupported
 from einscade.codegen.torch_values import python
-from einscade.ir.expr import Access, FloorDiv, accesses, free_vars, var
+from einscade.ir.expr import FloorDiv, accesses, free_vars, var
 
 __all__ = ["emit", "schedules"]
 
@@ -78,8 +79,11 @@ def schedules(program: LoopProgram) -> tuple[Schedule, ...]:
         if isinstance(step, sympy.Symbol):
             tiles[step.name] = columns
         schedule = Schedule(tuple(sorted(tiles.items())), 4, stages, (), "cuda:90", True)
-        if len(space) < 4 or _fits(shape, schedule):
-            found.append(schedule)
+        if len(space) == 4 and not _fits(shape, schedule):
+            continue
+        if groups == 3 and _Module(shape, schedule).listed:  # no registers to spare
+            continue
+        found.append(schedule)
     if not found:
         raise Unsupported("no tile of the kernel fits on chip")
     return tuple(found)
@@ -93,12 +97,13 @@ def _fits(shape: Form, schedule: Schedule) -> bool:
     return True
 
 
-class _Module(Points):
+class _Module(Visits):
     """One module's text."""
 
     def text(self) -> str:
         shape = self.shape
-        body = [self._place(), self._load(), self._weigh(), self._advance(), self._compute(), self._kernel()]
+        listing = [LISTING.strip("\n"), self._listing()] if self.listed else []
+        body = [*listing, self._place(), self._load(), self._weigh(), self._advance(), self._compute(), self._kernel()]
         helpers = [HELPERS[h].strip("\n") for h in HELPERS if h in self.used]
         helpers += [REDUCTIONS[h].strip("\n") for h in REDUCTIONS if h in self.used]
         title = f"{self.cascade.name}: written by einscade for the cascade"
@@ -149,12 +154,12 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
         if b.rising:
             lines.append("row_tile = row_tiles - 1 - row_tile  # the longest loops first")
         lines.append(f"row = row_tile * {self.rows}")
-        rest = "batch"
-        for r in reversed(shape.batch[1:]):
-            extent = names.value(shape.extent(r)).atom()
-            lines += [f"{r} = {rest} % {extent}", f"batch = {rest} // {extent}"]
-        if shape.batch:
-            lines.append(f"{shape.batch[0]} = {rest}")
+        lines += self._unravel(shape.batch)
+        if self.listed:
+            lines += self._follow()
+            doc = f'"""The program\'s place in the grid, the tiles of {shape.m} it visits, and how many they are."""'
+            places = ", ".join([*shape.batch, "row", *self._ends()])
+            return function("place", self._place_arguments(), [doc, *lines, f"return {places}"])
         lines += [f"first = {names.value(b.first).code}", f"end = {names.value(b.end).code}"]
         lines.append("first = gl.minimum(first, end - 1)")
         if self._classes() and (b.upper or b.lower):
@@ -166,7 +171,10 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
                 lines.append(f"full_first = gl.minimum(gl.maximum({full_first}, first), full_end)")
         places = ", ".join([*shape.batch, "row", *self._ends()])
         doc = f'"""The program\'s place in the grid, and the tiles of {shape.m} it visits: `first <= tile < end`."""'
-        return function("place", self.sizes, [doc, *lines, f"return {places}"])
+        return function("place", self._place_arguments(), [doc, *lines, f"return {places}"])
+
+    def _place_arguments(self) -> list[str]:
+        return [*(["visits", "counts"] if self.listed else []), *self.sizes]
 
     def _sharing(self) -> int:
         """How many neighbours along the innermost batch rank read the same keys."""
@@ -187,18 +195,13 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
         index = {operand.row: row, operand.across: "0"} | {i: printer.value(x).code for i, x in operand.batch}
         return f"[{', '.join(index[i] for i in operand.order)}]"
 
-    def _scalar_printer(self) -> Printer:
-        def refuse(access: Access, _: Printer) -> Value:
-            raise Unsupported(f"{access} decides which tile is read")
-
-        return Printer((self.shape.p, self.shape.m), {}, {}, refuse)
-
     def _load(self) -> str:
         early, late = [r for r in self.rings if r.early], [r for r in self.rings if not r.early]
         names = [x.name for x in (*self.stills, *self.rings)]
         lines = [
             f'"""The loading warp: all of a program\'s tiles of {_listed(names)}, in the order they are read."""',
-            *(line for r in early for line in self._copy(r, "(end - 1) * STEP", "0")),
+            *(["tile = gl.load(visits) // 2"] if self.listed else []),
+            *(line for r in early for line in self._copy(r, self._at("tile", "end - 1"), "0")),
         ]
         for x in self.stills:
             lines += [
@@ -210,19 +213,29 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
         lines += [
             "stage = 0",
             "phase = 1",
-            "for tile in range(end - 1 - first):",
+            "for visit in range(1, count):" if self.listed else "for tile in range(end - 1 - first):",
+            *(["    next_tile = gl.load(visits + visit) // 2"] if self.listed else []),
             "    next_stage = stage + 1",
             "    next_phase = phase",
             "    if next_stage == STAGES:",
             "        next_stage = 0",
             "        next_phase = phase ^ 1",
-            *indent(x for r in early for x in self._copy(r, "(end - 2 - tile) * STEP", "next_stage", "next_phase")),
-            *indent(x for r in late for x in self._copy(r, "(end - 1 - tile) * STEP", "stage", "phase")),
+            *indent(
+                line
+                for r in early
+                for line in self._copy(r, self._at("next_tile", "end - 2 - tile"), "next_stage", "next_phase")
+            ),
+            *indent(line for r in late for line in self._copy(r, self._at("tile", "end - 1 - tile"), "stage", "phase")),
             "    stage = next_stage",
             "    phase = next_phase",
-            *(x for r in late for x in self._copy(r, "first * STEP", "stage", "phase")),
+            *(["    tile = next_tile"] if self.listed else []),
+            *(line for r in late for line in self._copy(r, self._at("tile", "first"), "stage", "phase")),
         ]
         return function("load", self._load_arguments(), lines)
+
+    def _at(self, listed: str, ranged: str) -> str:
+        """The row at which a tile begins: of the list, or of the range."""
+        return f"{paren(listed if self.listed else ranged)} * STEP"
 
     def _copy(self, ring: Ring, row: str, stage: str, phase: str | None = None) -> list[str]:
         """A tile to its place in the ring, after what was there has been read (`phase`; None: nothing was)."""
@@ -236,7 +249,8 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
 
     def _load_arguments(self) -> list[str]:
         maps = [f"{x.name}_map" for x in (*self.stills, *self.rings)]
-        return [*maps, *self._tiles(), *self._barriers(), *self.shape.batch, "row", "first", "end"]
+        ends = self._ends() if self.listed else ["first", "end"]
+        return [*maps, *self._tiles(), *self._barriers(), *self.shape.batch, "row", *ends]
 
     def _turns(self) -> tuple[list[str], list[str]]:
         return (["take_turn(group)"], ["pass_turn(group)"]) if self.groups > 1 else ([], [])
@@ -357,7 +371,7 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
             *done,
             self._waited(0, scores, scores),
             *(f"mbarrier.arrive({r.name}_empty.index(0))" for r in self.rings if not r.late),
-            "tile = end - 1",
+            "tile = gl.load(visits) // 2" if self.listed else "tile = end - 1",
             call(
                 [*states, *rescales, *weights], "weigh", [*scores, *states, "tile * STEP", *self._context(), "True"]
             ),
@@ -366,9 +380,11 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
         ]
         stills = {f"{x.name}_tile" for x in self.stills}
         passed = [x.removesuffix("_tile") + "_rows" if x in stills else x for x in self._advance_arguments()]
+        if self.listed:
+            lines += ["for i in range(1, count):", "    visit = gl.load(visits + i)", "    tile = visit // 2"]
+        else:
+            lines += ["for _ in range(end - 1 - first):", "    tile -= 1"]
         lines += [
-            "for _ in range(end - 1 - first):",
-            "    tile -= 1",
             *indent(call(self._running(), "advance", [*passed, self._edge(), "group"]).splitlines()),
             *self._accumulate("stage", "phase", ""),
             self._waited(0, [*sums, *weights], [*sums, *weights]),
@@ -431,7 +447,7 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
         lines += [f"mbarrier.init({b}, 1)" for b in stills]
         lines.append("for stage in gl.static_range(STAGES):")
         lines += [f"    mbarrier.init({b}.index(stage), {'1' if b.endswith('_full') else 'GROUPS'})" for b in rings]
-        lines.append(call([*shape.batch, "row", *self._ends()], "place", self.sizes))
+        lines.append(call([*shape.batch, "row", *self._ends()], "place", self._place_arguments()))
         compute, load = ", ".join(self._compute_arguments()), ", ".join(self._load_arguments())
         lines.append("gl.warp_specialize(")
         lines.append("    [")
@@ -442,7 +458,8 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
         warps, registers = [4] * (self.groups - 1) + [1], [regs] * (self.groups - 1) + [24]
         lines += ["    ],", f"    {warps},", f"    {registers},", ")"]
         decorator = f"@gluon.jit(do_not_specialize={self.sizes!r})"
-        return function("kernel", [*maps, *self._pointers(), *self.sizes], lines, decorator)
+        lists = ["visits", "counts"] if self.listed else []
+        return function("kernel", [*maps, *self._pointers(), *lists, *self.sizes], lines, decorator)
 
     def _run(self) -> str:
         shape = self.shape
@@ -470,6 +487,9 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
         for t in self._row_results():
             others += [self.name(t), f"*{self.name(t)}.stride()"]
         lines.append("if programs:")
+        if self.listed:
+            lines += indent(self._make_lists(device))
+            others += ["visits", "counts"]
         lines.append("    kernel[(programs,)](")
         lines += [f"        {m}," for m in maps]
         if others or self.sizes:
@@ -480,6 +500,19 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
         doc = '"""' + f"{self.cascade.name}: inputs with any strides; sizes by name." + '"""'
         body = "\n".join("    " + line for line in [doc, *lines])
         return f"def run({signature}) -> tuple[torch.Tensor, ...]:\n{body}"
+
+    def _make_lists(self, device: str) -> list[str]:
+        """The host's part of the lists of tiles."""
+        shape = self.shape
+        grid = [python(shape.extent(r)) for r in self._list_batch()]
+        grid.append(f"-(-{paren(python(shape.extent(shape.p)))} // {self.rows})")
+        given = [f"{self.name(t)}, *{self.name(t)}.stride()" for t in self._listing_tensors()]
+        return [
+            f"lists = {' * '.join(paren(g) for g in grid)}",
+            f"visits = torch.empty((lists, {python(self._loop_tiles())}), dtype=torch.int32, device={device})",
+            f"counts = torch.empty((lists,), dtype=torch.int32, device={device})",
+            *wrapped(f"list_tiles[(lists,)]({', '.join([*given, 'visits', 'counts', *self.sizes])}, num_warps=4)", 0),
+        ]
 
     def _seen(self, operand: Operand) -> str:
         """The tensor as the copy engine sees it."""

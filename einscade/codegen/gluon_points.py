@@ -6,6 +6,7 @@ Comes in: a `Plan`. Goes out: the function `weigh` as text, and the lines that f
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from dataclasses import replace
 
 import sympy
@@ -26,6 +27,22 @@ GLUON_DTYPES = {"bf16": "gl.bfloat16", "f16": "gl.float16", "f32": "gl.float32"}
 
 class Points(Plan):
     """The elementwise part of a module."""
+
+    def _scalar_printer(self) -> Printer:
+        """Prints what is the same for all of a program's points."""
+
+        def refuse(access: Access, _: Printer) -> Value:
+            raise Unsupported(f"{access} decides which tile is read")
+
+        return Printer((self.shape.p, self.shape.m), {}, {}, refuse)
+
+    def _unravel(self, ranks: Sequence[str]) -> list[str]:
+        """The lines that take `batch` apart, the last rank fastest."""
+        names, lines, rest = self._scalar_printer(), [], "batch"
+        for r in reversed(ranks[1:]):
+            extent = names.value(self.shape.extent(r)).atom()
+            lines += [f"{r} = {rest} % {extent}", f"batch = {rest} // {extent}"]
+        return lines + ([f"{ranks[0]} = {rest}"] if ranks else [])
 
     def _printer(self, guard: str) -> Printer:
         shape = self.shape
@@ -113,7 +130,7 @@ class Points(Plan):
         name = self.name(s.name)
         shape = self.shape
         keep: list[str] = []
-        if s.keep != sympy.true and any(x.name is None and x.access in s.reads for x in self.loads):
+        if s.keep != sympy.true and any(x.name is None and x.access in accesses(s.expr) for x in self.loads):
             keep = self._mask(masked, s.keep)  # an index may be out of bounds where no point exists
             masked.inside = masked.names["keep"]
         score = s in self.scores

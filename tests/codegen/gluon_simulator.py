@@ -459,6 +459,8 @@ class _Torch:
 
 
 def _extreme(operation: Callable[..., Tensor], a: Any, b: Any) -> Any:
+    if isinstance(b, int) and isinstance(a, Tensor):
+        b = torch.tensor(b, dtype=a.dtype)  # as in Triton, a plain number takes the other's type
     a, b = torch.as_tensor(a), torch.as_tensor(b)
     if a.dtype.is_floating_point != b.dtype.is_floating_point:
         a, b = a.float(), b.float()

@@ -1,0 +1,160 @@
+"""The lists of tiles of a Gluon kernel: every tile that holds a point is on its list, once, last tile first, and a tile
+without a mask holds nothing but points; for sorted and for shuffled data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from einscade.codegen.gluon import emit, schedules
+from einscade.codegen.loops import LoopProgram, plan
+from einscade.ir.cascade import Cascade
+from einscade.ir.interpret import interpret
+from einscade.ir.text import parse_cascade
+from einscade.passes.pipeline import run as rewrite
+from tests.codegen.cascades import relative_error
+from tests.codegen.gluon_simulator import Simulator
+
+TEXT = """cascade some(Q[b,h,p,e]: bf16, K[b,h,m,e]: bf16, V[b,h,m,f]: bf16{extra}) -> O[b,h,p,f]: bf16
+  where b < B, h < 2, p < P, m < M, e < 64, f < 64
+  S[b,h,p,m] = sum(e) 0.125 * Q[b,h,p,e] * K[b,h,m,e]   if {domain}
+  G[b,h,p]   = max(m) S[b,h,p,m]
+  W[b,h,p,m] = exp(S[b,h,p,m] - G[b,h,p])
+  Z[b,h,p]   = sum(m) W[b,h,p,m]
+  O[b,h,p,f]: bf16 = sum(m) W[b,h,p,m] * V[b,h,m,f] / Z[b,h,p]
+"""
+
+P, M = 330, 500
+SIZES = {"B": 2, "P": P, "M": M}
+p, m = torch.arange(P)[:, None], torch.arange(M)
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A condition as text, the inputs that it reads, each with the end of its values, and the points that it keeps."""
+
+    text: str
+    extra: tuple[tuple[str, int], ...]
+    kept: Callable[..., Tensor]
+
+
+DOMAINS = {
+    "documents": Domain("D[b,p] == E[b,m]", (("D[b,p]: i32", 8), ("E[b,m]: i32", 8)),
+                        lambda d, e: d[:, :, None] == e[:, None]),
+    "causal documents": Domain("D[b,p] == E[b,m] & m <= p", (("D[b,p]: i32", 8), ("E[b,m]: i32", 8)),
+                               lambda d, e: (d[:, :, None] == e[:, None]) & (m <= p)),
+    "padding": Domain("There[b,m]", (("There[b,m]: bool", 2),), lambda x: x[:, None].expand(2, P, M)),
+    "lengths": Domain("m < Length[b] & m <= p", (("Length[b]: i64", 300),),
+                      lambda x: (m < x[:, None, None]) & (m <= p)),
+    "positions": Domain("At[p] - m < 70 & m <= At[p]", (("At[p]: i32", 300),),
+                        lambda x: ((x[:, None] - m < 70) & (m <= x[:, None])).expand(2, P, M)),
+    "a window and a sink": Domain("m < 3 & m <= p | p - m < 20 & m <= p", (),
+                                  lambda: ((m <= p) & ((m < 3) | (p - m < 20))).expand(2, P, M)),
+    "others": Domain("~(D[b,p] == E[b,m])", (("D[b,p]: i32", 8), ("E[b,m]: i32", 8)),
+                     lambda d, e: d[:, :, None] != e[:, None]),
+}  # fmt: skip
+
+
+def textbook(name: str) -> Cascade:
+    domain = DOMAINS[name]
+    return parse_cascade(TEXT.format(domain=domain.text, extra="".join(f", {x}" for x, _ in domain.extra)))
+
+
+def program(name: str) -> LoopProgram:
+    return plan(rewrite(textbook(name), "exact").cascade)
+
+
+def made(name: str, ordered: bool) -> list[Tensor]:
+    """Inputs; integers and booleans sorted, or not."""
+    random = torch.Generator().manual_seed(len(name))
+    shapes = {"b": 2, "h": 2, "p": P, "m": M, "e": 64, "f": 64}
+    given = []
+    high = {x.split("[")[0]: n for x, n in DOMAINS[name].extra}
+    for t in textbook(name).inputs:
+        shape = [shapes[r] for r in t.ranks]
+        if t.dtype == "bf16":
+            given.append(torch.randn(shape, generator=random).bfloat16())
+            continue
+        x = torch.randint(0, high[t.name], shape, generator=random)
+        x = x.sort(-1).values if ordered else x
+        given.append(x.to({"bool": torch.bool, "i32": torch.int32, "i64": torch.int64}[t.dtype]))
+    return given
+
+
+class _Kept:
+    """A kernel (None: one that does nothing) that keeps the tensors it was launched with."""
+
+    def __init__(self, kernel: Any, kept: list[Tensor]) -> None:
+        self.kernel, self.kept = kernel, kept
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*arguments: Any, **options: Any) -> None:
+            self.kept.extend(x for x in arguments if isinstance(x, Tensor))
+            if self.kernel is not None:
+                self.kernel[grid](*arguments, **options)
+
+        return launch
+
+
+@pytest.mark.parametrize("ordered", [True, False], ids=["sorted", "shuffled"])
+@pytest.mark.parametrize("name", DOMAINS)
+def test_lists(name: str, ordered: bool) -> None:
+    loops = program(name)
+    given = made(name, ordered)
+    points = DOMAINS[name].kept(*given[3:])
+    for schedule in schedules(loops):
+        rows, step = schedule.tile("p") or 0, schedule.tile("M0") or 0
+        lists = listed(emit(loops, schedule).text, given)
+        row_tiles = -(-P // rows)
+        for i, entries in enumerate(lists):
+            batch = points if len(lists) == row_tiles else points[i // row_tiles][None]
+            row = i % row_tiles * rows
+            tiles = [x // 2 for x in entries]
+            assert tiles == sorted(set(tiles), reverse=True)
+            for t in range(-(-M // step)):
+                here = batch[:, row : row + rows, t * step : t * step + step]
+                assert t in tiles or not here.any()
+                assert 2 * t not in entries or (here.all() and here.shape[-1] == step)
+
+
+def listed(text: str, given: list[Tensor]) -> list[list[int]]:
+    """The lists that a module makes."""
+    space = Simulator().load(text)
+    kept: list[Tensor] = []
+    space.run.__globals__["list_tiles"] = _Kept(space.list_tiles, kept)
+    space.run.__globals__["kernel"] = _Kept(None, [])
+    space.run(*given, **SIZES)
+    visits, counts = kept[-2:]
+    return [row[:n].tolist() for row, n in zip(visits, counts.tolist(), strict=True)]
+
+
+@pytest.mark.parametrize("ordered", [True, False], ids=["sorted", "shuffled"])
+@pytest.mark.parametrize("name", DOMAINS)
+def test_what_follows_the_list_is_right(name: str, ordered: bool) -> None:
+    given = made(name, ordered)
+    plain = textbook(name)
+    exact = interpret(plain, dict(zip((t.name for t in plain.inputs), given, strict=True)), {})["O"]
+    loops = program(name)
+    (out,) = Simulator(len(name)).load(emit(loops, schedules(loops)[0]).text).run(*given, **SIZES)
+    assert relative_error(out, exact) <= 3 * relative_error(exact.bfloat16(), exact)
+
+
+def test_sorted_documents_visit_little() -> None:
+    """What it is for: of packed documents, each tile of rows visits the tiles of its own documents."""
+    loops = program("documents")
+    schedule = schedules(loops)[0]
+    lists = listed(emit(loops, schedule).text, made("documents", ordered=True))
+    everything = -(-P // (schedule.tile("p") or 0)) * -(-M // (schedule.tile("M0") or 0)) * 2
+    assert sum(map(len, lists)) < 0.6 * everything
+
+
+@pytest.mark.parametrize("domain", ["m <= p", "m <= p & p - m < 99", "m <= p | m < 50", "Mask[b,p,m]"])
+def test_what_needs_no_list_has_none(domain: str) -> None:
+    extra = ", Mask[b,p,m]: bool" if "Mask" in domain else ""
+    loops = plan(rewrite(parse_cascade(TEXT.format(domain=domain, extra=extra)), "exact").cascade)
+    assert "list_tiles" not in emit(loops, schedules(loops)[0]).text
