@@ -27,6 +27,7 @@ from einscade.runtime.messages import first_line, warn_once
 
 __all__ = [
     "RewrittenGraph",
+    "apart",
     "compile_graph",
     "constants_of",
     "default_inner",
@@ -54,6 +55,7 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], recipe: str
     if found is None:
         return inner_compile(gm, example_inputs, inner, autocast=False)
     compiled = inner_compile(found.captured.gm, example_inputs, inner, found.captured.autocast)
+    compiled = _while_apart(compiled, gm, found.written, weights | constants.keys())
     return _while_constant(compiled, gm, found.relied_on, example_inputs)
 
 
@@ -79,10 +81,12 @@ def specialise_floats(gm: fx.GraphModule) -> None:
 
 @dataclass(frozen=True)
 class RewrittenGraph:
-    """A captured graph with operators in it. `relied_on`: the inputs and attributes, by name, that it is special to."""
+    """A captured graph with operators in it. `relied_on`: the inputs and attributes, by name, that it is special to;
+    `written`: those that it updates."""
 
     captured: Captured
     relied_on: frozenset[str]
+    written: frozenset[str]
 
 
 def rewritten(
@@ -104,7 +108,7 @@ def rewritten(
     report.add(result.sites)
     if not any(s.status == REWRITTEN for s in result.sites):
         return None
-    return RewrittenGraph(captured, result.relied_on)
+    return RewrittenGraph(captured, result.relied_on, frozenset(written))
 
 
 def inner_compile(gm: fx.GraphModule, example_inputs: Sequence[Any], inner: str, autocast: bool) -> Callable[..., Any]:
@@ -187,6 +191,34 @@ def _belongs_to_module(node: fx.Node) -> bool:
     name = getattr(source, "name", "")
     text = name() if callable(name) else str(name)
     return "_buffers[" in text or text.startswith("L['self']")
+
+
+def _while_apart(
+    compiled: Callable[..., Any], original: fx.GraphModule, written: Collection[str], owned: Collection[str]
+) -> Callable[..., Any]:
+    """`compiled` for calls in which nothing else is in the memory of what the graph updates, the original graph for the
+    others: a functional graph does not see one input change with another. `owned` are modules' tensors."""
+    names = [n.name for n in original.graph.find_nodes(op="placeholder")]
+    updated = [i for i, name in enumerate(names) if name in written]
+    given = [i for i, name in enumerate(names) if name not in owned or name in written]
+    if not updated:
+        return compiled
+
+    def run(*args: Any) -> Any:
+        return compiled(*args) if apart(args, updated, given) else original.forward(*args)
+
+    return run
+
+
+def apart(values: Sequence[Any], updated: Sequence[int], given: Sequence[int]) -> bool:
+    """Whether none of the tensors at `given` shares memory with another one at `updated`."""
+    owner: dict[int, int] = {}
+    for i in updated:
+        owner[values[i].untyped_storage()._cdata] = i
+    if len(owner) < len(updated):
+        return False
+    tensors = ((i, values[i]) for i in given if isinstance(values[i], torch.Tensor))
+    return all(owner.get(t.untyped_storage()._cdata, i) == i for i, t in tensors)
 
 
 def _while_constant(

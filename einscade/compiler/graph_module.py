@@ -26,7 +26,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from einscade.compiler.capture import CaptureError, fake_inputs, made_fake
-from einscade.compiler.compile import inner_compile, rewritten
+from einscade.compiler.compile import apart, inner_compile, rewritten
 from einscade.compiler.report import Report
 
 __all__ = ["OptimizedGraphModule", "flat_inputs", "optimized"]
@@ -76,7 +76,7 @@ class OptimizedGraphModule(fx.GraphModule):
             return super().__call__(*args, **kwargs)
         flat = flat_inputs(state.original, args, kwargs)
         variant = state.variant_for(flat)
-        if variant is None:
+        if variant is None or not apart(flat, variant.updated, range(len(flat))):
             return state.original(*args, **kwargs)
         if variant.compiled is not None:
             return variant.compiled(args, kwargs, flat)
@@ -110,15 +110,16 @@ class OptimizedGraphModule(fx.GraphModule):
 @dataclass
 class Variant:
     """One graph and what it was made for: a rewritten one, or the original where there was nothing to rewrite. `made`
-    names the attributes that capturing added (constants, the graphs that it calls); `compiled`, if there, runs
-    instead of `gm`."""
+    names the attributes that capturing added (constants, the graphs that it calls), `updated` the positions of inputs
+    that it writes to; `compiled`, if there, runs instead of `gm`."""
 
     gm: fx.GraphModule
     fakes: tuple[Any, ...]
     same: tuple[int, ...]
     modes: tuple[Any, ...]
     held: Held
-    made: tuple[str, ...]
+    made: tuple[str, ...] = ()
+    updated: tuple[int, ...] = ()
     compiled: Callable[[tuple[Any, ...], Mapping[str, Any], list[Any]], Any] | None = None
     _accepted: dict[Any, bool] = field(default_factory=dict)
 
@@ -257,6 +258,9 @@ class _State:
         called = {p for p, _ in self.original.named_modules() if any(p == c or p.startswith(f"{c}.") for c in called)}
         held = Held.by(self.original, [*called, *((read | relied_on) & state)], relied_on)
         variant = Variant(gm, tuple(fakes), _same(fakes), _modes(), held, tuple(read - state))
+        if rewrite is not None:
+            inputs = enumerate(gm.graph.find_nodes(op="placeholder"))
+            variant.updated = tuple(i for i, n in inputs if n.name in rewrite.written)
         if rewrite is None:
             variant.compiled = lambda args, kwargs, flat: self.original(*args, **kwargs)
         elif self.inner not in (None, "eager") or rewrite.captured.autocast:

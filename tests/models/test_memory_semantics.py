@@ -138,6 +138,35 @@ def test_an_input_updated_in_place_afterwards(written: str, inner: str) -> None:
         assert rewritten_sites(fast) == 1
 
 
+def test_an_input_that_another_one_shares_memory_with() -> None:
+    """An update of the keys is one of the values where these are views of the same memory, and else is none; whichever
+    of the two calls comes first."""
+
+    class Shifted(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            scores = q @ k.transpose(-1, -2)
+            k.mul_(2.0)
+            return scores.softmax(-1) @ v
+
+    def overlapping() -> tuple[Tensor, ...]:
+        x = torch.randn(2, 3, 30, 8, generator=torch.Generator().manual_seed(0))
+        return x[:, :, :21], x[:, :, 3:24], x[:, :, 5:26]
+
+    def separate() -> tuple[Tensor, ...]:
+        return tuple(t.clone() for t in overlapping())
+
+    model = Shifted()
+    for order in ((overlapping, separate), (separate, overlapping)):
+        for original in (model, fx.symbolic_trace(model)):
+            torch._dynamo.reset()
+            fast = einscade.optimize(original, inner="aot_eager")
+            for inputs in order * 2:
+                ours, theirs = inputs(), inputs()
+                torch.testing.assert_close(fast(*ours), model(*theirs), rtol=1e-5, atol=1e-5)
+                assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+            assert rewritten_sites(fast) == 1
+
+
 def test_an_intermediate_updated_in_place() -> None:
     def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = q @ k.transpose(-1, -2)
