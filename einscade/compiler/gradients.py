@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from einscade.ir.cascade import Cascade
-from einscade.passes.differentiate import augment, differentiate
+from einscade.passes.differentiate import differentiate
 from einscade.passes.pipeline import run
 from einscade.passes.rewrite import NotApplicable
 from einscade.runtime.program import DTYPES, MemoryOrder, Program
@@ -106,7 +106,7 @@ def gradient(program: Program, needed: Sequence[bool]) -> Gradient:
         reverse = differentiate(base, [base.inputs[i].name for i in wrt])
     except NotApplicable as reason:
         return replace(recomputed, reason=str(reason))
-    forward = augment(base, reverse.saved)
+    forward = reverse.forward
     order = _renamed_order(program, base)
     index = {name: i for i, name in enumerate(forward.outputs)}
     positions = {t.name: i for i, t in enumerate(base.inputs)}

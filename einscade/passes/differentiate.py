@@ -6,7 +6,8 @@ inputs, the outputs' gradients and the *saved* tensors of the forward cascade to
 What is saved and what is computed again is a decision on structure: a reduction over a rank that other statements have
 too (a row's maximum, its normaliser) costs a traversal of everything and is small, so it is saved; all else, whatever
 has two long ranks included, is computed again from the inputs. An output stands in for a saved tensor where it gives
-it back (O = N / Z: N = O * Z). The result is scan-free, so the passes that make loops apply to it as to any cascade.
+it back (O = N / Z: N = O * Z). What only a row's saved values enter is computed and saved in their place
+(`row_factors`). The result is scan-free, so the passes that make loops apply to it as to any cascade.
 
 Maxima that only shift what they normalise have no gradient: `invariance` shows that the outputs do not see them move.
 """
@@ -22,28 +23,26 @@ from sympy.logic.boolalg import Boolean
 from einscade.ir import Access, Cascade, Einsum, Expr, FloorDiv, Mod, Rank, Reduction, Tensor, Where, var
 from einscade.passes.invariance import UNCHANGED, Change, propagate
 from einscade.passes.rewrite import NotApplicable
+from einscade.passes.row_factors import positive, row_factors
 from einscade.passes.statements import Names, without_unused
 from einscade.passes.terms import conjoin, conjuncts, depends, ordered, variables
 
-__all__ = ["Gradient", "augment", "differentiate"]
+__all__ = ["Gradient", "differentiate"]
 
 FLOATS = ("f64", "f32", "f16", "bf16")
 
 
 @dataclass(frozen=True)
 class Gradient:
-    """`cascade` reads inputs of the forward cascade, `saved` tensors of it (augment makes them outputs) and, for each
-    forward output, its gradient `cotangents[output]`; it makes `gradients[input]` for each input asked for."""
+    """`cascade` reads inputs of the forward cascade, `saved` tensors and, for each forward output, its gradient
+    `cotangents[output]`; it makes `gradients[input]` for each input asked for. `forward` is the forward cascade with
+    the saved tensors as further outputs."""
 
     cascade: Cascade
     saved: tuple[str, ...]
+    forward: Cascade
     cotangents: Mapping[str, str]
     gradients: Mapping[str, str]
-
-
-def augment(cascade: Cascade, saved: Iterable[str]) -> Cascade:
-    """The forward cascade with the saved tensors as further outputs."""
-    return cascade.replace(outputs=tuple(dict.fromkeys((*cascade.outputs, *saved))))
 
 
 def differentiate(cascade: Cascade, wrt: Iterable[str] | None = None) -> Gradient:
@@ -100,12 +99,29 @@ class _Reverse:
         kept = tuple(c.tensors[n] for n in saved)
         everything = (*c.inputs, *kept, *seeds)
         body = ordered([*again, *self.made.values()], [t.name for t in everything])
-        result = without_unused(
-            Cascade(f"{c.name}_gradient", tuple(self.ranks), everything, tuple(gradients.values()), body)
-        )
+        result = Cascade(f"{c.name}_gradient", tuple(self.ranks), everything, tuple(gradients.values()), body)
+        result = row_factors(without_unused(result), self.names, positive(c), self.wide)
+        rows = self._of_forward(result, frozenset(saved))
+        everything = (*c.inputs, *kept, *(s.output for s in rows), *seeds)
+        body = ordered([s for s in result.body if s not in rows], [t.name for t in everything])
+        result = without_unused(result.replace(inputs=everything, body=body))
         read = {a.tensor for s in result.body for a in s.reads}
         result = result.replace(inputs=tuple(t for t in result.inputs if t.name in read or t in seeds))
-        return Gradient(result, tuple(n for n in saved if n in read), cotangents, gradients)
+        found = tuple(n for n in (*saved, *(s.name for s in rows)) if n in read)
+        augmented = c.replace(outputs=tuple(dict.fromkeys((*c.outputs, *found))), body=(*c.body, *rows))
+        return Gradient(result, found, without_unused(augmented), cotangents, gradients)
+
+    def _of_forward(self, gradient: Cascade, saved: frozenset[str]) -> tuple[Einsum, ...]:
+        """Statements of the gradient that only saved tensors enter: the forward pass makes them, and saves them."""
+        known = saved & self.summaries
+        return tuple(
+            s
+            for s in gradient.body
+            if s.name not in (*gradient.outputs, *self.forward.definitions)
+            and s.reduce is None
+            and s.reads
+            and all(a.tensor in known for a in s.reads)
+        )
 
     # -- what is needed --
 

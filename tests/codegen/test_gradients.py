@@ -11,7 +11,7 @@ from einscade.codegen.tiled_torch import emit
 from einscade.ir import Cascade
 from einscade.ir.interpret import interpret
 from einscade.ir.text import parse_cascade
-from einscade.passes.differentiate import augment, differentiate
+from einscade.passes.differentiate import differentiate
 from einscade.passes.online import Loops, Online
 
 HEAD = """cascade c(Q[b,h,p,e]: f64, K[b,g,m,e]: f64, V[b,g,m,f]: f64{more}) -> O[b,h,p,f]: f64
@@ -69,7 +69,7 @@ def test_gradients_in_loops_match_the_interpreter(name: str, lengths: tuple[int,
     generator = torch.Generator().manual_seed(len(name))
     sizes = {"B": 2, "P": lengths[0], "M": lengths[1]}
     values = values_of(forward, sizes, generator)
-    saved = interpret(augment(forward, gradient.saved), values)
+    saved = interpret(gradient.forward, values)
     values |= {n: saved[n] for n in gradient.saved}
     for output, cotangent in gradient.cotangents.items():
         values[cotangent] = torch.randn(saved[output].shape, generator=generator, dtype=torch.float64)
@@ -88,7 +88,7 @@ def test_gradients_in_loops_match_the_interpreter(name: str, lengths: tuple[int,
 def test_the_forward_pass_saves_what_the_gradient_reads() -> None:
     forward = parse_cascade(CASES["causal"])
     gradient = differentiate(forward)
-    wanted = augment(forward, gradient.saved)
+    wanted = gradient.forward
     sizes = {"B": 2, "P": 37, "M": 37}
     values = values_of(forward, sizes, torch.Generator().manual_seed(0))
     expected = interpret(wanted, values)
