@@ -35,7 +35,7 @@ class _Writer:
         self.axes = (*a.batch, a.p, a.m)
         self.ranges: dict[str, str] = {}
         self.lines: list[str] = []
-        taken = {*cascade.tensors, *cascade.symbols, "torch", "F"}
+        taken = {*cascade.tensors, *cascade.symbols, "torch"}
         q, k, v, mask, causal, offset, out = (
             name if name not in taken else f"{name}_call" for name in ("q", "k", "v", "mask", "causal", "offset", "out")
         )
@@ -52,7 +52,7 @@ class _Writer:
         heads = ", enable_gqa=True" if a.group > 1 else ""
         scale = _Number().code(a.scale)
         self.lines.append(
-            f"{self.out} = F.scaled_dot_product_attention({self.q}, {self.k}, {self.v}, "
+            f"{self.out} = torch.nn.functional.scaled_dot_product_attention({self.q}, {self.k}, {self.v}, "
             f"attn_mask={self.mask_name}, is_causal={self.causal}, scale={scale}{heads})"
         )
         self.lines.append(f"return ({self.result()},)")
@@ -63,7 +63,7 @@ class _Writer:
         body = "\n".join("    " + line for line in self.lines)
         return (
             f'"""{self.cascade.name}: a call of torch\'s library, which computes this cascade\n\n{doc}\n"""\n\n'
-            "import torch\nimport torch.nn.functional as F\n\n\n"
+            "import torch\n\n\n"
             f"def run({signature}) -> tuple[torch.Tensor, ...]:\n{body}\n"
         )
 

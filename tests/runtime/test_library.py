@@ -57,6 +57,11 @@ def test_plain() -> None:
     _agrees(PLAIN, P=3, M=11)
 
 
+def test_names_of_the_cascade_hide_nothing() -> None:
+    """The width of the values is F where it is dynamic, and what the module imports has to be another name."""
+    _agrees(PLAIN.replace("e < 8, f < 8", "e < E, f < F"), E=8, F=6)
+
+
 def test_causal_is_the_flag() -> None:
     causal = PLAIN.replace(S, S + " if m <= p")
     assert recognise(parse_cascade(causal)).domain
