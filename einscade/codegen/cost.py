@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 
 import sympy
 
+from einscade.codegen.domains import is_data_dependent
 from einscade.codegen.loops import LoopProgram, SerialNest
 from einscade.ir.analysis import BITS
 from einscade.ir.cascade import Cascade, Einsum
 from einscade.ir.device import Device
-from einscade.ir.expr import Access, Expr, FloorDiv, free_vars, var
+from einscade.ir.expr import Access, Expr, FloorDiv, accesses, free_vars, var
 from einscade.passes.fusion import is_long
 
 if TYPE_CHECKING:
@@ -65,11 +66,16 @@ def tiled_ranks(program: LoopProgram, lengths: Lengths) -> tuple[str, ...]:
 
 def moving_inputs(nest: SerialNest) -> tuple[tuple[str, tuple[Expr, ...]], ...]:
     """Inputs of the nest whose index moves with the loop, with that index."""
-    return _moving(nest, nest.body)
+    return _moving(nest, (a for e in nest.body for a in e.reads))
 
 
-def _moving(nest: SerialNest, statements: Iterable[Einsum]) -> tuple[tuple[str, tuple[Expr, ...]], ...]:
-    reads = [a for e in statements for a in e.reads if a.tensor in nest.inputs]
+def _multiplied(nest: SerialNest) -> tuple[tuple[str, tuple[Expr, ...]], ...]:
+    """Those of them that the loop's products read."""
+    return _moving(nest, (a for e in contractions(nest) for a in accesses(e.expr)))
+
+
+def _moving(nest: SerialNest, read: Iterable[Access]) -> tuple[tuple[str, tuple[Expr, ...]], ...]:
+    reads = [a for a in read if a.tensor in nest.inputs]
     moves = {nest.serial, nest.tile}
     return tuple(dict.fromkeys((a.tensor, a.index) for a in reads if moves & free_vars(Access("_", *a.index))))
 
@@ -91,8 +97,8 @@ def few_rows(program: LoopProgram, lengths: Lengths) -> dict[str, int] | None:
     nest = next((n for n in program.serial_nests if row_ranks(program.cascade, n, dict.fromkeys(n.grid, 1))), None)
     if nest is None or not contractions(nest):
         return None
-    moving = {r for _, index in moving_inputs(nest) for r in free_vars(Access("_", *index))}
-    positions = max((r for r in nest.grid if r not in moving), key=lengths.rank, default=None)
+    shared = {r for _, index in _multiplied(nest) for r in free_vars(Access("_", *index))}
+    positions = max((r for r in nest.grid if r not in shared), key=lengths.rank, default=None)
     heads = heads_in_groups(program.cascade, nest)
     rows = {}
     if positions is not None:
@@ -118,7 +124,7 @@ def narrow_steps(program: LoopProgram, lengths: Lengths) -> dict[str, int]:
 def heads_in_groups(cascade: Cascade, nest: SerialNest) -> tuple[str, int] | None:
     """The grid rank of which several points in a row share all that the loop multiplies, and how many: query heads that
     read a key head (`h // 4`), or all heads where there is one. None where every point has its own."""
-    products = _moving(nest, contractions(nest))
+    products = _multiplied(nest)
     found = []
     for r in nest.grid:
         extent = cascade.extent(r)
@@ -295,7 +301,14 @@ def fits(cascade: Cascade, nest: SerialNest, schedule: Schedule, device: Device,
     if any(set(r) & set(nest.grid) & set(tiles) for r in ranks_of.values()):
         scores *= 3  # a mask or bias is read with an address of 64 bits for each score
     threads = schedule.warps * (64 if device.kind == "hip" else 32)
-    return (scans + scores * max(1, wide) * 1.75) / threads <= (472 if device.kind == "hip" else 215)
+    registers = _REGISTERS.get((device.kind, device.capability[0]), 215)
+    if any(is_data_dependent(e.domain) for e in nest.body):  # bounds that are data are computed and kept
+        registers *= 0.8
+    return (scans + scores * max(1, wide) * 1.75) / threads <= registers
+
+
+_REGISTERS: Mapping[tuple[str, int], float] = {("hip", 9): 472, ("cuda", 8): 160}
+"""Registers of a thread for what `fits` counts: before Hopper the matrix unit's operands take registers too."""
 
 
 def step_bytes(cascade: Cascade, nest: SerialNest, schedule: Schedule, lengths: Lengths) -> int:

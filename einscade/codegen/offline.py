@@ -20,6 +20,7 @@ from typing import Any
 
 from einscade.codegen.loops import LoopProgram
 from einscade.codegen.schedule import Schedule
+from einscade.codegen.summaries import summarised
 from einscade.codegen.triton_emit import emit_with_kernels
 from einscade.codegen.triton_kernel import Kernel
 from einscade.ir.cascade import Cascade
@@ -55,8 +56,9 @@ def compile_offline(
     `descriptors`: as if strides allowed the copy engine. Raises what the compiler raises.
     """
     source, kernels = emit_with_kernels(program, schedule)
+    cascade = summarised(program, schedule).cascade
     with _imported(source.text) as module:
-        return tuple(_compile(module, program.cascade, k, schedule, target, descriptors) for k in kernels)
+        return tuple(_compile(module, cascade, k, schedule, target, descriptors) for k in kernels)
 
 
 @contextmanager

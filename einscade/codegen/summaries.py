@@ -4,9 +4,10 @@ Comes in: a loop program and a schedule. Goes out: the program with, for every i
 domain reads along its loop and nowhere along its rows (document ids, padding masks), the least and greatest value of
 each tile as Einsums of a flat nest:
 
-    E_min[b,mt] = min(mu) E[b,64*mt + mu]   if 64*mt + mu < M
+    E_min[b,mt] = min(mu) E[b,Min(64*mt + mu, M - 1)]
 
-A predicate on E over a tile is then one on two numbers (`passes.restrict`); of a boolean, whether all and any hold.
+(the last tile repeats the last element, which changes no minimum). A predicate on E over a tile is then one on two
+numbers (`passes.restrict`); of a boolean, on whether all and any hold.
 """
 
 from __future__ import annotations
@@ -29,8 +30,11 @@ _MONOIDS = {True: ("all", "any"), False: ("min", "max")}
 
 
 def summarised(program: LoopProgram, schedule: Schedule) -> LoopProgram:
-    """The program with summaries of the data that its loops' domains read, each nest with those it can use."""
+    """The program with summaries of the data that its loops' domains read, each nest with those it can use, if the
+    schedule asks for them."""
     cascade = program.cascade
+    if not schedule.summaries:
+        return program
     nests: list[Nest] = []
     for nest in program.nests:
         if isinstance(nest, SerialNest):
@@ -86,7 +90,7 @@ def _summed_up(cascade: Cascade, tensor: Tensor, place: int, step: int) -> Casca
     cascade = cascade.replace(
         ranks=(*cascade.ranks, Rank(tile, ceil_div(extent, step)), Rank(inner, sympy.Integer(step)))
     )
-    at = step * var(tile) + var(inner)
+    at = _clamped(tile, inner, step, extent)
     index = [at if i == place else var(r) for i, r in enumerate(tensor.ranks)]
     ranks = tuple(tile if i == place else r for i, r in enumerate(tensor.ranks))
     made = [
@@ -94,11 +98,14 @@ def _summed_up(cascade: Cascade, tensor: Tensor, place: int, step: int) -> Casca
             Tensor(cascade.fresh(f"{tensor.name}_{monoid}"), ranks, tensor.dtype),
             Access(tensor.name, *index),
             Reduction(monoid, (inner,)),
-            at < extent,
         )
         for monoid in _MONOIDS[tensor.dtype == "bool"]
     ]
     return cascade.replace(body=(*made, *cascade.body))
+
+
+def _clamped(tile: str, inner: str, step: int, extent: Expr) -> Expr:
+    return sympy.Min(step * var(tile) + var(inner), extent - 1)
 
 
 def summary_of(
@@ -130,6 +137,6 @@ def _sums_up(cascade: Cascade, e: Einsum, tensor: str, at: int, step: int) -> bo
     return (
         cascade.extent(inner) == step
         and len(ranks) == len(index)
-        and index[at] == step * var(ranks[at]) + var(inner)
+        and index[at] == _clamped(ranks[at], inner, step, cascade.extent(cascade.tensors[tensor].ranks[at]))
         and all(i == var(r) for n, (i, r) in enumerate(zip(index, ranks, strict=True)) if n != at)
     )

@@ -15,12 +15,13 @@ from dataclasses import replace
 import sympy
 from sympy.logic.boolalg import And, Boolean
 
-from einscade.codegen.domains import certain, conjuncts, full_range, possible, span
+from einscade.codegen.domains import certain, full_range, possible, span
 from einscade.codegen.summaries import summary_of
 from einscade.codegen.triton_tile import TileWriter
 from einscade.codegen.triton_values import Block, Value, aligned, scalar, value
 from einscade.ir.expr import Access, Expr, free_vars, var
 from einscade.passes.restrict import Data
+from einscade.passes.terms import conjuncts
 
 __all__ = ["BoundsWriter"]
 
@@ -208,16 +209,18 @@ class BoundsWriter(TileWriter):
         """The lines for all tiles of the loop, `SCANNED` at once: `tile` are their numbers, and `name` says of which
         the condition holds."""
         here, x, size = self.main, self.loop.coordinate, self.step_size
-        here(f"for tile_lo in range({first} // {size}, tl.cdiv({last}, {size}), {SCANNED}):")
+        begin = "0" if first == "0" else f"{first} // {size}"
+        here(f"for tile_lo in range({begin}, {x}_tiles, {SCANNED}):")
         here.depth += 1
         here(f"tile = tile_lo + tl.arange(0, {SCANNED})")
         scope, loads = self.scope, self.loads
-        self.scope = replace(
-            scope, order=("tile",), blocks={"tile": Block("tile", str(SCANNED), f"tl.cdiv({last}, {size})", "tile")}
-        )
+        self.scope = replace(scope, order=("tile",), blocks={"tile": Block("tile", str(SCANNED), f"{x}_tiles", "tile")})
         self.loads = {}
-        v = value(condition.xreplace({var(f"{x}_lo"): size * var("tile")}), self.scope)
-        here(f"{name} = (tile < tl.cdiv({last}, {size})) & {aligned(v, ('tile',)).tight()}")
+        at = {var(f"{x}_lo"): size * var("tile")}
+        parts = [value(c.xreplace(at), self.scope) for c in conjuncts(condition)]
+        here(f"{name} = tile < {x}_tiles")
+        for v in parts:
+            here(f"{name} &= {aligned(v, ('tile',)).code}")
         for line in lines:
             here(line)
         self.scope, self.loads = scope, loads
@@ -226,8 +229,9 @@ class BoundsWriter(TileWriter):
     def write_hull(self, condition: Boolean, first: str, last: str) -> str:
         """Narrows the loop to the tiles between the first and the last possible one; gives the name of its start."""
         x, here, size = self.loop.coordinate, self.main, self.step_size
-        here(f"# tiles that data leaves possible lie between {x}_first and {x}_last")
-        here(f"{x}_first = tl.cdiv({last}, {size})")
+        here("# from the first to the last of the tiles that data leaves possible")
+        here(f"{x}_tiles = tl.cdiv({last}, {size})")
+        here(f"{x}_first = {x}_tiles")
         here(f"{x}_last = -1")
         found = [
             f"{x}_first = tl.minimum({x}_first, tl.min(tl.where(may, tile, {2**31 - 1}), 0))",
@@ -242,12 +246,16 @@ class BoundsWriter(TileWriter):
         """The first run of tiles that are full, from which on and up to which."""
         x, here, size = self.loop.coordinate, self.main, self.step_size
         here("# the first run of tiles that data leaves full")
-        here(f"{x}_full = tl.cdiv({last}, {size})")
-        here(f"{x}_full_stop = tl.cdiv({last}, {size})")
+        here(f"{x}_tiles = tl.cdiv({last}, {size})")
+        here(f"{x}_full = {x}_tiles")
+        here(f"{x}_full_stop = {x}_tiles")
         least = f"tl.min(tl.where({{}}, tile, {2**31 - 1}), 0)"
         self.write_scan([f"{x}_full = tl.minimum({x}_full, {least.format('full')})"], condition, "full", first, last)
-        after = least.format(f"(tile < tl.cdiv({last}, {size})) & ~full & (tile > {x}_full)")
-        self.write_scan([f"{x}_full_stop = tl.minimum({x}_full_stop, {after})"], condition, "full", first, last)
+        after = [
+            f"ends = (tile < {x}_tiles) & (tile > {x}_full) & ~full",
+            f"{x}_full_stop = tl.minimum({x}_full_stop, {least.format('ends')})",
+        ]
+        self.write_scan(after, condition, "full", first, last)
         here(f"{x}_full = {x}_full * {size}")
         here(f"{x}_full_stop = {x}_full_stop * {size}")
         return f"{x}_full", f"{x}_full_stop"

@@ -28,9 +28,7 @@ def emit_with_kernels(program: LoopProgram, schedule: Schedule) -> tuple[Source,
     """The same, with what is known of each kernel in it, for compiling without launching."""
     if not program.serial_nests:
         raise Unsupported("the program has no loop: there is nothing to write a kernel for")
-    if schedule.summaries:
-        program = summarised(program, schedule)
-    module = _TritonModule(program, schedule)
+    module = _TritonModule(summarised(program, schedule), schedule)
     return Source("triton", module.text()), tuple(module.kernels)
 
 

@@ -23,7 +23,7 @@ from einscade.codegen.tiles import State, Statement, TileLoop, tile_loop
 from einscade.codegen.triton_rows import boxed, find_rows, starts_of
 from einscade.codegen.triton_values import Block, Local, Memory, TritonScope, Value, align, aligned, scalar, value
 from einscade.ir.cascade import Cascade
-from einscade.ir.expr import Access, Expr, free_vars, var
+from einscade.ir.expr import Access, Expr, Mod, accesses, free_vars, var
 from einscade.ir.text import print_einsum
 
 __all__ = ["Lines", "TileWriter"]
@@ -49,6 +49,11 @@ class Lines:
     @property
     def text(self) -> str:
         return "\n".join(self.lines)
+
+
+def within(index: Expr, v: Value, extent: str) -> str:
+    """That an index is inside a dimension, as code."""
+    return f"{v.code} < {extent}" if index.is_nonnegative else f"(({v.code}) >= 0) & (({v.code}) < {extent})"
 
 
 def _power(n: int) -> int:
@@ -127,7 +132,7 @@ class TileWriter:
         points = {r: r for r in self.points}
         points[self.nest.serial] = self.nest.serial
         memory = {}
-        for name in (*self.nest.inputs, *self.nest.outputs):
+        for name in dict.fromkeys((*self.nest.inputs, *self.inherited(), *self.nest.outputs)):
             t = self.cascade.tensors[name]
             strides = tuple(f"{name}_{r}" for r in t.ranks)
             extents = tuple(self.host(self.cascade.extent(r)) for r in t.ranks)
@@ -135,6 +140,12 @@ class TileWriter:
         rows = (self.rows.dim,) if self.rows is not None else ()
         order = (*rows, *self.loop.coordinates, *self.widths)
         return TritonScope(order, points, blocks, memory, {}, "float32", self.load)
+
+    def inherited(self) -> list[str]:
+        """Tensors that only conditions read which the nest's points inherit from those of another nest."""
+        made = {e.name for e in self.nest.einsums}
+        read = {a.tensor for s in self.loop.statements for x in (s.keep, s.row) for a in accesses(x)}
+        return [t for t in self.cascade.tensors if t in read - made]
 
     def host(self, expr: Expr) -> str:
         """A size as kernel code."""
@@ -176,17 +187,23 @@ class TileWriter:
         for i, v, stride, extent in zip(access.index, indices, memory.strides, memory.extents, strict=True):
             if v.code == "0":
                 continue
-            wide = "" if v.code.isdigit() or self.is_width(i) else ".to(tl.int64)"
             code = aligned(v, ranks)
-            term = f" + {code.tight() if wide else code.tight(2)}{wide} * {stride}"
+            if v.code.isdigit() or self.is_width(i):
+                term = f" + {code.tight(2)} * {stride}"
+            elif not v.ranks and f"{self.loop.coordinate}_lo" in free_vars(i):  # the loop's variable may be no tensor
+                term = f" + tl.cast({v.code}, tl.int64) * {stride}"
+            else:
+                term = f" + {code.tight()}.to(tl.int64) * {stride}"
             if not v.ranks:
                 base += term
                 continue
             address += term
+            if self.is_inside(i, extent):
+                continue
             if len(v.ranks) == 1 and v.ranks[0] in self.loop.coordinates and moving:
                 inside = Value(self.edge(i, v, extent), v.ranks)
             elif not isinstance(i, sympy.Symbol):
-                inside = Value(f"(({v.code}) >= 0) & (({v.code}) < {extent})", v.ranks, prec=4)
+                inside = Value(within(i, v, extent), v.ranks, prec=4)
             elif (limit := self.scope.blocks[i.name].limit) is not None:
                 inside = Value(f"{v.code} < {limit}", v.ranks, prec=4)
             else:
@@ -219,15 +236,20 @@ class TileWriter:
         key = (index, extent)
         if key not in self.edge_names:
             name = f"{self.loop.coordinate}_there" + (str(len(self.edge_names)) if self.edge_names else "")
-            plain = isinstance(index, sympy.Symbol)
-            inside = f"{v.code} < {extent}" if plain else f"(({v.code}) >= 0) & (({v.code}) < {extent})"
-            line = f"    {name} = ({inside}) if MASKED else tl.full([{self.step_size}], True, tl.int1)"
-            if plain:
-                self.edge_lines.append(line)
+            inside = within(index, v, extent)
+            line = f"{name} = ({inside}) if MASKED else tl.full([{self.step_size}], True, tl.int1)"
+            if isinstance(index, sympy.Symbol):
+                self.edge_lines.append(f"    {line}")
             else:  # what the index is made of is loaded here
-                self.here(line.strip())
+                self.here(line)
             self.edge_names[key] = name
         return self.edge_names[key]
+
+    def is_inside(self, index: Expr, extent: str) -> bool:
+        """Whether an index cannot leave its dimension: the rest of a division by its length."""
+        x = self.loop.coordinate
+        place = var(x) - var(f"{x}_lo") if x is not None else sympy.Integer(0)
+        return any(isinstance(i, Mod) and str(i.args[1]) == extent for i in (index, index - place))
 
     def is_width(self, index: Expr) -> bool:
         return isinstance(index, sympy.Symbol) and index.name in self.widths

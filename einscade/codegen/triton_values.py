@@ -177,7 +177,11 @@ def value(expr: Expr, scope: TritonScope) -> Value:
     if isinstance(expr, (And, Or, Not)):
         return _logic(expr, scope)
     if isinstance(expr, sympy.core.relational.Relational):
-        parts, ranks = _operands(expr.args, scope)
+        sides = expr.args
+        if expr.rhs == 0 and expr.lhs.is_Add:  # a difference of data could overflow
+            right = sympy.Add(*(-t for t in expr.lhs.args if t.could_extract_minus_sign()))
+            sides = (expr.lhs + right, right)
+        parts, ranks = _operands(sides, scope)
         return Value(f"{parts[0].tight(SUM)} {expr.rel_op} {parts[1].tight(SUM)}", ranks, "b", COMPARISON)
     if isinstance(expr, Where):
         condition, a, b = expr.args
