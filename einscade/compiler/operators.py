@@ -79,7 +79,7 @@ def _fake(inputs: Sequence[Tensor], sizes: Sequence[int], program: str) -> list[
     device = inputs[0].device
     return [
         torch.empty_strided(shape, strides, dtype=dtype, device=device)
-        for (shape, strides), dtype in zip(parsed.layouts(*sizes), parsed.dtypes, strict=True)
+        for (shape, strides), dtype in zip(parsed.layouts(sizes), parsed.dtypes, strict=True)
     ]
 
 

@@ -1,8 +1,8 @@
 """The prepared call: from tensors and sizes to outputs, with all that depends on the program alone done before.
 
 Comes in: a program's text and a device (`call_for`). Goes out: a `Call`, to be called with any inputs and sizes. What
-it does each time is short: shapes and strides come from a function written for the program (`Program.geometry`),
-inputs are held against them, and the kernel of the size bucket runs. Nothing waits for the device, and nothing is
+it does each time is short, and written out for the program (`_text`): inputs are held against the sizes, the kernel of
+the size bucket runs, outputs are held against what the graph was promised. Nothing waits for the device, and nothing is
 allocated but the outputs and a kernel's own scratch: a CUDA graph can capture a call. (While one is captured nothing is
 measured either: a kernel that was not tuned before runs the cost model's choice.)
 """
@@ -10,7 +10,8 @@ measured either: a kernel that was not tuned before runs the cost model's choice
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -42,45 +43,46 @@ class Call:
 
     def __init__(self, program: Program, device: torch.device) -> None:
         self.program, self.device = program, device
-        self._dtypes = tuple(DTYPES[t.dtype] for t in program.cascade.inputs)
-        self._kernels: dict[tuple[int, ...], Kernel] = {}
+        self.kernels: dict[tuple[int, ...], Kernel] = {}
+        scope: dict[str, Any] = {
+            "_device": device,
+            "_dtypes": [DTYPES[t.dtype] for t in program.cascade.inputs],
+            "_refuse": self._refuse,
+            "_pointless": self._pointless,
+            "_kernels": self.kernels,
+            "_made": self._made,
+            "_disturbed": self._disturbed,
+            "_run_undisturbed": self._run_undisturbed,
+            "_laid_out": _laid_out,
+        }
+        exec(_text(program), scope)
+        self._written: Callable[[Sequence[Tensor], Sequence[int]], list[Tensor]] = scope["_call"]
 
     def __call__(self, inputs: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        shapes, layouts, points = self.program.geometry(*sizes)
-        if len(inputs) != len(shapes):
-            self.program.check(inputs, sizes)
-        for x, shape, dtype in zip(inputs, shapes, self._dtypes, strict=True):
-            if x.shape != shape or x.dtype is not dtype or x.device != self.device:
-                self.program.check(inputs, sizes)
-        if not points:
-            return self._pointless(inputs, sizes)
-        bucket = tuple([(n - 1).bit_length() for n in sizes])
-        kernel = self._kernels.get(bucket)
-        if kernel is None:
-            kernel = self._kernels[bucket] = self._kernel(sizes)
-        if self._undisturbed():
-            outputs = kernel(inputs, sizes)
-        else:
-            with self._own_device(), torch.autocast(self.device.type, enabled=False):
-                outputs = kernel(inputs, sizes)
-        return [
-            out if out.stride() == strides and out.shape == shape else _laid_out(out, shape, strides)
-            for out, (shape, strides) in zip(outputs, layouts, strict=True)
-        ]
+        return self._written(inputs, sizes)
 
-    def _kernel(self, sizes: Sequence[int]) -> Kernel:
+    def _refuse(self, inputs: Sequence[Tensor], sizes: Sequence[int]) -> NoReturn:
+        self.program.check(inputs, sizes)
+        raise ValueError(f"the inputs are on {inputs[0].device}, this call is for {self.device}")
+
+    def _made(self, bucket: tuple[int, ...], sizes: Sequence[int]) -> Kernel:
+        """The kernel for a bucket that was not asked for before."""
         program = self.program
         named = dict(zip(program.cascade.symbols, sizes, strict=True))
-        return build(program.cascade, program.recipe, self.device, named, program.out_order)
+        kernel = build(program.cascade, program.recipe, self.device, named, program.out_order)
+        self.kernels[bucket] = kernel
+        return kernel
 
-    def _undisturbed(self) -> bool:
-        """Whether kernels run as they were written here: no autocast, and this device is the current one."""
+    def _disturbed(self) -> bool:
+        """Whether kernels would not run as they were written: under autocast, or with another device current."""
         if torch.is_autocast_enabled(self.device.type):
-            return False
-        return self.device.type != "cuda" or torch.cuda.current_device() == self.device.index
+            return True
+        return self.device.type == "cuda" and torch.cuda.current_device() != self.device.index
 
-    def _own_device(self) -> contextlib.AbstractContextManager[None]:
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+    def _run_undisturbed(self, kernel: Kernel, inputs: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, ...]:
+        own = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+        with own, torch.autocast(self.device.type, enabled=False):
+            return kernel(inputs, sizes)
 
     def _pointless(self, inputs: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
         """Where a rank has no points at all there is next to nothing to compute: the interpreter's definition holds."""
@@ -93,9 +95,50 @@ class Call:
         return [
             torch.empty_strided(shape, strides, dtype=dtype, device=self.device).copy_(results[name])
             for name, (shape, strides), dtype in zip(
-                program.cascade.outputs, program.geometry(*sizes)[1], program.dtypes, strict=True
+                program.cascade.outputs, program.layouts(sizes), program.dtypes, strict=True
             )
         ]
+
+
+def _text(program: Program) -> str:
+    """The call of a program, written out:
+
+    def _call(inputs, sizes):
+        x0, x1, x2 = inputs
+        B, M, P = sizes
+        if x0.shape != (B, 32, P, 128) or x0.dtype is not _dtypes[0] or x0.device != _device or x1.shape != ...:
+            _refuse(inputs, sizes)
+        ...
+    """
+    cascade = program.cascade
+    inputs = [f"_x{i}" for i in range(len(cascade.inputs))]
+    outputs = [f"_y{i}" for i in range(len(cascade.outputs))]
+    wrong = [
+        f"{x}.shape != {program.shape_code(t.name)} or {x}.dtype is not _dtypes[{i}] or {x}.device != _device"
+        for i, (x, t) in enumerate(zip(inputs, cascade.inputs, strict=True))
+    ]
+    bucket = "".join(f"({s} - 1).bit_length(), " for s in cascade.symbols)
+    lines = [
+        f"if len(inputs) != {len(inputs)}:",
+        "    _refuse(inputs, sizes)",
+        f"{', '.join(inputs)}, = inputs",
+        *([f"{', '.join(cascade.symbols)}, = sizes"] if cascade.symbols else []),
+        f"if {' or '.join(wrong)}:",
+        "    _refuse(inputs, sizes)",
+        f"if not ({program.points_code}):",
+        "    return _pointless(inputs, sizes)",
+        f"_bucket = ({bucket})",
+        "_kernel = _kernels.get(_bucket) or _made(_bucket, sizes)",
+        f"{', '.join(outputs)}, = _run_undisturbed(_kernel, inputs, sizes) if _disturbed() else _kernel(inputs, sizes)",
+    ]
+    for y, name in zip(outputs, cascade.outputs, strict=True):
+        shape, strides = program.shape_code(name), program.strides_code(name)
+        lines += [
+            f"if {y}.stride() != {strides} or {y}.shape != {shape}:",
+            f"    {y} = _laid_out({y}, {shape}, {strides})",
+        ]
+    lines.append(f"return [{', '.join(outputs)}]")
+    return "def _call(inputs, sizes):\n" + "".join(f"    {line}\n" for line in lines)
 
 
 def _laid_out(out: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:

@@ -91,12 +91,10 @@ class Kernel:
 
     def prepared(self, candidate: Candidate) -> Run:
         """What runs a candidate."""
+        symbols = self.program.cascade.symbols
+        named = "".join(f", {name}=sizes[{symbols.index(name)}]" for name in candidate.symbols)
         run = load(candidate.source, self.program.cascade.name)
-        symbols, taken = self.program.cascade.symbols, candidate.symbols
-        if taken == symbols:
-            return lambda inputs, sizes: run(*inputs, **dict(zip(symbols, sizes, strict=True)))
-        places = [(name, symbols.index(name)) for name in taken]
-        return lambda inputs, sizes: run(*inputs, **{name: sizes[i] for name, i in places})
+        return eval(f"lambda inputs, sizes: run(*inputs{named})", {"run": run})
 
     def _drop(self, candidate: Candidate, error: Exception) -> None:
         """Goes on without a candidate that failed."""

@@ -59,7 +59,7 @@ class Program:
         tensors = self.cascade.inputs
         if len(inputs) != len(tensors):
             raise ValueError(f"cascade {self.cascade.name} has {len(tensors)} inputs, {len(inputs)} were given")
-        for tensor, value, expected in zip(tensors, inputs, self.geometry(*sizes)[0], strict=True):
+        for tensor, value, expected in zip(tensors, inputs, self.shapes(sizes), strict=True):
             if tuple(value.shape) != expected:
                 extents = ", ".join(f"{r}={n}" for r, n in zip(tensor.ranks, expected, strict=True))
                 raise ValueError(f"input {tensor.name} has shape {tuple(value.shape)}, the sizes say {extents}")
@@ -73,38 +73,31 @@ class Program:
         """Of the outputs."""
         return tuple(DTYPES[self.cascade.tensors[name].dtype] for name in self.cascade.outputs)
 
-    @cached_property
-    def geometry(self) -> Callable[..., tuple[tuple[Shape, ...], tuple[tuple[Shape, Shape], ...], bool]]:
-        """A function of the sizes: the inputs' shapes, the outputs' shapes and strides, whether all ranks have points.
+    def is_empty(self, sizes: Sequence[int]) -> bool:
+        """Whether some rank has no points."""
+        return not self._function(self.points_code)(*sizes)
 
-        Written for the program and compiled, so that a call with new sizes costs as little as one with known ones."""
-        shapes = [self._shape(t.name) for t in self.cascade.inputs]
-        extents = dict.fromkeys(_code(r.extent) for r in self.cascade.ranks)
-        points = [e for e in extents if e == "0" or not e.isdigit()]
-        text = f"{_tuple(shapes)}, {self._layouts}, {' > 0 and '.join([*points, ''])}True"
-        return self._function(text, max, min)
+    def shapes(self, sizes: Sequence[int]) -> tuple[Shape, ...]:
+        """Of the inputs."""
+        return self._function(_tuple([self.shape_code(t.name) for t in self.cascade.inputs]))(*sizes)
 
-    @cached_property
-    def layouts(self) -> Callable[..., tuple[tuple[Shape, Shape], ...]]:
-        """A function of the sizes, SymInts among them: the outputs' shapes and strides."""
-        return self._function(self._layouts, torch.sym_max, torch.sym_min)
+    def layouts(self, sizes: Sequence[int]) -> tuple[tuple[Shape, Shape], ...]:
+        """Of the outputs shapes and strides. `sizes` may be SymInts."""
+        pairs = [_tuple([self.shape_code(name), self.strides_code(name)]) for name in self.cascade.outputs]
+        return self._function(_tuple(pairs))(*sizes)
 
-    def _function(self, text: str, larger: Any, smaller: Any) -> Callable[..., Any]:
-        return eval(f"lambda {', '.join(self.cascade.symbols)}: ({text})", {"max": larger, "min": smaller})
+    # Extents as Python over the sizes, by symbol name: what a call computes is written and compiled once a program.
 
-    def _shape(self, name: str) -> str:
-        return _tuple([_code(n) for n in self.cascade.shape(name)])
+    def shape_code(self, tensor: str) -> str:
+        return _tuple([_code(n) for n in self.cascade.shape(tensor)])
 
-    @cached_property
-    def _layouts(self) -> str:
-        return _tuple([f"({self._shape(name)}, {self._strides(name)})" for name in self.cascade.outputs])
-
-    def _strides(self, name: str) -> str:
-        ranks = self.cascade.tensors[name].ranks
+    def strides_code(self, output: str) -> str:
+        """The strides that the memory order gives an output."""
+        ranks = self.cascade.tensors[output].ranks
         strides: dict[str, str] = {}
         steps: list[str] = []
         constant = 1
-        for rank in reversed(dict(self.out_order).get(name, ranks)):
+        for rank in reversed(dict(self.out_order).get(output, ranks)):
             strides[rank] = " * ".join([*steps, str(constant)] if constant != 1 else steps or ["1"])
             extent = self.cascade.extent(rank)
             if extent.is_Integer:
@@ -112,6 +105,15 @@ class Program:
             else:
                 steps.append(f"max({_code(extent)}, 1)")
         return _tuple([strides[r] for r in ranks])
+
+    @property
+    def points_code(self) -> str:
+        """Whether every rank has a point."""
+        extents = dict.fromkeys(_code(r.extent) for r in self.cascade.ranks)
+        return " and ".join([f"{e} > 0" for e in extents if e == "0" or not e.isdigit()] or ["True"])
+
+    def _function(self, code: str) -> Callable[..., Any]:
+        return _compiled(f"lambda {', '.join(self.cascade.symbols)}: {code}")
 
 
 _parsed: dict[str, Program] = {}
@@ -141,6 +143,11 @@ def _parse(text: str) -> Program:
         if name not in cascade.outputs or sorted(ranks) != sorted(cascade.tensors[name].ranks):
             raise ValueError(f"program: {name}[{','.join(ranks)}] does not order the ranks of an output")
     return Program(recipe, cascade, out_order)
+
+
+@functools.lru_cache(maxsize=4096)
+def _compiled(code: str) -> Callable[..., Any]:
+    return eval(code, {"max": torch.sym_max, "min": torch.sym_min})
 
 
 def _tuple(items: Sequence[str]) -> str:

@@ -225,7 +225,7 @@ def test_programs_print_and_parse() -> None:
     assert parse_program(program.text) == program
     assert parse_program(PROGRAM.text) == PROGRAM
     assert program.dtypes == (torch.float32,)
-    assert program.layouts(2, 3, 5) == (((2, 4, 5, 8), (160, 8, 32, 1)),)
+    assert program.layouts((2, 3, 5)) == (((2, 4, 5, 8), (160, 8, 32, 1)),)
     with pytest.raises(ValueError, match="not a program"):
         parse_program("exact")
     with pytest.raises(ValueError, match="does not order"):
