@@ -7,9 +7,10 @@ stay as `copy_` at the end), whose nodes have `val` (fake tensors), `stack_trace
 by `get_attr` under the names they had.
 
 A few torch functions stay whole instead of being decomposed (`WHOLE`), because their decomposition says less than they
-do; higher order operators (checkpointing, cond, ...) stay opaque, and the graphs that they call are captured in turn.
-Gradients pass through what is captured as through the original: what ran under `no_grad` is detached where it leaves.
-Autocast is resolved: every cast is a node, so the graph has to run with autocast off (`Captured.autocast`).
+do, and fused layers are written out (`written_out`); higher order operators (checkpointing, cond, ...) stay opaque, and
+the graphs that they call are captured in turn. Gradients pass through what is captured as through the original: what
+ran under `no_grad` is detached where it leaves. Autocast is resolved: every cast is a node, so the graph has to run
+with autocast off (`Captured.autocast`).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from einscade.compiler.direct import direct
+from einscade.compiler.written_out import WRITTEN_OUT
 from einscade.runtime.messages import first_line
 
 __all__ = ["CaptureError", "Captured", "fake_inputs", "made_fake", "nested_graphs", "to_aten"]
@@ -300,7 +302,7 @@ class _Capture(fx.Interpreter):
             return self.autocasts[-1]
         if target is torch.amp.autocast_mode._exit_autocast and args[0] in self.autocasts:
             self.autocasts.remove(args[0])
-        return super().call_function(target, args, kwargs)
+        return super().call_function(WRITTEN_OUT.get(target, target), args, kwargs)
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target == "requires_grad_":

@@ -18,6 +18,7 @@ from torch import fx, nn
 
 from einscade.compiler import graph_module
 from einscade.compiler.compile import compile_graph, default_inner
+from einscade.compiler.frame import framed
 from einscade.compiler.inputs import check_inner, check_recipe, split_call
 from einscade.compiler.report import Report
 from einscade.compiler.verification import VerificationError, verify_call
@@ -129,8 +130,7 @@ def _compiled(
         with progress_display.listening(progress):
             return compile_graph(gm, example_inputs, recipe, inner, made)
 
-    fast._compiled_call_impl = None  # a model that was compiled before is compiled anew, from its plain forward
-    fast.compile(backend=compiler, dynamic=dynamic)
+    fast._compiled_call_impl = torch.compile(framed(fast), backend=compiler, dynamic=dynamic)
     return fast
 
 

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from einscade.compiler.capture import CaptureError, fake_inputs, made_fake
 from einscade.compiler.compile import constants_of, rewritten, weights_of
+from einscade.compiler.frame import framed
 from einscade.compiler.graph_module import flat_inputs
 from einscade.compiler.report import Report
 from einscade.runtime import progress
@@ -44,9 +45,8 @@ def explain_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
 def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], report: Report) -> None:
     from torch._dynamo.exc import TorchDynamoException
 
-    plain = _without_compiled_call(model)
     try:
-        _capture(plain, args, kwargs, report)
+        _capture(model, args, kwargs, report)
     except _Captured:
         return
     except TorchDynamoException as stop:
@@ -54,7 +54,7 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], repo
         del report.sites[:]
         report.graphs = 0
         try:
-            _piecewise(plain, args, kwargs, report)
+            _piecewise(model, args, kwargs, report)
         except Exception as error:  # the zeros in place of results can break code that looks at values
             report.unchanged_graphs.append(f"tracing stopped: {first_line(error)}")
 
@@ -94,7 +94,7 @@ def _call(model: nn.Module, backend: Any, args: tuple[Any, ...], kwargs: dict[st
     """Traces in a cache of its own: what the user compiled before stays compiled."""
     entries = torch._dynamo.config.patch(recompile_limit=1 << 10, accumulated_recompile_limit=1 << 12)
     with entries:
-        torch.compile(model, backend=backend, fullgraph=fullgraph, dynamic=False)(*args, **kwargs)
+        torch.compile(framed(model), backend=backend, fullgraph=fullgraph, dynamic=False)(*args, **kwargs)
 
 
 def _note(
@@ -109,12 +109,3 @@ def _note(
 def _zeros(fake: FakeTensor) -> torch.Tensor:
     sizes = [int(n.node.hint) if isinstance(n, torch.SymInt) else n for n in fake.shape]
     return torch.zeros(sizes, dtype=fake.dtype, device=fake.device)
-
-
-def _without_compiled_call(model: nn.Module) -> nn.Module:
-    """The model itself, or a shallow copy of one that is compiled already."""
-    if model._compiled_call_impl is None:
-        return model
-    plain = copy.copy(model)
-    plain._compiled_call_impl = None
-    return plain

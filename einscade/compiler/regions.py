@@ -11,6 +11,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -273,16 +274,17 @@ def _module_path(node: Node) -> str:
 
 
 def _attribute_path(path: str) -> str:
-    path = re.sub(r"^L\['(self|fn)'\]\.?|^L__self___?", "", path)
+    path = re.sub(r"^L\['[^']*'\]\.?|^L__self___?", "", path)
     path = re.sub(r"\._modules\['([^']*)'\]", r".\1", path)
     return re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", path).strip(".")
 
 
+_PACKAGE = str(Path(__file__).parents[1])
 _FRAME = re.compile(r'File "([^"]*)", line (\d+)')
 
 
 def _source(node: Node) -> str:
-    """`file.py:line` of the innermost frame that is not torch's own."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    """`file.py:line` of the innermost frame that is not torch's own, if any is; ours are none."""
+    frames = [f for f in _FRAME.findall(node.meta.get("stack_trace") or "") if not f[0].startswith(_PACKAGE)]
     own = [f for f in frames if "/torch/" not in f[0]] or frames
     return f"{own[-1][0].rsplit('/', 1)[-1]}:{own[-1][1]}" if own else ""

@@ -117,6 +117,7 @@ def _lines(report: Report) -> Iterable[str]:
     yield f"einscade: {done} of {len(report.sites)} attention sites rewritten · {graphs} · {how}"
     if not report.graphs and not report.unchanged_graphs:
         yield "  nothing was compiled yet: call the model once"
+        yield "  (called, it had no graph that Dynamo could trace: TORCH_LOGS=graph_breaks says where that stopped)"
     for group in _alike(report.sites):
         yield ""
         yield from _group(group)

@@ -350,3 +350,67 @@ def test_a_buffer_that_changes_after_compiling_is_noticed() -> None:
         model.mask = torch.ones(19, 19).tril(3).bool()
         fast.mask = model.mask
         torch.testing.assert_close(fast(*args), model(*args))
+
+
+def test_many_models_of_one_class_are_all_compiled() -> None:
+    """Dynamo's limit of recompilations counts each of them on its own."""
+    for width in range(16, 28):
+        fast = einscade.optimize(Named(width), inner="eager")
+        for length in (9, 11, 14):
+            fast(torch.randn(2, length, width))
+        assert [s.status for s in fast.report.sites] == ["rewritten"]
+
+
+class Named(nn.Module):
+    """Does not call itself `self`."""
+
+    def __init__(this, width: int) -> None:
+        super().__init__()
+        this.inner = nn.ModuleDict({"a": CausalAttention(width, heads=1, key_heads=1)})
+
+    def forward(this, x: torch.Tensor) -> torch.Tensor:
+        return this.inner["a"](x)
+
+
+def test_a_module_is_named_as_named_modules_does() -> None:
+    model = Named(32)
+    fast = einscade.optimize(model, inner="eager")
+    fast(torch.randn(2, 9, 32))
+    (site,) = fast.report.sites
+    assert site.module_path == "inner.a"
+    assert site.source.startswith("small.py:")
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("masks", ["", "causal", "padding", "causal padding"])
+def test_torchs_own_encoder(norm_first: bool, training: bool, masks: str) -> None:
+    """Its forward is torch's code, which Dynamo does not enter by itself; without gradients it is a fused operator."""
+    layer = nn.TransformerEncoderLayer(32, 4, 48, 0.0, nn.functional.gelu, norm_first=norm_first, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).train(training)
+    x = torch.randn(3, 13, 32)
+    given = {}
+    if "causal" in masks:
+        given["mask"] = nn.Transformer.generate_square_subsequent_mask(13)
+    if "padding" in masks:
+        left_out = torch.arange(13) >= torch.tensor([13, 9, 5])[:, None]
+        given["src_key_padding_mask"] = torch.zeros(3, 13).masked_fill(left_out, -torch.inf)
+    with torch.set_grad_enabled(training):
+        fast = einscade.optimize(model, inner="eager")
+        actual, expected = fast(x, **given), model(x, **given)
+    torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
+    assert [s.status for s in fast.report.sites] == ["rewritten"] * 2
+    inner = ".self_attn" if training else ""
+    assert [s.module_path for s in fast.report.sites] == [f"layers.{i}{inner}" for i in range(2)]
+
+
+def test_torchs_own_attention_with_its_weights() -> None:
+    model = nn.MultiheadAttention(32, 4, batch_first=True).eval()
+    x, y = torch.randn(3, 13, 32), torch.randn(3, 17, 32)
+    fast = einscade.optimize(model, inner="eager")
+    with torch.no_grad():
+        for average in (True, False):
+            actual = fast(x, y, y, average_attn_weights=average)
+            expected = model(x, y, y, average_attn_weights=average)
+            torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
+    assert {s.status for s in fast.report.sites} == {"rewritten"}
