@@ -285,6 +285,14 @@ def _cat(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
     value = found[-1][1]
     for condition, part_value in reversed(found[:-1]):
         value = _joined(condition, part_value, value, torch_dtype(node) == torch.bool)
+    return value if len(found) == 1 else _of_pieces(r, node, value)
+
+
+def _of_pieces(r: Raiser, node: Node, value: Expr) -> Expr:
+    """What depends on the piece that an index falls in. Outside the region, pieces that are tensors are read as they
+    were put together: every read is then of an element that exists, whichever piece is chosen."""
+    if node not in r.core and value.has(Access):
+        raise Unraisable(f"{node.target} of tensors on the side")
     return value
 
 
@@ -316,8 +324,10 @@ def _pad(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
     if not conditions:
         return value
     if torch_dtype(node) == torch.bool:
-        return choose(sympy.And(*conditions), value, sympy.true if a.value else sympy.false)
-    return Where(sympy.And(*conditions), value, scalar(a.value or 0))
+        padded = choose(sympy.And(*conditions), value, sympy.true if a.value else sympy.false)
+    else:
+        padded = Where(sympy.And(*conditions), value, scalar(a.value or 0))
+    return _of_pieces(r, node, padded)
 
 
 def _slice_scatter(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
@@ -342,8 +352,8 @@ def _overlaid(r: Raiser, node: Node, base: Node, index: Index, src: Node, there:
         return r.read(src, there) if inside else r.read(base, index)
     condition = sympy.And(sympy.Ge(at, 0), sympy.Lt(at, size))
     if torch_dtype(node) == torch.bool:
-        return choose(condition, r.read(src, there), r.read(base, index))
-    return Where(condition, r.read(src, there), r.read(base, index))
+        return _of_pieces(r, node, choose(condition, r.read(src, there), r.read(base, index)))
+    return _of_pieces(r, node, Where(condition, r.read(src, there), r.read(base, index)))
 
 
 def _copy(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:

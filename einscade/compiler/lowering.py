@@ -40,11 +40,12 @@ def program_of(region: Region, recipe: str) -> Program:
 def lower(gm: fx.GraphModule, region: Region, program: Program) -> fx.Node:
     """Puts the operator for `region` into the graph and takes the region out; the operator's node.
 
-    The caller recompiles the graph module when all regions are in. Raises Unlowerable, the graph unchanged.
+    The caller recompiles the graph module when all regions are in. Raises Unlowerable, what the graph computes
+    unchanged.
     """
     assert region.cascade is not None
+    before = _place(region)
     position = {n: i for i, n in enumerate(gm.graph.nodes)}
-    before = _place(region, position)
     made: list[fx.Node] = []
     sizes = _Sizes(gm, before, position, made)
     try:
@@ -94,9 +95,10 @@ def check(region: Region) -> None:
             raise Unlowerable(f"input {node.name} is {node.meta['val'].dtype}, which the cascade has as {tensor.dtype}")
 
 
-def _place(region: Region, position: Mapping[fx.Node, int]) -> fx.Node:
-    """The first node that reads a result from outside or that writes to memory after the region began to read, if
-    everything that the region reads comes before it."""
+def _place(region: Region) -> fx.Node:
+    """The first node that reads a result from outside or that writes to memory after the region began to read. What the
+    region reads and is made later moves before it, unless that cannot be done without changing a value."""
+    position = {n: i for i, n in enumerate(region.outputs[0].node.graph.nodes)}
     inside = set(region.nodes)
     users = [u for o in region.outputs for u in o.node.users if u not in inside]
     if not users:
@@ -104,14 +106,31 @@ def _place(region: Region, position: Mapping[fx.Node, int]) -> fx.Node:
     begin = min(map(position.__getitem__, inside))
     writes = [n for n, at in position.items() if at > begin and _writes(n)]
     first = min((*users, *writes), key=position.__getitem__)
-    held = [n for n in region.sizes.values() if isinstance(n, fx.Node)]
-    for source in (*region.inputs, *held):
+    for source in (sources := [*region.inputs, *(n for n in region.sizes.values() if isinstance(n, fx.Node))]):
         if source in inside:
             raise Unlowerable(f"it reads {source.name}, which is part of it")
-        if position[source] >= position[first]:
-            does = "writes to memory" if first in writes else "reads its result"
-            raise Unlowerable(f"{first.name} {does} before its input {source.name} is made")
+    late = _made_after(first, sources, position)
+    for node in late:
+        why = "needs its own result" if any(o.node in node.all_input_nodes for o in region.outputs) else None
+        why = "draws random numbers" if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) else why
+        why = "comes after an update" if any(position[w] <= position[node] for w in writes) else why
+        if why:
+            raise Unlowerable(f"{node.name}, which is needed before {first.name}, {why}")
+    for node in late:
+        first.prepend(node)
     return first
+
+
+def _made_after(first: fx.Node, sources: Sequence[fx.Node], position: Mapping[fx.Node, int]) -> list[fx.Node]:
+    """The sources that do not come before `first`, with all of theirs that do not, in order."""
+    late: set[fx.Node] = set()
+    stack = list(sources)
+    while stack:
+        node = stack.pop()
+        if node not in late and position[node] >= position[first]:
+            late.add(node)
+            stack.extend(node.all_input_nodes)
+    return sorted(late, key=position.__getitem__)
 
 
 def _writes(node: fx.Node) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from einscade.compiler import operators
 from einscade.compiler.capture import nested_graphs
 from einscade.compiler.lowering import Unlowerable, check, lower, program_of
 from einscade.compiler.regions import Region, find
@@ -55,10 +56,22 @@ def rewrite(
     if found:
         progress.step(len(found), len(found), "")
     for graph in graphs:
+        _without_stride_assumptions(graph)
         graph.graph.eliminate_dead_code()
         graph.graph.lint()
         graph.recompile()
     return Rewritten(sites, frozenset(str(name) for name in relied_on))
+
+
+def _without_stride_assumptions(gm: fx.GraphModule) -> None:
+    """An operator's results lie in memory as it wrote them. A view of what is computed from them was one by the
+    original's strides, and becomes a reshape: a view where that is possible, a copy where it is not."""
+    moved: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        if node.target is operators.cascade or any(n in moved for n in node.all_input_nodes):
+            moved.add(node)
+            if node.target is aten.view.default:
+                node.target = aten.reshape.default
 
 
 def _absorbed(region: Region) -> set[fx.Node]:

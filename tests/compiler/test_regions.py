@@ -191,6 +191,28 @@ def test_a_bias_larger_than_itself_to_compute_is_read() -> None:
     assert len(region.inputs) == 4
 
 
+def test_a_mask_that_is_padded_is_read_as_it_was_padded() -> None:
+    """Read where it was made, it would be asked for elements that it does not have."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        return (q @ k.mT + F.pad(keep, (2, 1))[:, None, None, :]).softmax(-1) @ v
+
+    args = [*qkv(), *tensors((2, 4))]
+    region = only(check(trace(function, args), args))
+    assert region.inputs[-2].meta["val"].shape[-1] == 7
+    assert "Where" not in str(region.cascade)
+
+
+def test_a_bias_put_together_from_tensors_is_read_whole() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return (q @ k.mT + torch.cat([a, b], -1)).softmax(-1) @ v
+
+    args = [*qkv(), *tensors((4, 5, 3), (4, 5, 4))]
+    region = only(check(trace(function, args), args))
+    assert len(region.inputs) == 4
+    assert "Where" not in str(region.cascade)
+
+
 class Buffered(nn.Module):
     def __init__(self) -> None:
         super().__init__()
