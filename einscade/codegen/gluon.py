@@ -18,9 +18,10 @@ import sympy
 from einscade.codegen.gluon_form import Form, Operand, form
 from einscade.codegen.gluon_plan import GROUP_ROWS, REGISTERS, Plan, Ring
 from einscade.codegen.gluon_points import GLUON_DTYPES
-from einscade.codegen.gluon_text import REDUCTIONS, TILE_MAP, TURN, call, function, indent, paren, wrapped
+from einscade.codegen.gluon_tables import Tables
+from einscade.codegen.gluon_text import REDUCTIONS, TABLE_MAP, TILE_MAP, TURN, call, function, indent, paren, wrapped
 from einscade.codegen.gluon_values import HELPERS
-from einscade.codegen.gluon_visits import LISTING, Visits
+from einscade.codegen.gluon_visits import LISTING
 from einscade.codegen.loops import LoopProgram
 from einscade.codegen.schedule import Schedule
 from einscade.codegen.source import Source, Unsupported
@@ -97,21 +98,23 @@ def _fits(shape: Form, schedule: Schedule) -> bool:
     return True
 
 
-class _Module(Visits):
+class _Module(Tables):
     """One module's text."""
 
     def text(self) -> str:
         shape = self.shape
         listing = [LISTING.strip("\n"), self._listing()] if self.listed else []
-        body = [*listing, self._place(), self._load(), self._weigh(), self._advance(), self._compute(), self._kernel()]
+        body = [*listing, self._place(), self._load(), *map(self._reader, self.tables), self._weigh()]
+        body += [self._advance(), self._compute(), self._kernel()]
         helpers = [HELPERS[h].strip("\n") for h in HELPERS if h in self.used]
         helpers += [REDUCTIONS[h].strip("\n") for h in REDUCTIONS if h in self.used]
         title = f"{self.cascade.name}: written by einscade for the cascade"
         doc = "\n".join("    " + line for line in str(self.cascade).splitlines())
         head = f'"""{title}\n\n{doc}\n"""\n{_IMPORTS}\n'
-        maps = "\n".join(
+        layouts = [
             f"TILE_{w} = gl.constexpr(gl.NVMMASharedLayout({min(128, w * 2)}, 16, 2))" for w in self._widths()
-        )
+        ]
+        maps = "\n".join([*layouts, *self._table_layouts()])
         constants = f"""
 GROUPS = gl.constexpr({self.groups})  # warpgroups of 64 rows of {shape.p}
 STEP = gl.constexpr({self.columns})  # of {shape.m}, an iteration
@@ -130,6 +133,7 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
             TURN.strip("\n") if self.groups > 1 else "",
             *body,
             TILE_MAP.strip("\n"),
+            TABLE_MAP.strip("\n") if self.tables else "",
             self._run(),
         ]
         return head + "\n" + "\n\n\n".join(p for p in parts if p) + "\n"
@@ -190,11 +194,6 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
     def _widths(self) -> list[int]:
         return sorted({r.width for r in (*self.stills, *self.rings)} | {self.f})
 
-    def _coordinates(self, operand: Operand, row: str) -> str:
-        printer = self._scalar_printer()
-        index = {operand.row: row, operand.across: "0"} | {i: printer.value(x).code for i, x in operand.batch}
-        return f"[{', '.join(index[i] for i in operand.order)}]"
-
     def _load(self) -> str:
         early, late = [r for r in self.rings if r.early], [r for r in self.rings if not r.early]
         names = [x.name for x in (*self.stills, *self.rings)]
@@ -210,6 +209,7 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
                 f"    at = {self._coordinates(x.operand, f'row + group * {GROUP_ROWS}')}",
                 f"    tma.async_copy_global_to_shared({x.name}_map, at, {x.name}_full, {x.name}_tile.index(group))",
             ]
+        lines += self._copy_tables(self._at("tile", "end - 1"), "0")
         lines += [
             "stage = 0",
             "phase = 1",
@@ -225,13 +225,14 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
                 for r in early
                 for line in self._copy(r, self._at("next_tile", "end - 2 - tile"), "next_stage", "next_phase")
             ),
+            *indent(self._copy_tables(self._at("next_tile", "end - 2 - tile"), "next_stage", "next_phase")),
             *indent(line for r in late for line in self._copy(r, self._at("tile", "end - 1 - tile"), "stage", "phase")),
             "    stage = next_stage",
             "    phase = next_phase",
             *(["    tile = next_tile"] if self.listed else []),
             *(line for r in late for line in self._copy(r, self._at("tile", "first"), "stage", "phase")),
         ]
-        return function("load", self._load_arguments(), lines)
+        return function("load", [*self._load_arguments(), *self._table_constants()], lines)
 
     def _at(self, listed: str, ranged: str) -> str:
         """The row at which a tile begins: of the list, or of the range."""
@@ -248,9 +249,10 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
         ]
 
     def _load_arguments(self) -> list[str]:
-        maps = [f"{x.name}_map" for x in (*self.stills, *self.rings)]
+        maps = [f"{x.name}_map" for x in (*self.stills, *self.rings)] + [f"{t.name}_map" for t in self.tables]
         ends = self._ends() if self.listed else ["first", "end"]
-        return [*maps, *self._tiles(), *self._barriers(), *self.shape.batch, "row", *ends]
+        rings = [*self._tiles(), *self._barriers(), *self._table_rings()]
+        return [*maps, *rings, *self.shape.batch, "row", *ends]
 
     def _turns(self) -> tuple[list[str], list[str]]:
         return (["take_turn(group)"], ["pass_turn(group)"]) if self.groups > 1 else ([], [])
@@ -308,12 +310,13 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
             *self._multiply(lambda still: f"{still.name}_tile", "stage", "next_"),
             *self._accumulate("last_stage", "last_phase", "next_"),
             *done,
+            *self._read_tables("stage", "phase"),
             self._waited(len(sums), scores, [f"next_{s}" for s in scores]),
             *(f"mbarrier.arrive({r.name}_empty.index(stage))" for r in early),
             call(
                 [*states, *rescales, *(f"next_{w}" for w in weights)],
                 "weigh",
-                [*scores, *states, "tile * STEP", *self._context(), "MASKED"],
+                [*scores, *states, "tile * STEP", *self._points(), *self._context(), "MASKED"],
             ),
             self._waited(0, [*sums, *weights], [*(f"next_{s}" for s in sums), *weights]),
             *(f"mbarrier.arrive({r.name}_empty.index(last_stage))" for r in late),
@@ -322,14 +325,16 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
             if factor is not None:
                 lines.append(f"{name} = {name} * gl.convert_layout({self.rescale_names[factor]}, RESULT_ROW)[:, None]")
         lines.append(f"return {', '.join([*states, *sums, *(f'next_{w}' for w in weights), 'stage', 'phase'])}")
-        return function("advance", [*self._advance_arguments(), self._masked_argument(), "group: gl.constexpr"], lines)
+        constants = [self._masked_argument(), *self._table_constants(), "group: gl.constexpr"]
+        return function("advance", [*self._advance_arguments(), *constants], lines)
 
     def _running(self) -> list[str]:
         """What an iteration takes from the one before."""
         return [*self._state_names(), *self._sum_names(), *self.weight_names.values(), "stage", "phase"]
 
     def _advance_arguments(self) -> list[str]:
-        return ["tile", *self._running(), *self._tiles(), *self._ring_barriers(), "zero", *self._context()]
+        always = ["tile", *self._running(), *self._tiles(), *self._ring_barriers(), "zero", *self._context()]
+        return [*always, *self._table_arguments(always)] if self.tables else always
 
     def _view(self, ring: Ring, at: str, still: bool = False) -> str:
         """A tile without its dimensions of one element."""
@@ -372,8 +377,11 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
             self._waited(0, scores, scores),
             *(f"mbarrier.arrive({r.name}_empty.index(0))" for r in self.rings if not r.late),
             "tile = gl.load(visits) // 2" if self.listed else "tile = end - 1",
+            *self._read_tables("0", "0"),
             call(
-                [*states, *rescales, *weights], "weigh", [*scores, *states, "tile * STEP", *self._context(), "True"]
+                [*states, *rescales, *weights],
+                "weigh",
+                [*scores, *states, "tile * STEP", *self._points(), *self._context(), "True"],
             ),
             "stage = 0",
             "phase = 0",
@@ -384,8 +392,9 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
             lines += ["for i in range(1, count):", "    visit = gl.load(visits + i)", "    tile = visit // 2"]
         else:
             lines += ["for _ in range(end - 1 - first):", "    tile -= 1"]
+        passed += [self._edge(), *self._table_flags(), "group"]
         lines += [
-            *indent(call(self._running(), "advance", [*passed, self._edge(), "group"]).splitlines()),
+            *indent(call(self._running(), "advance", passed).splitlines()),
             *self._accumulate("stage", "phase", ""),
             self._waited(0, [*sums, *weights], [*sums, *weights]),
             *self._after(),
@@ -393,7 +402,8 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
         for written in shape.written:
             lines += self._store(written)
         lines.append("tma.store_wait(0)")
-        return function("compute", [*self._compute_arguments(), "group: gl.constexpr"], lines)
+        constants = [*self._table_constants(), "group: gl.constexpr"]
+        return function("compute", [*self._compute_arguments(), *constants], lines)
 
     def _store(self, x: Operand) -> list[str]:
         """A tile of results through shared memory, that of an operand where there is one to spare."""
@@ -415,14 +425,15 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
         own = [f"{self.name(x.tensor)}_tile" for x in self.shape.written if x.tensor not in self.shares]
         places = [*self.shape.batch, "row", *self._ends()]
         return [
-            *(f"{o}_map" for o in written), *self._tiles(), *own, *self._barriers(), *places, *self._pointers(),
-            *self.sizes,
+            *(f"{o}_map" for o in written), *self._tiles(), *own, *self._barriers(), *self._table_rings(), *places,
+            *self._pointers(), *self.sizes,
         ]  # fmt: skip
 
     def _kernel(self) -> str:
         shape = self.shape
         written = [self.name(x.tensor) for x in shape.written]
-        maps = [f"{x}_map" for x in (*(r.name for r in (*self.stills, *self.rings)), *written)]
+        names = [*(r.name for r in (*self.stills, *self.rings)), *(t.name for t in self.tables), *written]
+        maps = [f"{x}_map" for x in names]
 
         def tiles(name: str, dtype: str, count: str, operand: Operand, rows: int, width: int, layout: str) -> str:
             block = [1] * len(operand.batch) + [rows, width]
@@ -441,14 +452,18 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
             for o, x in zip(written, shape.written, strict=True)
             if x.tensor not in self.shares
         ]
+        lines += self._allocate_tables()
         stills, rings = [f"{x.name}_full" for x in self.stills], self._ring_barriers()
         lines += [f"{b} = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())" for b in stills]
         lines += [f"{b} = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())" for b in rings]
         lines += [f"mbarrier.init({b}, 1)" for b in stills]
         lines.append("for stage in gl.static_range(STAGES):")
         lines += [f"    mbarrier.init({b}.index(stage), {'1' if b.endswith('_full') else 'GROUPS'})" for b in rings]
+        lines += self._init_tables()
         lines.append(call([*shape.batch, "row", *self._ends()], "place", self._place_arguments()))
-        compute, load = ", ".join(self._compute_arguments()), ", ".join(self._load_arguments())
+        flags = self._table_flags()
+        compute = ", ".join([*self._compute_arguments(), *flags])
+        load = ", ".join([*self._load_arguments(), *flags])
         lines.append("gl.warp_specialize(")
         lines.append("    [")
         for g in range(self.groups):
@@ -459,7 +474,8 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
         lines += ["    ],", f"    {warps},", f"    {registers},", ")"]
         decorator = f"@gluon.jit(do_not_specialize={self.sizes!r})"
         lists = ["visits", "counts"] if self.listed else []
-        return function("kernel", [*maps, *self._pointers(), *lists, *self.sizes], lines, decorator)
+        arguments = [*maps, *self._pointers(), *lists, *self.sizes, *self._table_constants()]
+        return function("kernel", arguments, lines, decorator)
 
     def _run(self) -> str:
         shape = self.shape
@@ -479,8 +495,10 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
         lines.append(f"programs = {' * '.join(paren(g) for g in grid)}")
         blocks = [(x.operand, GROUP_ROWS, x.width) for x in self.stills]
         blocks += [(r.operand, self.columns, r.width) for r in self.rings]
-        blocks += [(x, GROUP_ROWS, self.f) for x in shape.written]
+        written = [(x, GROUP_ROWS, self.f) for x in shape.written]
         maps = [f"tile_map({self._seen(operand)}, {rows}, {width})" for operand, rows, width in blocks]
+        maps += [f"{t.name}_map" for t in self.tables]
+        maps += [f"tile_map({self._seen(operand)}, {rows}, {width})" for operand, rows, width in written]
         others = []
         for t in dict.fromkeys(x.access.tensor for x in self.loads):
             others += [self.name(t), f"*{self.name(t)}.stride()"]
@@ -490,10 +508,12 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
         if self.listed:
             lines += indent(self._make_lists(device))
             others += ["visits", "counts"]
+        lines += indent(self._prepare_tables())
         lines.append("    kernel[(programs,)](")
         lines += [f"        {m}," for m in maps]
         if others or self.sizes:
             lines += wrapped(", ".join([*others, *self.sizes]) + ",", 8)
+        lines += [f"        {flag}={flag}," for flag in self._table_flags()]
         lines += ["        num_warps=4,", "    )"]
         lines.append(f"return {', '.join(outputs)},")
         signature = ", ".join(inputs + (["*", *symbols] if symbols else []))
@@ -513,16 +533,6 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
             f"counts = torch.empty((lists,), dtype=torch.int32, device={device})",
             *wrapped(f"list_tiles[(lists,)]({', '.join([*given, 'visits', 'counts', *self.sizes])}, num_warps=4)", 0),
         ]
-
-    def _seen(self, operand: Operand) -> str:
-        """The tensor as the copy engine sees it."""
-        view = self.name(operand.tensor)
-        extent = self.shape.extent(self.cascade.tensors[operand.tensor].ranks[operand.across])
-        if extent != operand.width:
-            view = f"{view}.narrow({operand.across}, {operand.offset}, {operand.width})"
-        if list(operand.order) != sorted(operand.order):
-            view = f"{view}.permute({', '.join(map(str, operand.order))})"
-        return view
 
     def _allocation(self, tensor: str, device: str) -> str:
         t = self.cascade.tensors[tensor]

@@ -6,6 +6,7 @@ schedule's tiles fit neither shared memory nor registers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -19,7 +20,7 @@ from einscade.codegen.source import Unsupported
 from einscade.codegen.tiles import Statement
 from einscade.ir.expr import Access, Expr, accesses, free_vars, var
 
-__all__ = ["GROUP_ROWS", "REGISTERS", "Load", "Plan", "Ring", "factor_of"]
+__all__ = ["GROUP_ROWS", "REGISTERS", "Load", "Plan", "Ring", "Table", "factor_of"]
 
 GROUP_ROWS = 64
 """Rows of a warpgroup: those of one warpgroup_mma instruction."""
@@ -27,6 +28,9 @@ GROUP_ROWS = 64
 SHARED = 226 << 10
 REGISTERS = {1: 240, 2: 240, 3: 160}
 """Registers a thread of each consumer may use, by the number of warpgroups; the loading warp gets 24."""
+
+TABLE_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "bool": 1}
+"""The dtypes of tables that the copy engine brings, and their sizes."""
 
 RESERVED = frozenset({
     "gl", "gluon", "torch", "tma", "mbarrier", "run", "kernel", "load", "weigh", "advance", "compute", "group", "tile",
@@ -60,6 +64,16 @@ class Ring:
     late: bool
 
 
+@dataclass(frozen=True)
+class Table:
+    """A read `T[.., p, m]` of an input at every point, `size` bytes each, that can come as tiles."""
+
+    name: str
+    access: Access
+    operand: Operand
+    size: int
+
+
 class Plan:
     """A form under a schedule."""
 
@@ -77,12 +91,13 @@ class Plan:
             raise Unsupported(f"a tile of {columns} along {shape.m}: 32, 64, 128 or 256 are what the kernel takes")
         self.columns, self.stages = columns, max(1, schedule.stages)
         self.f = max(padded(x.values.width) for x in shape.sums)
-        self._check_fit()
         self.statements, self.scores, self.epilogue, self.rescales = self._in_base2()
         self.factors = {s.name: factor_of(s, x.e) for s, x in zip(self.scores, shape.products, strict=True)}
         self.bounds = bounds(shape.keep, shape.m, shape.p, var("row"), self.rows, self.columns)
         self.used: set[str] = set()
         self.loads = self._loads()
+        self.tables = self._tables_of(self.loads)
+        self._check_fit()
         self.sizes = self._sizes()
 
     def dtype(self, tensor: str) -> str:
@@ -147,6 +162,7 @@ class Plan:
         tiles = self.stages * self.columns * sum(r.width for r in self.rings) * 2
         tiles += self.rows * sum(r.width for r in self.stills) * 2
         tiles += self.rows * self.f * 2 * (len(self.shape.written) - len(self.shares))
+        tiles += self.stages * self.rows * self.columns * sum(t.size for t in self.tables)
         if tiles + 1024 > SHARED:
             raise Unsupported(f"{tiles} bytes of tiles do not fit in {SHARED} bytes of shared memory")
         registers = len(self.shape.sums) * self.f // 2 + len(self.shape.products) * self.columns * 3 // 4 + 32
@@ -222,6 +238,25 @@ class Plan:
             loads.append(Load(a, None if moves else f"{self.name(a.tensor)}_at{i}"))
         return tuple(loads)
 
+    def _tables_of(self, loads: Sequence[Load]) -> tuple[Table, ...]:
+        """The reads that can come as tiles: along the rows and, last, along the loop."""
+        p, m = self.shape.p, self.shape.m
+        found: list[Table] = []
+        for a in (x.access for x in loads if x.name is None):
+            others = [(i, x) for i, x in enumerate(a.index) if x not in (var(p), var(m))]
+            straight = a.index[-1] == var(m) and a.index.count(var(p)) == a.index.count(var(m)) == 1
+            if not straight or any({p, m} & free_vars(x) or x.has(Access) for _, x in others):
+                continue
+            if self.dtype(a.tensor) not in TABLE_BYTES or len(a.index) > 5:
+                continue
+            names = (f"{self.name(a.tensor)}{n}" for n in ("", *(f"_{i}" for i in range(2, 99))))
+            name = next(n for n in names if n not in {t.name for t in found})
+            extent = self.shape.extent(self.cascade.tensors[a.tensor].ranks[-1])
+            width = int(extent) if extent.is_Integer else self.columns
+            operand = Operand(a.tensor, a.index.index(var(p)), len(a.index) - 1, 0, width, tuple(others))
+            found.append(Table(name, a, operand, TABLE_BYTES[self.dtype(a.tensor)]))
+        return tuple(found)
+
     def _pointers(self) -> list[str]:
         """Arguments for tensors read or written by address: the pointer and a stride for each dimension."""
         read = [a for t in dict.fromkeys(x.access.tensor for x in self.loads) for a in self._pointer(t, self.name(t))]
@@ -269,6 +304,16 @@ class Plan:
 
     # -- names in the text --
 
+    def _seen(self, operand: Operand) -> str:
+        """A tensor as the copy engine sees it: the operand's part of it, rows and width last."""
+        view = self.name(operand.tensor)
+        extent = self.shape.extent(self.cascade.tensors[operand.tensor].ranks[operand.across])
+        if extent.is_Integer and extent != operand.width:
+            view = f"{view}.narrow({operand.across}, {operand.offset}, {operand.width})"
+        if list(operand.order) != sorted(operand.order):
+            view = f"{view}.permute({', '.join(map(str, operand.order))})"
+        return view
+
     def _state_names(self) -> list[str]:
         return [self.name(s.name) for s in self.shape.states]
 
@@ -302,7 +347,8 @@ class Plan:
     def _context(self) -> list[str]:
         """What the elementwise part reads besides the scores and the running values."""
         hoisted = [x.name for x in self.loads if x.name is not None]
-        tensors = dict.fromkeys(x.access.tensor for x in self.loads if x.name is None)
+        tiles = {t.access for t in self.tables}
+        tensors = dict.fromkeys(x.access.tensor for x in self.loads if x.name is None and x.access not in tiles)
         moving = [a for t in tensors for a in self._pointer(t, self.name(t))]
         return [self.shape.p + "_", *self.shape.batch, *hoisted, *moving, *self.sizes]
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 import sympy
 from sympy.logic.boolalg import Boolean
 
+from einscade.codegen.gluon_form import Operand
 from einscade.codegen.gluon_plan import GROUP_ROWS, Plan
 from einscade.codegen.gluon_text import function, indent
 from einscade.codegen.gluon_values import Printer, Value
@@ -36,6 +37,12 @@ class Points(Plan):
 
         return Printer((self.shape.p, self.shape.m), {}, {}, refuse)
 
+    def _coordinates(self, operand: Operand, row: str, column: str = "0") -> str:
+        """Where a tile of an operand begins, as the copy engine counts."""
+        printer = self._scalar_printer()
+        index = {operand.row: row, operand.across: column} | {i: printer.value(x).code for i, x in operand.batch}
+        return f"[{', '.join(index[i] for i in operand.order)}]"
+
     def _unravel(self, ranks: Sequence[str]) -> list[str]:
         """The lines that take `batch` apart, the last rank fastest."""
         names, lines, rest = self._scalar_printer(), [], "batch"
@@ -54,6 +61,20 @@ class Points(Plan):
         for x in self.loads:
             if x.access == access and x.name is not None and x.name in printer.names:
                 return printer.names[x.name]
+        for t in self.tables:
+            if t.access == access and f"{t.name}_points" in printer.names:
+                return printer.names[f"{t.name}_points"]
+        code, ranks = self._address(access, printer), self._ranks(access, printer)
+        dtype = self.dtype(access.tensor)
+        if dtype == "bool":
+            return Value(f"{code} != 0", ranks, "b")
+        return Value(code, ranks, "i") if dtype[0] in "iu" else Value(f"{code}.to(gl.float32)", ranks)
+
+    def _ranks(self, access: Access, printer: Printer) -> tuple[str, ...]:
+        return printer.sort(*(printer.value(index) for index in access.index))
+
+    def _address(self, access: Access, printer: Printer) -> str:
+        """The load of an access by address, within the ends of the tile's ranks."""
         n = self.name(access.tensor)
         groups: dict[tuple[str, ...], list[str]] = {}
         for i, index in enumerate(access.index):
@@ -77,11 +98,7 @@ class Points(Plan):
             limit = printer.value(self.shape.loop.limit).code
             inside.append(printer.align(Value(f"{self.shape.m}_ < {limit}", (self.shape.m,)), ranks))
         mask = f", mask={' & '.join(inside)}, other=0" if inside else ""
-        code = f"gl.load({address}{mask})"
-        dtype = self.dtype(access.tensor)
-        if dtype == "bool":
-            return Value(f"{code} != 0", ranks, "b")
-        return Value(code, ranks, "i") if dtype[0] in "iu" else Value(f"{code}.to(gl.float32)", ranks)
+        return f"gl.load({address}{mask})"
 
     def _weigh(self) -> str:
         """The Einsums between the two products, on one tile."""
@@ -112,11 +129,19 @@ class Points(Plan):
         for weights in self.weight_names:
             value = full.names[weights].atom()
             result.append(f"gl.convert_layout({value}.to({GLUON_DTYPES[shape.dtype]}), WEIGHTS)")
-        arguments = [*self._score_names(), *self._state_names(), f"{m}_first", *self._context()]
+        arguments = [*self._score_names(), *self._state_names(), f"{m}_first", *self._points(), *self._context()]
         lines.append(f"return {', '.join(result)}")
         return function("weigh", [*arguments, self._masked_argument()], lines)
 
+    def _points(self) -> list[str]:
+        """The tiles of tables that have been read."""
+        return [f"{t.name}_points" for t in self.tables]
+
     def _name_hoisted(self, printer: Printer) -> None:
+        for t in self.tables:
+            flag = self.dtype(t.access.tensor) == "bool"
+            code = f"{t.name}_points != 0" if flag else f"{t.name}_points.to(gl.float32)"
+            printer.names[f"{t.name}_points"] = Value(code, (self.shape.p, self.shape.m), "b" if flag else "f")
         for x in self.loads:
             if x.name is None:
                 continue
@@ -130,7 +155,9 @@ class Points(Plan):
         name = self.name(s.name)
         shape = self.shape
         keep: list[str] = []
-        if s.keep != sympy.true and any(x.name is None and x.access in accesses(s.expr) for x in self.loads):
+        tiles = {t.access for t in self.tables}
+        addressed = {x.access for x in self.loads if x.name is None} - tiles
+        if s.keep != sympy.true and not addressed.isdisjoint(accesses(s.expr)):
             keep = self._mask(masked, s.keep)  # an index may be out of bounds where no point exists
             masked.inside = masked.names["keep"]
         score = s in self.scores

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Sequence
 
-__all__ = ["REDUCTIONS", "TILE_MAP", "TURN", "call", "function", "indent", "paren", "wrapped"]
+__all__ = ["REDUCTIONS", "TABLE_MAP", "TILE_MAP", "TURN", "call", "function", "indent", "paren", "wrapped"]
 
 REDUCTIONS = {
     "row_parts": '''
@@ -52,19 +52,33 @@ def pass_turn(group: gl.constexpr):
 '''
 
 TILE_MAP = '''
+def copyable(x: torch.Tensor) -> bool:
+    """Whether the copy engine can take a tensor's address and strides."""
+    size = x.element_size()
+    fits = all(n == 1 or (s > 0 and s * size % 16 == 0) for n, s in zip(x.shape[:-1], x.stride()[:-1]))
+    return fits and x.data_ptr() % 16 == 0 and x.stride(-1) == 1
+
+
 def tile_map(x: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
     """The copy engine's view of x as tiles of its last two dimensions; of a copy where its strides or address are
     none that the engine can take."""
     if x.numel() == 0:
         x = x.new_zeros([max(1, n) for n in x.shape])
-    size = x.element_size()
-    usable = x.data_ptr() % 16 == 0 and x.stride(-1) == 1
-    usable &= all(n == 1 or (s > 0 and s * size % 16 == 0) for n, s in zip(x.shape[:-1], x.stride()[:-1]))
-    if not usable:
+    if not copyable(x):
         x = x.clone(memory_format=torch.contiguous_format)
-    strides = [s if n > 1 else x.shape[-1] for n, s in zip(x.shape[:-1], x.stride()[:-1])] + [1]
+    size = x.element_size()
+    strides = [s if n > 1 else -(-x.shape[-1] * size // 16) * 16 // size for n, s in zip(x.shape, x.stride())]
     layout = gl.NVMMASharedLayout(min(128, width * size), 8 * size, x.dim())
-    return TensorDescriptor(x, list(x.shape), strides, [1] * (x.dim() - 2) + [rows, width], layout)
+    block = [1] * (x.dim() - 2) + [rows, width]
+    return TensorDescriptor(x, list(x.shape), strides[:-1] + [1], block, layout)
+'''
+
+TABLE_MAP = '''
+def table_map(x: torch.Tensor, rows: int, width: int) -> tuple[TensorDescriptor | torch.Tensor, bool]:
+    """The same of a table, and that there is one; the table itself where the copy engine cannot take it as it is."""
+    if x.numel() and copyable(x):
+        return tile_map(x, rows, width), True
+    return x, False
 '''
 
 

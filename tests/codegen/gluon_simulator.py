@@ -26,6 +26,7 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from types import SimpleNamespace
 from typing import Any
@@ -254,7 +255,7 @@ class Simulator:
     def _copy_in(self, source: TensorDescriptor, at: Sequence[Any], barrier: Barrier, to: Shared) -> None:
         check(to.shape == source.block_shape and to.layout == source.layout, f"a copy into a tile of {to.shape}")
         address, inside = source.places(at)
-        to.data.fill_(float("nan"))
+        to.data.fill_(poison(to.data.dtype))
 
         def effect() -> None:
             to.data.copy_(torch.where(inside, source.memory[address], 0))
@@ -339,8 +340,7 @@ class Simulator:
         if kind.kind == "MBarrierLayout":
             made = [Barrier(f"mbarrier {i} at byte {self.shared}") for i in range(prod(shape))]
             return Ring(made) if len(shape) > 1 else made[0]
-        poison = float("nan") if dtype.is_floating_point else 77
-        tile = Shared(self, torch.full(tuple(shape), poison, dtype=dtype), kind)
+        tile = Shared(self, torch.full(tuple(shape), poison(dtype), dtype=dtype), kind)
         self.tiles.append(tile)
         return tile
 
@@ -440,8 +440,8 @@ class Kernel:
         return self.fn(*args, **named)
 
     def __getitem__(self, grid: Sequence[int]) -> Callable[..., None]:
-        def launch(*arguments: Any, num_warps: int = 4, **_: Any) -> None:
-            self.simulator.launch(self.fn, grid, arguments, num_warps)
+        def launch(*arguments: Any, num_warps: int = 4, **constants: Any) -> None:
+            self.simulator.launch(partial(self.fn, **constants), grid, arguments, num_warps)
 
         return launch
 
@@ -456,6 +456,11 @@ class _Torch:
     def empty(*args: Any, **named: Any) -> Tensor:
         made = torch.empty(*args, **named)
         return made.fill_(float("nan")) if made.dtype.is_floating_point else made
+
+
+def poison(dtype: torch.dtype) -> float:
+    """What memory holds that nothing was written to."""
+    return float("nan") if dtype.is_floating_point else 77
 
 
 def _extreme(operation: Callable[..., Tensor], a: Any, b: Any) -> Any:

@@ -3,32 +3,25 @@ that they are right."""
 
 from __future__ import annotations
 
-import inspect
 import os
-import re
-import subprocess
-import tempfile
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import sympy
 import torch
-from torch import Tensor
 
 from einscade.codegen.gluon import emit, schedules
 from einscade.codegen.gluon_bounds import bounds
-from einscade.codegen.gluon_form import form
 from einscade.codegen.loops import LoopProgram, plan
 from einscade.codegen.schedule import Schedule
 from einscade.codegen.source import Unsupported
 from einscade.ir.expr import var
 from einscade.ir.interpret import interpret
 from einscade.ir.text import parse_cascade
-from einscade.passes.pipeline import run as rewrite
 from tests.codegen.cascades import CASES, cascade, inputs, relative_error
 from tests.codegen.generated import module
+from tests.codegen.gluon_offline import assert_fits
 
 GOLDEN = Path(__file__).parent / "golden" / "causal_gluon.py"
 BY_NAME = {c.name: c for c in CASES}
@@ -87,52 +80,6 @@ def test_unsupported_schedules(tiles: dict[str, int], stages: int, reason: str) 
         emit(program("causal", **WIDE), Schedule(tuple(sorted(tiles.items())), 4, stages, (), "cuda:90", True))
 
 
-def made_of(text: str) -> LoopProgram:
-    return plan(rewrite(parse_cascade(text), "exact").cascade)
-
-
-TWO_SUMS = """cascade two(Q[p,e]: bf16, K[m,e]: bf16, V[m,f]: bf16, U[m,f]: bf16) -> O[p,f]: bf16, R[p,f]: bf16
-  where p < P, m < M, e < 64, f < 64
-  S[p,m] = sum(e) Q[p,e] * K[m,e]
-  O[p,f]: bf16 = sum(m) S[p,m] * V[m,f]
-  R[p,f]: bf16 = sum(m) S[p,m] * S[p,m] * U[m,f]
-"""
-
-TWO_SOFTMAXES = """cascade differential(Q[b,g,p,e]: bf16, K[b,g,m,e]: bf16, L[], V[b,h,m,f]: bf16) -> O[b,h,p,f]: bf16
-  where b < B, g < 8, h < 4, p < P, m < M, e < 64, f < {f}
-  A[b,g,p,m] = sum(e) 0.125 * Q[b,g,p,e] * K[b,g,m,e]   if m <= p
-  G[b,g,p]   = max(m) A[b,g,p,m]
-  W[b,g,p,m] = exp(A[b,g,p,m] - G[b,g,p])
-  Z[b,g,p]   = sum(m) W[b,g,p,m]
-  O[b,h,p,f]: bf16 = sum(m) (W[b,2*h,p,m] / Z[b,2*h,p] - L[] * W[b,2*h + 1,p,m] / Z[b,2*h + 1,p]) * V[b,h,m,f]
-"""
-
-
-def test_a_tensor_that_two_sums_read_is_loaded_once() -> None:
-    """One form for every number of products and sums."""
-    shape = form(made_of(TWO_SOFTMAXES.format(f=64)))
-    assert [len(x) for x in (shape.products, shape.sums, shape.stills, shape.moving)] == [2, 2, 2, 3]
-    shape = form(made_of(TWO_SUMS))
-    assert (len(shape.products), len(shape.sums)) == (1, 2)
-    assert {x.tensor for x in shape.written} == set(shape.results)
-
-
-def test_operands_that_are_one_tensor_have_names_of_their_own() -> None:
-    text = """cascade own(X[b,m,e]: bf16) -> O[b,p,f]: bf16
-  where b < B, p < M, m < M, e < 64, f < 64
-  S[b,p,m] = sum(e) 0.125 * X[b,p,e] * X[b,m,e]
-  G[b,p]   = max(m) S[b,p,m]
-  W[b,p,m] = exp(S[b,p,m] - G[b,p])
-  Z[b,p]   = sum(m) W[b,p,m]
-  O[b,p,f]: bf16 = sum(m) W[b,p,m] * X[b,m,f] / Z[b,p]
-"""
-    loops = made_of(text)
-    assert len(form(loops).moving) == 1
-    for schedule in schedules(loops):
-        names = re.findall(r"^    (\w+) = gl.allocate_shared_memory", emit(loops, schedule).text, re.M)
-        assert len(names) == len(set(names))
-
-
 # -- which tiles are masked -------------------------------------------------------------------------------------------
 
 
@@ -179,69 +126,6 @@ def test_bounds(predicate: str, rows: int, step: int) -> None:
 # -- compiled without a GPU -------------------------------------------------------------------------------------------
 
 
-class _Recorder:
-    """Stands in for a kernel and keeps what it was launched with."""
-
-    def __init__(self) -> None:
-        self.arguments: tuple[Any, ...] = ()
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launch(*arguments: Any, **_: Any) -> None:
-            self.arguments = arguments
-
-        return launch
-
-
-def compiled(made: ModuleType, given: list[Tensor], sizes: dict[str, int]) -> dict[str, tuple[int, str]]:
-    """Shared memory, and ptxas' report, of a module's kernels as its `run` would launch them for these inputs."""
-    launched = dict.fromkeys(re.findall(r"(\w+)\[\(", inspect.getsource(made.run)))
-    kernels = {name: getattr(made, name) for name in launched}
-    recorders = {name: _Recorder() for name in kernels}
-    vars(made).update(recorders)
-    try:
-        made.run(*given, **sizes)
-    finally:
-        vars(made).update(kernels)
-    return {name: _compiled(kernel, recorders[name].arguments) for name, kernel in kernels.items()}
-
-
-def _compiled(kernel: Any, arguments: tuple[Any, ...]) -> tuple[int, str]:
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.experimental.gluon._runtime import GluonASTSource
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    names = {
-        torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
-        torch.bool: "i1",
-    }  # fmt: skip
-    signature = {}
-    for name, x in zip(kernel.arg_names, arguments, strict=True):
-        if isinstance(x, TensorDescriptor):
-            signature[name] = f"tensordesc<{names[x.base.dtype]}{list(x.block_shape)},{x.layout!r}>"
-        else:
-            signature[name] = f"*{names[x.dtype]}" if isinstance(x, Tensor) else "i32"
-    source = GluonASTSource(kernel, signature, {})
-    result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    if not ptxas.exists():
-        pytest.skip("this Triton has no ptxas")
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(result.asm["ptx"])
-        file.flush()
-        command = [str(ptxas), "-v", "--gpu-name=sm_90a", file.name, "-o", os.devnull]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return result.metadata.shared, report
-
-
-def assert_fits(made: ModuleType, given: list[Tensor], sizes: dict[str, int]) -> None:
-    """Every kernel of a module compiles for Hopper, fits in shared memory and does not spill."""
-    for shared, report in compiled(made, given, sizes).values():
-        assert shared <= 227 << 10
-        assert re.search(r"\b0 bytes spill stores, 0 bytes spill loads", report), report
-        assert "serialized" not in report  # what ptxas says where products do not run in the background
-
-
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
@@ -255,17 +139,6 @@ def test_compiles(name: str, shape: dict[str, Any]) -> None:
     loops = program(name, **shape)
     sizes = {"B": 1, "P": 300, "M": 300}
     given = list(inputs(plain, BY_NAME[name], sizes).values())
-    assert_fits(module(emit(loops, schedules(loops)[0])), given, sizes)
-
-
-@pytest.mark.parametrize("text", [TWO_SUMS, TWO_SOFTMAXES.format(f=64), TWO_SOFTMAXES.format(f=128)])
-def test_several_products_compile(text: str) -> None:
-    loops = made_of(text)
-    sizes = {s: {"B": 1}.get(s, 300) for s in loops.cascade.symbols if s != "M0"}
-    given = []
-    for t in loops.cascade.inputs:
-        shape = [int(loops.cascade.extent(r).subs({var(n): x for n, x in sizes.items()})) for r in t.ranks]
-        given.append(torch.zeros(shape, dtype={"bf16": torch.bfloat16, "f32": torch.float32}[t.dtype]))
     assert_fits(module(emit(loops, schedules(loops)[0])), given, sizes)
 
 

@@ -1,0 +1,84 @@
+"""Compiling generated Gluon modules for Hopper without a GPU, as their `run` would launch them."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+__all__ = ["assert_fits", "compiled"]
+
+
+class _Recorder:
+    """Stands in for a kernel and keeps what it was launched with."""
+
+    def __init__(self) -> None:
+        self.arguments: tuple[Any, ...] = ()
+        self.constants: dict[str, Any] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*arguments: Any, num_warps: int, **constants: Any) -> None:
+            self.arguments, self.constants = arguments, constants
+
+        return launch
+
+
+def compiled(made: ModuleType, given: list[Tensor], sizes: dict[str, int]) -> dict[str, tuple[int, str]]:
+    """Shared memory, and ptxas' report, of a module's kernels as its `run` would launch them for these inputs."""
+    launched = dict.fromkeys(re.findall(r"(\w+)\[\(", inspect.getsource(made.run)))
+    kernels = {name: getattr(made, name) for name in launched}
+    recorders = {name: _Recorder() for name in kernels}
+    vars(made).update(recorders)
+    try:
+        made.run(*given, **sizes)
+    finally:
+        vars(made).update(kernels)
+    return {name: _compiled(kernel, recorders[name]) for name, kernel in kernels.items()}
+
+
+def _compiled(kernel: Any, launched: _Recorder) -> tuple[int, str]:
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    names = {
+        torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
+        torch.bool: "i1", torch.uint8: "u8",
+    }  # fmt: skip
+    signature = dict.fromkeys(launched.constants, "constexpr")
+    places = [n for n in kernel.arg_names if n not in signature]
+    for name, x in zip(places, launched.arguments, strict=True):
+        if isinstance(x, TensorDescriptor):
+            signature[name] = f"tensordesc<{names[x.base.dtype]}{list(x.block_shape)},{x.layout!r}>"
+        else:
+            signature[name] = f"*{names[x.dtype]}" if isinstance(x, Tensor) else "i32"
+    constants = {(kernel.arg_names.index(name),): value for name, value in launched.constants.items()}
+    source = GluonASTSource(kernel, {n: signature[n] for n in kernel.arg_names}, constants)
+    result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    if not ptxas.exists():
+        pytest.skip("this Triton has no ptxas")
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(result.asm["ptx"])
+        file.flush()
+        command = [str(ptxas), "-v", "--gpu-name=sm_90a", file.name, "-o", os.devnull]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return result.metadata.shared, report
+
+
+def assert_fits(made: ModuleType, given: list[Tensor], sizes: dict[str, int]) -> None:
+    """Every kernel of a module compiles for Hopper, fits in shared memory and does not spill."""
+    for shared, report in compiled(made, given, sizes).values():
+        assert shared <= 227 << 10
+        assert re.search(r"\b0 bytes spill stores, 0 bytes spill loads", report), report
+        assert "serialized" not in report  # what ptxas says where products do not run in the background
