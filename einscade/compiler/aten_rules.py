@@ -25,7 +25,7 @@ from einscade.ir.expr import Access, Expr, Trunc, Where, const
 if TYPE_CHECKING:
     from einscade.compiler.raising import Raiser
 
-__all__ = ["evaluate", "has_rule"]
+__all__ = ["evaluate", "gathered", "has_rule"]
 
 Rule = Callable[["Raiser", Node, SimpleNamespace, Index], Expr]
 _ZERO, _ONE = sympy.Integer(0), sympy.Integer(1)
@@ -208,7 +208,22 @@ def _wrapped(r: Raiser, value: Expr, size: Expr) -> Expr:
     return Where(value < 0, value + size, value)
 
 
+def gathered(r: Raiser, node: Node, index: Index) -> tuple[Node, Index] | None:
+    """Where an operation that gathers whole blocks (pages of keys, not rows of a table) reads an element from, and at
+    which index there; None for any other operation. Raises Unraisable where the index cannot be computed."""
+    if op_name(node) != "aten::index":
+        return None
+    a = arguments(node)
+    left = len(shape(a.self)) - sum(p is not None for p in a.indices)
+    return (a.self, _indexed(r, node, a, index)) if left >= 2 else None
+
+
 def _index(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
+    return r.read(a.self, _indexed(r, node, a, index))
+
+
+def _indexed(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Index:
+    """The index into the tensor that is indexed by tensors."""
     picks = list(a.indices) + [None] * (len(shape(a.self)) - len(a.indices))
     chosen = [d for d, p in enumerate(picks) if p is not None]
     if any(torch_dtype(p) == torch.bool for p in picks if p is not None):
@@ -226,7 +241,7 @@ def _index(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
             continue
         at = r.read(pick, broadcast(block, block_shape, shape(pick)))
         full.append(at if r.nonnegative(pick) else _wrapped(r, at, size))
-    return r.read(a.self, tuple(full))
+    return tuple(full)
 
 
 def _embedding(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:

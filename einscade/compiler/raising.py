@@ -32,7 +32,7 @@ from einscade.compiler.aten_facts import (
     tensor_inputs,
     torch_dtype,
 )
-from einscade.compiler.aten_rules import evaluate
+from einscade.compiler.aten_rules import evaluate, gathered
 from einscade.compiler.aten_views import VIEWS, is_copy, view
 from einscade.compiler.raising_constants import least_is_nonnegative, recognise
 from einscade.compiler.raising_index import Index, exact_quotient, is_one, one, product, quotient_and_rest, same
@@ -178,8 +178,8 @@ class Raiser:
         return self.define((node, "shared"), node, index, sizes, lambda i: (evaluate(self, node, i), None))
 
     def _operand(self, node: Node, index: Index) -> Expr:
-        """The operand read where it needs no copy: past clones, casts, scaling and repeated heads, but not past the
-        view that gives it one dimension per rank."""
+        """The operand read where it needs no copy: past clones, casts, scaling, repeated heads and gathered blocks, but
+        not past the view that gives it one dimension per rank."""
         steps = [_Step(node, index, sympy.Integer(1), copied=False)]
         while (step := self._step(steps[-1])) is not None:
             steps.append(step)
@@ -194,6 +194,8 @@ class Raiser:
             tensor, apply = scaled
             return _Step(tensor, at.index, apply(at.factor, self), copied=True)
         try:
+            if (block := gathered(self, at.node, at.index)) is not None:
+                return _Step(*block, at.factor, copied=True)
             moved = view(at.node, at.index, self.extents)
         except Unraisable:
             return None
@@ -226,6 +228,8 @@ class Raiser:
         seen: list[str] = []
         for index, size in zip(step.index, shape(step.node), strict=True):
             at = self._plain(index, size)
+            if at.has(Access):  # a block, wherever it is
+                continue
             if isinstance(at, FloorDiv | Mod):
                 at = at.args[0]
             if at.is_Symbol:
@@ -302,7 +306,8 @@ class Raiser:
         dtype_name(node)
         sizes = shape(node)
         index = tuple(self._plain(i, n) for i, n in zip(index, sizes, strict=True))
-        self._wants(index)
+        if not any(i.has(Access) for i in index):  # the place in a block is not worth a rank of its own
+            self._wants(index)
         self.leaves.setdefault(leaf_name(node), node)
         return Access(leaf_name(node), *index)
 

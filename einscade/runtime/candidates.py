@@ -11,13 +11,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from einscade.codegen import tiled_torch
+from einscade.codegen.cost import Lengths, few_rows
 from einscade.codegen.loops import LoopProgram, plan
+from einscade.codegen.parts import split_rank, with_parts
 from einscade.codegen.schedule import Schedule, target_of
 from einscade.codegen.schedule import candidates as schedules_for
 from einscade.codegen.source import Source, Unsupported
 from einscade.ir.cascade import Cascade
 from einscade.ir.device import Device
 from einscade.ir.text import parse_cascade
+from einscade.passes.pipeline import run
+from einscade.passes.recipes import recipe
 from einscade.runtime import library_call
 from einscade.runtime.library import NotInLibrary
 from einscade.runtime.messages import first_line, warn_once
@@ -57,12 +61,27 @@ def candidates(
     loops = plan(rewritten)
     orders = _renamed_orders(program, rewritten)
     calls = _library_calls(program, steps)
-    generated = [c for kind in _emitters(device) for c in _generated(kind, loops, orders, device, sizes)]
+    kinds = _emitters(device)
+    if device.kind != "cpu" and few_rows(loops, Lengths(rewritten, sizes)) is not None:
+        kinds = tuple(sorted(kinds, key=lambda kind: kind != "triton"))  # it packs the heads of a group into a tile
+    generated = _in_parts(program, loops, device, sizes)
+    generated += [c for kind in kinds for c in _generated(kind, loops, orders, device, sizes)]
     if not generated:
         generated = _generated("tiled_torch", loops, orders, device, sizes)
     found = [*calls, *generated] if device.kind == "cpu" else [*generated, *calls]
     found += _last_resorts(program.cascade, Schedule(target=target_of(device)))
     return list(dict.fromkeys(found))
+
+
+def _in_parts(program: Program, loops: LoopProgram, device: Device, sizes: Mapping[str, int]) -> list[Candidate]:
+    """The program with its loop's rank in parts that run side by side, where the cost model wants that."""
+    rank = split_rank(loops, device, Lengths(loops.cascade, sizes))
+    if rank is None:
+        return []
+    parted = run(program.cascade, with_parts(recipe(program.recipe), rank, loops.cascade.fresh("L"))).cascade
+    if parted == loops.cascade:  # the split did not apply
+        return []
+    return _generated("triton", plan(parted), _renamed_orders(program, parted), device, sizes)
 
 
 def _emitters(device: Device) -> tuple[str, ...]:
@@ -97,8 +116,7 @@ def _generated(
         tried = schedules(loops) if kind == "gluon" else schedules_for(loops, device, sizes)
         for schedule in tried[: MOST_SCHEDULES[kind]]:
             schedule = replace(schedule, out_order=orders)
-            tiles = dict(schedule.tiles)
-            symbols = tuple(s for s in loops.cascade.symbols if s not in tiles)
+            symbols = tuple(s for s in loops.cascade.symbols if s not in schedule.settled)
             found.append(Candidate(kind, emit(loops, schedule), schedule, symbols))
     except Unsupported:
         pass
