@@ -408,6 +408,8 @@ def read(access: Access, scope: Scope) -> Value:
             rank = None
         if rank is not None and not name.stored and rank != name.ranks[dim]:
             rank = None
+        if rank is not None and _overruns(name, dim, scope.ranges[rank]):
+            rank = None
         if rank is not None:
             taken.add(rank)
         simple.append(rank)
@@ -418,6 +420,12 @@ def read(access: Access, scope: Scope) -> Value:
     if gathered:
         return _converted(_gather(name, access, simple, sorted(gathered), scope), name, scope)
     return _converted(_slices(name, access, simple, scope), name, scope)
+
+
+def _overruns(name: Name, dim: int, along: Range) -> bool:
+    """Whether the rank is longer than the dimension: points beyond its end do not exist, but are computed."""
+    length = name.extents[dim] if name.stored and name.extents else ""
+    return length.isdigit() and along.size.isdigit() and int(along.size) > int(length)
 
 
 def _unmerged(name: Name, access: Access, scope: Scope) -> tuple[Name, Access]:
@@ -529,7 +537,7 @@ def _gather(name: Name, access: Access, simple: list[str | None], gathered: list
             codes.append(v.code)
             continue
         text = align(v, ranks)
-        exact = isinstance(access.index[d], sympy.Symbol) and simple[d] is not None
+        exact = isinstance(access.index[d], sympy.Symbol) and simple[d] is not None  # a rank's own dimension
         codes.append(text if exact else f"{Value(text, prec=v.prec).tight()}.clamp(0, {_length(name, d)} - 1)")
     if len(gathered) == 1 and kept:
         d = gathered[0]

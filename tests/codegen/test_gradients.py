@@ -41,6 +41,10 @@ CASES = {
     + "  C[b,h,p,m]: f64 = S[b,h,p,m] + A[h,p,m]\n"
     + SOFTMAX.format(s="C[b,h,p,m]"),
     "sigmoid": HEAD.format(more="", domain="  if m <= p") + SIGMOID,
+    "keys and values in one tensor": (HEAD.format(more="", domain="  if m <= p") + SOFTMAX.format(s="S[b,h,p,m]"))
+    .replace("K[b,g,m,e]: f64, V[b,g,m,f]: f64", "K[b,g,m,t]: f64")
+    .replace("f < 6", "f < 6, t < 14")
+    .replace("V[b,h // 2,m,f]", "K[b,h // 2,m,f + 8]"),
 }
 
 
