@@ -35,8 +35,12 @@ ROUNDS = 4
 CLOSE = 2.0
 """Further than this from the best, a candidate is not timed again."""
 
-MARGIN = 0.9
-"""Another candidate takes the first one's place if it needs less than this part of its time."""
+FAR = 4.0
+"""A candidate whose first call takes so many times the best's is not called again (where calls compile nothing)."""
+
+MARGIN = {"cpu": 0.9, "cuda": 0.98}
+"""Another candidate takes the first one's place if it needs less than this part of its time: so much may measurements
+on a machine with other work be off, and so much on a GPU."""
 
 LEAST_SECONDS = 1e-3
 """A measurement repeats its call until it takes about so long: one short call is the clock's and the host's noise."""
@@ -68,34 +72,39 @@ def tune(name: str, candidates: Sequence[Candidate], run: Run, inputs: Sequence[
 
     A candidate for which the memory does not suffice is not measured, but has not failed either.
     """
+    device = inputs[0].device
     contenders = [c for c in candidates if c.kind not in LAST_RESORTS]
     seconds: dict[Candidate, float] = {}
     failures: dict[Candidate, Exception] = {}
     if len(contenders) > 1:
         end = time.perf_counter() + SECONDS
         trusted = _trusted(contenders, run, failures)
-        for done, candidate in enumerate(contenders):
+        if trusted is not None:  # warm now, and known if the time runs out
+            seconds[trusted[0]] = _timed(partial(run, trusted[0]), device)
+        untried = [c for c in contenders if c not in seconds and c not in failures]
+        for candidate in untried:
             if time.perf_counter() > end:
                 break
-            progress.tuning(done, len(contenders), name)
-            if candidate in failures:
-                continue
+            progress.tuning(len(seconds), len(contenders), name)
             try:
-                if trusted is not None and candidate.kind != trusted[0]:
-                    wrong = disagreement(run(candidate), trusted[1], inputs, empty_rows)
-                    if wrong is not None:
-                        raise ArithmeticError(wrong)
-                seconds[candidate] = _timed(partial(run, candidate), inputs[0].device)
+                start = time.perf_counter()
+                outputs = run(candidate)
+                once = time.perf_counter() - start
+                if trusted is not None and (wrong := disagreement(outputs, trusted[1], inputs, empty_rows)):
+                    raise ArithmeticError(wrong)
+                del outputs
+                far = device.type == "cpu" and seconds and once > FAR * min(seconds.values())
+                seconds[candidate] = once if far else _timed(partial(run, candidate), device)
             except torch.OutOfMemoryError:
                 continue
             except Exception as error:
                 failures[candidate] = error
-        trusted = None
-        _repeat(seconds, run, inputs[0].device, end)
-    likely = next(iter(seconds), None)
+        del trusted
+        _repeat(seconds, run, device, end)
+    likely = next((c for c in contenders if c in seconds), None)
 
     def rank(candidate: Candidate) -> float:
-        return seconds.get(candidate, float("inf")) * (MARGIN if candidate == likely else 1)
+        return seconds.get(candidate, float("inf")) * (MARGIN[device.type] if candidate == likely else 1)
 
     order = sorted((c for c in candidates if c not in failures), key=rank)
     return Tuned(tuple(order), seconds, failures)
@@ -103,14 +112,14 @@ def tune(name: str, candidates: Sequence[Candidate], run: Run, inputs: Sequence[
 
 def _trusted(
     contenders: Sequence[Candidate], run: Run, failures: dict[Candidate, Exception]
-) -> tuple[str, tuple[Tensor, ...]] | None:
-    """The kind of the candidate that rests on least of our own, and its outputs: the others are held to them."""
+) -> tuple[Candidate, tuple[Tensor, ...]] | None:
+    """The candidate that rests on least of our own, and its outputs: the others are held to them."""
     for kind in TRUSTED:
         candidate = next((c for c in contenders if c.kind == kind), None)
         if candidate is None:
             continue
         try:
-            return kind, run(candidate)
+            return candidate, run(candidate)
         except torch.OutOfMemoryError:
             continue
         except Exception as error:

@@ -122,6 +122,23 @@ def test_what_comes_from_disk_is_what_went_there() -> None:
     assert read.steps == made.steps
 
 
+def test_a_gpus_kernels_come_from_disk_as_they_went_there() -> None:
+    """Schedules of every emitter, with all that they hold."""
+    pytest.importorskip("triton")
+    from benchmarks.launch import ATTENTION as HALF_PRECISION
+    from benchmarks.stub_device import hopper
+
+    half = parse_cascade(HALF_PRECISION)
+    with hopper():
+        for sizes in ({"B": 2, "M": 4096, "P": 4096}, {"B": 2, "M": 4096, "P": 1}):
+            made = build(half, "exact", CPU, sizes)
+            assert {"gluon", "triton"} <= {c.kind for c in made.candidates}
+            kernels._build.cache_clear()
+            read = build(half, "exact", CPU, sizes)
+            assert (made.from_disk, read.from_disk) == (False, True)
+            assert read.candidates == made.candidates
+
+
 def test_a_corrupt_entry_is_made_anew() -> None:
     inputs, sizes = _inputs()
     made = build(ATTENTION, "exact", CPU, sizes)
@@ -168,6 +185,73 @@ def test_without_autotuning_the_model_decides(monkeypatch: pytest.MonkeyPatch) -
     kernel = build(ATTENTION, "exact", CPU, sizes)
     _check(_run(kernel, inputs, sizes), inputs)
     assert kernel.candidate == "library:sdpa"
+
+
+def test_while_a_graph_is_captured_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cost model's choice runs, and the first call after it tunes."""
+    inputs, sizes = _inputs()
+    kernel = build(ATTENTION, "exact", CPU, sizes)
+    with monkeypatch.context() as capture:
+        capture.setattr(kernels, "_capturing", lambda device: True)
+        capture.setattr(tuning, "tune", None)
+        _check(_run(kernel, inputs, sizes), inputs)
+    assert not kernel.tuned
+    _check(_run(kernel, inputs, sizes), inputs)
+    assert kernel.tuned
+
+
+def _check_on_gpu(out: torch.Tensor, inputs: list[torch.Tensor]) -> None:
+    expected = interpret(ATTENTION, dict(zip("QKV", (x.cpu() for x in inputs), strict=True)))["O"]
+    assert float((out.cpu().double() - expected).norm()) <= 1e-5 * float(expected.norm())
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_captures_a_call() -> None:
+    """A graph that is replayed reads what its inputs hold then."""
+    device = torch.device("cuda")
+    inputs = [torch.randn(2, 4, 64, 8, device=device) for _ in range(3)]
+    run = call_for(PROGRAM.text, inputs[0].device)
+    run(inputs, (2, 64, 64))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        (out,) = run(inputs, (2, 64, 64))
+    for x in inputs:
+        x.normal_()
+    graph.replay()
+    _check_on_gpu(out, inputs)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_call_runs_on_the_device_of_its_inputs() -> None:
+    inputs = [torch.randn(2, 4, 64, 8, device="cuda:1") for _ in range(3)]
+    assert torch.cuda.current_device() == 0
+    (out,) = call_for(PROGRAM.text, inputs[0].device)(inputs, (2, 64, 64))
+    assert out.device == inputs[0].device
+    _check_on_gpu(out, inputs)
+
+
+def test_the_last_candidates_failure_is_the_callers() -> None:
+    inputs, sizes = _inputs()
+    kernel = build(ATTENTION, "exact", CPU, sizes)
+    kernel.tuned = True
+    broken = Source("torch", "def run(*inputs, **sizes):\n    raise RuntimeError('nothing works')\n")
+    kernel.candidates[:] = [Candidate("interpreter", broken, kernel.schedule, ATTENTION.symbols)]
+    with pytest.raises(RuntimeError, match="nothing works"):
+        _run(kernel, inputs, sizes)
+
+
+def test_out_of_memory_is_no_broken_kernel() -> None:
+    """It is the caller's, and the next call tries the same candidate again."""
+    inputs, sizes = _inputs()
+    kernel = build(ATTENTION, "exact", CPU, sizes)
+    kernel.tuned = True
+    full = Source("torch", "import torch\ndef run(*inputs, **sizes):\n    raise torch.OutOfMemoryError('full')\n")
+    kernel.candidates.insert(0, Candidate("triton", full, kernel.schedule, ATTENTION.symbols))
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        _run(kernel, inputs, sizes)
+    assert kernel.candidate == "triton"
 
 
 def test_a_kernel_that_fails_is_replaced_and_told_once(monkeypatch: pytest.MonkeyPatch) -> None:

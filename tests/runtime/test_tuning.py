@@ -1,0 +1,201 @@
+"""Tuning: what is measured, in which order, against whom, for how long; and by several processes at once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import einscade
+from einscade.codegen.schedule import Schedule
+from einscade.codegen.source import Source
+from einscade.runtime import call, kernels, progress, tuning
+from einscade.runtime.candidates import Candidate
+from einscade.runtime.tuning import tune
+from tests.models.small import CausalAttention
+
+X = torch.arange(6.0)
+
+
+def _candidate(kind: str, number: int = 0) -> Candidate:
+    return Candidate(kind, Source("torch", f"# {kind} {number}"), Schedule(), ())
+
+
+SDPA, GLUON, TRITON, TILED, FLAT, INTERPRETER = map(
+    _candidate, ("library:sdpa", "gluon", "triton", "tiled_torch", "flat", "interpreter")
+)
+ALL = [GLUON, TRITON, TILED, SDPA, FLAT, INTERPRETER]
+
+
+def _seconds(monkeypatch: pytest.MonkeyPatch, of: dict[Candidate, float]) -> list[Candidate]:
+    """Pretends these times; what was measured, in order."""
+    measured: list[Candidate] = []
+
+    def timed(run: Callable[[], object], device: torch.device) -> float:
+        (candidate,) = run.args  # type: ignore[attr-defined]
+        measured.append(candidate)
+        return of[candidate]
+
+    monkeypatch.setattr(tuning, "_timed", timed)
+    return measured
+
+
+def _same(candidate: Candidate) -> tuple[Tensor, ...]:
+    return (X * 2,)
+
+
+def test_the_fastest_is_first_and_the_last_resorts_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = _seconds(monkeypatch, {GLUON: 2.0, TRITON: 3.0, TILED: 9.0, SDPA: 1.0})
+    found = tune("site", ALL, _same, [X], False)
+    assert found.order == (SDPA, GLUON, TRITON, TILED, FLAT, INTERPRETER)
+    assert measured[:4] == [SDPA, GLUON, TRITON, TILED]  # the library call is known whenever the time runs out
+    assert TILED not in measured[4:]
+    assert GLUON in measured[4:]
+
+
+@pytest.mark.parametrize(("challenger", "first"), [(0.95, GLUON), (0.85, TRITON)])
+def test_the_model_is_overruled_beyond_the_noise_only(
+    challenger: float, first: Candidate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _seconds(monkeypatch, {GLUON: 1.0, TRITON: challenger, TILED: 9.0, SDPA: 9.0})
+    assert tune("site", ALL, _same, [X], False).order[0] == first
+
+
+def test_a_busy_moment_is_nobodys_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fastest candidate is measured slow once, and fast when its turn comes again."""
+    times = {SDPA: [1.0] * 9, TILED: [1.5, *[0.5] * 9], TRITON: [3.0], GLUON: [3.0]}
+    monkeypatch.setattr(tuning, "_timed", lambda run, device: times[run.args[0]].pop(0))
+    assert tune("site", [SDPA, TILED, TRITON, GLUON], _same, [X], False).order[0] == TILED
+
+
+def test_no_time_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is started any more: the library call is known, the others stay in the model's order behind it."""
+    monkeypatch.setattr(tuning, "SECONDS", -1.0)
+    measured = _seconds(monkeypatch, {SDPA: 1.0})
+    assert tune("site", ALL, _same, [X], False).order == (SDPA, GLUON, TRITON, TILED, FLAT, INTERPRETER)
+    assert measured == [SDPA]
+
+
+def test_a_candidate_far_behind_is_called_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Candidate] = []
+
+    def run(candidate: Candidate) -> tuple[Tensor, ...]:
+        calls.append(candidate)
+        return (X * 2,)
+
+    monkeypatch.setattr(tuning, "_timed", lambda run, device: 1e-9)
+    tune("site", [SDPA, TILED], run, [X], False)
+    assert calls == [SDPA, TILED]
+
+
+def test_wrong_and_broken_candidates_are_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(candidate: Candidate) -> tuple[Tensor, ...]:
+        if candidate == TRITON:
+            raise RuntimeError("does not compile")
+        return (X * (3 if candidate == GLUON else 2),)
+
+    _seconds(monkeypatch, {TILED: 2.0, SDPA: 1.0})
+    found = tune("site", ALL, run, [X], False)
+    assert found.order == (SDPA, TILED, FLAT, INTERPRETER)
+    assert [type(found.failures[c]) for c in (GLUON, TRITON)] == [ArithmeticError, RuntimeError]
+
+
+def test_without_the_library_the_others_are_held_to_torch_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(candidate: Candidate) -> tuple[Tensor, ...]:
+        if candidate == SDPA:
+            raise RuntimeError("no such library")
+        return (X * (3 if candidate == GLUON else 2),)
+
+    _seconds(monkeypatch, {TILED: 2.0, TRITON: 1.0})
+    found = tune("site", ALL, run, [X], False)
+    assert found.order == (TRITON, TILED, FLAT, INTERPRETER)
+    assert set(found.failures) == {SDPA, GLUON}
+
+
+def test_too_little_memory_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(candidate: Candidate) -> tuple[Tensor, ...]:
+        if candidate == GLUON:
+            raise torch.OutOfMemoryError("while measuring")
+        return (X * 2,)
+
+    _seconds(monkeypatch, {TRITON: 1.0, TILED: 2.0, SDPA: 3.0})
+    found = tune("site", ALL, run, [X], False)
+    assert found.order == (TRITON, TILED, SDPA, GLUON, FLAT, INTERPRETER)
+    assert found.failures == {}
+
+
+def test_progress_is_drawn(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(progress, "_visible", lambda: True)
+    _seconds(monkeypatch, dict.fromkeys(ALL, 1.0))
+    tune("attention", ALL, _same, [X], False)
+    progress.finish()
+    drawn = capsys.readouterr().err
+    assert "3/4 kernels measured" in drawn
+    assert "attention" in drawn
+    assert drawn.endswith("\r\x1b[K")
+
+
+def test_equal_layers_are_tuned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None) -> None:
+    tuned: list[str] = []
+    plain = tuning.tune
+
+    def noting(name: str, *arguments: object) -> tuning.Tuned:
+        tuned.append(name)
+        return plain(name, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tuning, "tune", noting)
+    monkeypatch.setenv("EINSCADE_CACHE_DIR", str(tmp_path))
+    kernels._build.cache_clear()
+    call._calls.clear()
+    layers = torch.nn.Sequential(*[CausalAttention() for _ in range(5)])
+    fast = einscade.optimize(layers, inner="eager")
+    with torch.no_grad():
+        fast(torch.randn(2, 19, 32))
+        fast(torch.randn(2, 19, 32))
+    assert len(fast.report.sites) == 5
+    assert len(tuned) == 1
+
+
+_TUNE = """
+import sys, torch
+from einscade.ir.text import parse_cascade
+from einscade.runtime.kernels import build
+from einscade.runtime import kernels
+sizes = {"B": 2, "M": 33, "P": 33}
+cascade = parse_cascade(open(sys.argv[1]).read())
+sys.stdin.readline()  # all start at once
+kernel = build(cascade, "exact", torch.device("cpu"), sizes)
+torch.manual_seed(0)
+inputs = [torch.randn(2, 4, 33, 8) for _ in range(3)]
+(out,) = kernel(inputs, [2, 33, 33])
+reference = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True, scale=0.25)
+torch.testing.assert_close(out, reference, rtol=1e-4, atol=1e-5)
+kernels._build.cache_clear()
+again = build(cascade, "exact", torch.device("cpu"), sizes)
+assert again.tuned and again.from_disk, (again.tuned, again.from_disk)
+"""
+
+
+def test_processes_that_tune_one_site_at_once(tmp_path: Path) -> None:
+    from tests.runtime.test_kernels import ATTENTION
+
+    text = tmp_path / "cascade.txt"
+    text.write_text(str(ATTENTION))
+    environment = {
+        **os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "EINSCADE_CACHE_DIR": str(tmp_path / "kernels"),
+    }  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", _TUNE, str(text)], stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+        )
+        for _ in range(3)
+    ]
+    errors = [process.communicate(b"\n", timeout=300)[1].decode() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], errors
+    assert [p.suffix for p in (tmp_path / "kernels").rglob("*") if p.is_file()] == [".json"]
