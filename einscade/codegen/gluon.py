@@ -20,7 +20,7 @@ from einscade.codegen.gluon_plan import GROUP_ROWS, REGISTERS, Plan, Ring
 from einscade.codegen.gluon_points import GLUON_DTYPES
 from einscade.codegen.gluon_tables import Tables
 from einscade.codegen.gluon_text import REDUCTIONS, TABLE_MAP, TILE_MAP, TURN, call, function, indent, paren, wrapped
-from einscade.codegen.gluon_values import HELPERS
+from einscade.codegen.gluon_values import HELPERS, Printer
 from einscade.codegen.gluon_visits import LISTING
 from einscade.codegen.loops import LoopProgram
 from einscade.codegen.schedule import Schedule
@@ -28,9 +28,9 @@ from einscade.codegen.source import Source, Unsupported
 from einscade.codegen.torch_values import python
 from einscade.ir.expr import FloorDiv, accesses, free_vars, var
 
-__all__ = ["emit", "schedules"]
+__all__ = ["IMPORTS", "Module", "emit", "schedules"]
 
-_IMPORTS = """
+IMPORTS = """
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -49,7 +49,7 @@ _TORCH = {"bf16": "torch.bfloat16", "f16": "torch.float16", "f32": "torch.float3
 
 def emit(program: LoopProgram, schedule: Schedule) -> Source:
     """The program's module. Raises `Unsupported` where the nest or the schedule does not fit the kernel."""
-    return Source("triton", _Module(form(program), schedule).text())
+    return Source("triton", Module(form(program), schedule).text())
 
 
 def schedules(program: LoopProgram) -> tuple[Schedule, ...]:
@@ -82,7 +82,7 @@ def schedules(program: LoopProgram) -> tuple[Schedule, ...]:
         schedule = Schedule(tuple(sorted(tiles.items())), 4, stages, (), "cuda:90", True)
         if len(space) == 4 and not _fits(shape, schedule):
             continue
-        if groups == 3 and _Module(shape, schedule).listed:  # no registers to spare
+        if groups == 3 and Module(shape, schedule).listed:  # no registers to spare
             continue
         found.append(schedule)
     if not found:
@@ -98,24 +98,34 @@ def _fits(shape: Form, schedule: Schedule) -> bool:
     return True
 
 
-class _Module(Tables):
+class Module(Tables):
     """One module's text."""
 
     def text(self) -> str:
-        shape = self.shape
-        listing = [LISTING.strip("\n"), self._listing()] if self.listed else []
-        body = [*listing, self._place(), self._load(), *map(self._reader, self.tables), self._weigh()]
-        body += [self._advance(), self._compute(), self._kernel()]
-        helpers = [HELPERS[h].strip("\n") for h in HELPERS if h in self.used]
-        helpers += [REDUCTIONS[h].strip("\n") for h in REDUCTIONS if h in self.used]
         title = f"{self.cascade.name}: written by einscade for the cascade"
         doc = "\n".join("    " + line for line in str(self.cascade).splitlines())
-        head = f'"""{title}\n\n{doc}\n"""\n{_IMPORTS}\n'
-        layouts = [
-            f"TILE_{w} = gl.constexpr(gl.NVMMASharedLayout({min(128, w * 2)}, 16, 2))" for w in self._widths()
-        ]
+        head = f'"""{title}\n\n{doc}\n"""\n{IMPORTS}\n'
+        parts = [*self.parts(), TILE_MAP.strip("\n"), TABLE_MAP.strip("\n") if self.tables else "", self._run()]
+        return head + "\n" + "\n\n\n".join(p for p in parts if p) + "\n"
+
+    def parts(self) -> list[str]:
+        """The constants and functions of the kernel."""
+        functions = self._functions()  # which add to the helpers used
+        listing = [LISTING.strip("\n"), self._listing()] if self.listed else []
+        helpers = [HELPERS[h].strip("\n") for h in HELPERS if h in self.used]
+        helpers += [REDUCTIONS[h].strip("\n") for h in REDUCTIONS if h in self.used]
+        return [self._constants(), *helpers, *listing, *functions]
+
+    def _functions(self) -> list[str]:
+        turn = [TURN.strip("\n")] if self.groups > 1 else []
+        load = [self._load(), *map(self._reader, self.tables)]
+        return [*turn, self._place(), *load, self._weigh(), self._advance(), self._compute(), self._kernel()]
+
+    def _constants(self) -> str:
+        shape = self.shape
+        layouts = [f"TILE_{w} = gl.constexpr(gl.NVMMASharedLayout({min(128, w * 2)}, 16, 2))" for w in self._widths()]
         maps = "\n".join([*layouts, *self._table_layouts()])
-        constants = f"""
+        return f"""
 GROUPS = gl.constexpr({self.groups})  # warpgroups of 64 rows of {shape.p}
 STEP = gl.constexpr({self.columns})  # of {shape.m}, an iteration
 STAGES = gl.constexpr({self.stages})
@@ -127,16 +137,6 @@ COLUMN = gl.constexpr(gl.SliceLayout(0, SCORES))
 RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
 {maps}
 """.strip("\n")
-        parts = [
-            constants,
-            *helpers,
-            TURN.strip("\n") if self.groups > 1 else "",
-            *body,
-            TILE_MAP.strip("\n"),
-            TABLE_MAP.strip("\n") if self.tables else "",
-            self._run(),
-        ]
-        return head + "\n" + "\n\n\n".join(p for p in parts if p) + "\n"
 
     def _place(self) -> str:
         """Which tile of the grid a program has, and which tiles of the loop it visits."""
@@ -354,16 +354,7 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
         for x in self.loads:
             if x.name is not None:
                 lines.append(f"{x.name} = {self._element(x.access, printer).code}")
-        lines.append(f"zero = gl.full([{GROUP_ROWS}, STEP], 0.0, gl.float32, SCORES)")
-        for state in shape.states:
-            name, init = self.name(state.name), printer.value(state.init).code
-            if state.name in shape.split:
-                lines.append(f"{name} = row_parts(zero)")
-            elif shape.p in state.ranks:
-                lines.append(f"{name} = gl.full([{GROUP_ROWS}], {init}, gl.float32, ROW)")
-            else:
-                raise Unsupported(f"{state.name} runs without the rank {shape.p}")
-        lines += [f"{s} = gl.full([{GROUP_ROWS}, {self.f}], 0.0, gl.float32, RESULT)" for s in sums]
+        lines += self._initial(printer)
         turn, done = self._turns()
         if self.groups > 1:
             lines += ["if group == GROUPS - 1:", "    pass_turn(group)  # the first turn is the first warpgroup's"]
@@ -404,6 +395,20 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
         lines.append("tma.store_wait(0)")
         constants = [*self._table_constants(), "group: gl.constexpr"]
         return function("compute", [*self._compute_arguments(), *constants], lines)
+
+    def _initial(self, printer: Printer) -> list[str]:
+        """The running values and sums before the first iteration."""
+        shape = self.shape
+        lines = [f"zero = gl.full([{GROUP_ROWS}, STEP], 0.0, gl.float32, SCORES)"]
+        for state in shape.states:
+            name, init = self.name(state.name), printer.value(state.init).code
+            if state.name in shape.split:
+                lines.append(f"{name} = row_parts(zero)")
+            elif shape.p in state.ranks:
+                lines.append(f"{name} = gl.full([{GROUP_ROWS}], {init}, gl.float32, ROW)")
+            else:
+                raise Unsupported(f"{state.name} runs without the rank {shape.p}")
+        return lines + [f"{s} = gl.full([{GROUP_ROWS}, {self.f}], 0.0, gl.float32, RESULT)" for s in self._sum_names()]
 
     def _store(self, x: Operand) -> list[str]:
         """A tile of results through shared memory, that of an operand where there is one to spare."""

@@ -81,7 +81,8 @@ class Form:
 
     `statements` run between the products and the sums, in order. `split` names running sums that only the epilogue
     reads: each thread keeps its own part of them until then. results: the nest's outputs; written: those that are
-    tiles, as operands. keep: where points exist; always_guard: whether a tile without masks can hold infinite scores.
+    tiles, as operands; addressed: such tiles in f32, which are stored by address. keep: where points exist;
+    always_guard: whether a tile without masks can hold infinite scores.
     """
 
     cascade: Cascade
@@ -97,6 +98,7 @@ class Form:
     epilogue: tuple[Statement, ...]
     results: tuple[str, ...]
     written: tuple[Operand, ...]
+    addressed: tuple[Operand, ...]
     keep: Boolean
     always_guard: bool
 
@@ -153,7 +155,7 @@ def nest_form(cascade: Cascade, nest: SerialNest) -> Form:
     operands = [o for x in products for o in (x.still, x.moving)] + [x.values for x in sums]
     if len(dtypes := sorted({cascade.tensors[o.tensor].dtype for o in operands})) > 1:
         raise Unsupported(f"operands in {' and '.join(dtypes)}")
-    written = _written(cascade, nest, loop.epilogue, p, [x.f for x in sums])
+    written, addressed = _written(cascade, nest, loop.epilogue, p, [x.f for x in sums])
     return Form(
         cascade,
         loop,
@@ -168,6 +170,7 @@ def nest_form(cascade: Cascade, nest: SerialNest) -> Form:
         loop.epilogue,
         nest.outputs,
         written,
+        addressed,
         And(*{c for s in body for c in And.make_args(s.keep) if m in free_vars(c)}) if body else sympy.true,
         always_guard,
     )
@@ -285,9 +288,9 @@ def _factors(expr: Expr, rank: str) -> tuple[list[Expr], Expr]:
     return [x for x in parts if rank in free_vars(x)], sympy.Mul(*(x for x in parts if rank not in free_vars(x)))
 
 
-def _operand(cascade: Cascade, access: Access, row: str, width: str) -> Operand:
+def _operand(cascade: Cascade, access: Access, row: str, width: str, dtypes: Sequence[str] = DTYPES) -> Operand:
     t = cascade.tensors[access.tensor]
-    if t.dtype not in DTYPES or t.layout.kind != "dense":
+    if t.dtype not in dtypes or t.layout.kind != "dense":
         raise Unsupported(f"{t.name} is {t.layout.kind} {t.dtype}; the kernel reads dense {' or '.join(DTYPES)}")
     index = list(access.index)
     wide = [i for i, x in enumerate(index) if width in free_vars(x)]
@@ -388,22 +391,24 @@ def _split(
 
 def _written(
     cascade: Cascade, nest: SerialNest, epilogue: Sequence[Statement], p: str, widths: Sequence[str]
-) -> tuple[Operand, ...]:
-    """The outputs that are tiles; the others have to be one value a row."""
+) -> tuple[tuple[Operand, ...], tuple[Operand, ...]]:
+    """The outputs that are tiles, and those that are tiles in f32; the others have to be one value a row."""
     made = {s.name for s in epilogue}
-    tiles = []
+    tiles: list[Operand] = []
+    wide: list[Operand] = []
     for name in nest.outputs:
         t = cascade.tensors[name]
         if name not in made:
             raise Unsupported(f"{name} leaves the loop without an epilogue")
         across = [f for f in dict.fromkeys(widths) if f in t.ranks]
-        if len(across) == 1 and t.dtype in DTYPES:
-            tiles.append(_operand(cascade, Access(t.name, *map(var, t.ranks)), p, across[0]))
+        if len(across) == 1 and t.dtype in (*DTYPES, "f32"):
+            operand = _operand(cascade, Access(t.name, *map(var, t.ranks)), p, across[0], (*DTYPES, "f32"))
+            (tiles if t.dtype in DTYPES else wide).append(operand)
         elif p not in t.ranks or set(t.ranks) - set(nest.grid):
             raise Unsupported(f"the output {name} is not one value a row, nor a tile in {' or '.join(DTYPES)}")
-    if not tiles:
+    if not tiles and not wide:
         raise Unsupported(f"an output over {p} and a width is needed")
     for s in epilogue:
         if s.monoid is not None:
             raise Unsupported(f"{s.name} reduces after the loop")
-    return tuple(tiles)
+    return tuple(tiles), tuple(wide)

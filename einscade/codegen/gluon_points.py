@@ -284,6 +284,19 @@ class Points(Plan):
             lines += self._store_row(r, printer)
         return lines
 
+    def _store_addressed(self, x: Operand, to: str, printer: Printer) -> list[str]:
+        """A tile of float32 results, by address."""
+        p, t = self.shape.p, self.cascade.tensors[x.tensor]
+        f = t.ranks[x.across]
+        scalars = [f"{r}.to(gl.int64) * {to}_{i}" for i, r in enumerate(t.ranks) if i not in (x.row, x.across)]
+        limit = printer.value(self.shape.extent(p)).code
+        rows, columns = f"({p}_.to(gl.int64) * {to}_{x.row})[:, None]", f"({f}_ * {to}_{x.across})[None, :]"
+        mask = f"({p}_ < {limit})[:, None]" + (f" & ({f}_ < {x.width})[None, :]" if x.width != self.f else "")
+        return [
+            f"{f}_ = gl.arange(0, {self.f}, gl.SliceLayout(0, RESULT))",
+            f"gl.store({' + '.join([to, *scalars, rows, columns])}, {printer.names[x.tensor].code}, mask={mask})",
+        ]
+
     def _read_after(self, access: Access) -> bool:
         return any(access in accesses(s.expr) + accesses(s.row) for s in self.epilogue)
 
@@ -291,6 +304,9 @@ class Points(Plan):
         t = self.cascade.tensors[output]
         to = f"{self.name(output)}_to"
         p = self.shape.p
+        for x in self.shape.addressed:
+            if x.tensor == output:
+                return self._store_addressed(x, to, printer)
         scalars = [f"{r}.to(gl.int64) * {to}_{i}" for i, r in enumerate(t.ranks) if r != p]
         limit = printer.value(self.shape.extent(p)).code
         where = " + ".join([to, *scalars, f"{p}_ * {to}_{t.ranks.index(p)}"])
