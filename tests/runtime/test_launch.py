@@ -4,7 +4,9 @@ is computed twice. A stub stands for the GPU."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -28,9 +30,15 @@ SHAPE = {"dtype": "bf16", "h": 4, "g": 2, "e": 64, "f": 64}
 @pytest.fixture
 def launched() -> Iterator[list[tuple[Any, ...]]]:
     calls: list[tuple[Any, ...]] = []
-    launch._direct_launches.cache_clear()
+    _forget()
     with hopper(calls):
         yield calls
+    _forget()
+
+
+def _forget() -> None:
+    """No module keeps what it compiled for another device."""
+    load.cache_clear()
     launch._direct_launches.cache_clear()
 
 
@@ -86,3 +94,102 @@ def test_a_launch_passes_what_the_jit_passes(kind: str, launched: list[tuple[Any
         through_the_jit, direct = launched[-2:]
         assert direct[10:13] == (None, None, None)
         assert _without_output(direct, inputs) == _without_output(through_the_jit, inputs), (n, offset)
+
+
+@pytest.mark.parametrize("kind", ["gluon", "triton"])
+def test_what_was_compiled_is_found_by_alignment_and_strides(kind: str, launched: list[tuple[Any, ...]]) -> None:
+    """Only the first call of each kind goes through the JIT: the later ones find its kernel, with new addresses and
+    lengths of the same kind too."""
+    run = load(_source(kind), "causal")
+    (launcher,) = _launchers(run)
+    with mock.patch.object(launcher.kernel, "run", wraps=launcher.kernel.run) as through_the_jit:
+        for n in (256, 256, 272, 1, 1):
+            run(*_inputs(n), B=1, M=n, P=n)
+    assert through_the_jit.call_count == (1 if kind == "gluon" else 2)  # a length of 1 is a constant to Triton
+    assert len(launched) == 5
+
+
+def test_a_hook_is_called(launched: list[tuple[Any, ...]]) -> None:
+    """Profilers hook Triton's launches: they see ours."""
+    from triton import knobs
+
+    run, inputs = load(_source("gluon"), "causal"), _inputs(256)
+    run(*inputs, B=1, M=256, P=256)
+    hook = lambda metadata: None  # noqa: E731
+    knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        run(*inputs, B=1, M=256, P=256)
+    finally:
+        knobs.runtime.launch_enter_hook.remove(hook)
+    assert launched[-1][11] is knobs.runtime.launch_enter_hook
+    run(*inputs, B=1, M=256, P=256)
+    assert launched[-1][11] is None
+
+
+def test_an_unknown_triton_launches_through_the_jit(
+    launched: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "KNOWN_VERSIONS", ("1.0.",))
+    run, inputs = load(_source("gluon"), "causal"), _inputs(256)
+    for _ in range(2):
+        run(*inputs, B=1, M=256, P=256)
+        assert launched[-1][11] is not None
+
+
+def test_descriptors_are_made_once_and_hold_no_memory(launched: list[tuple[Any, ...]]) -> None:
+    describe = load(_source("gluon"), "causal").__globals__["tile_map"]
+    x = torch.randn(1, 2, 64, 64).bfloat16()
+    one = describe(x, 64, 64)
+    assert describe(x.view(1, 2, 64, 64), 64, 64) is one
+    assert one.base == launch.Address(x.data_ptr(), x.dtype)
+    assert describe(x, 32, 64) is not one
+    assert describe(x.view(2, 1, 64, 64), 64, 64) is not one
+    assert describe(x.view(torch.float16), 64, 64) is not one
+
+
+def test_a_copy_is_described_every_time(launched: list[tuple[Any, ...]]) -> None:
+    """An operand that the copy engine cannot address is copied: the copy's contents are those of that call."""
+    describe = load(_source("gluon"), "causal").__globals__["tile_map"]
+    x = torch.randn(1, 2, 64, 64).bfloat16().transpose(-1, -2)
+    one, other = describe(x, 64, 64), describe(x, 64, 64)
+    assert one is not other
+    assert isinstance(one.base, Tensor)
+    assert torch.equal(one.base, x)
+
+
+def test_descriptors_are_forgotten_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "MOST", 8)
+    made = []
+
+    def describe(x: Tensor, block: list[int]) -> Any:
+        made.append(x)
+        return SimpleNamespace(base=x, block_shape=block, padding="zero")
+
+    look_up = launch.remembered(describe)
+    kept = [torch.randn(4) for _ in range(20)]
+    for x in kept:
+        assert look_up(x, [4]) is look_up(x, [4])
+    assert len(made) == 20
+    look_up(kept[0], [4])
+    assert len(made) == 21
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["gluon", "triton", "triton, no descriptors"])
+def test_launches_on_a_gpu(kind: str) -> None:
+    if kind != "triton, no descriptors" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    run = load(_source(kind), "causal")
+    for n, offset in ((256, 0), (256, 0), (250, 0), (250, 1), (1, 0), (257, 3), (256, 0)):
+        for _ in range(2):
+            q, k, v = inputs = [x.cuda() if not offset else _misaligned(x) for x in _inputs(n)]
+            (out,) = run(*inputs, B=1, M=n, P=n)
+            expected = torch.nn.functional.scaled_dot_product_attention(
+                *(x.double() for x in (q, k, v)), is_causal=True, enable_gqa=True
+            )
+            assert float((out - expected).norm()) <= 1e-2 * float(expected.norm()), (n, offset)
+
+
+def _misaligned(x: Tensor) -> Tensor:
+    whole = torch.empty(x.numel() + 1, dtype=x.dtype, device="cuda")
+    return whole[1:].view(x.shape).copy_(x)
