@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cpu_model, end_to_end, record, zoo
+from benchmarks import cpu_model, end_to_end, h200, record, zoo
 from benchmarks.measure import interleaved_medians, peak_extra_memory
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/clear_refs is Linux's")
@@ -128,3 +128,41 @@ def test_whole_models_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ours = figures[name]["variants"]["einscade"]
         assert ours["rewritten"] == ours["sites"] == 2
         assert ours["ms"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_attention_rows_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of every kind, small: right, rewritten, with figures for themselves and their peers."""
+    names = "gqa-causal-d128,documents,differential,evoformer-rows"
+    out = tmp_path / "figures.json"
+    command = ["h200", "--rows", names, "--peers", "compile", "--tiny", "--out", str(out), "--commit", "none"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert h200.main() == 0
+    figures = json.loads(out.read_text())["figures"]
+    assert list(figures) == names.split(",")
+    for row in figures.values():
+        assert row["error"] <= 1.5 * row["plain_error"]
+        assert row["ms"] > 0
+        assert len(row["kernels"]) == 1
+        assert row["compile"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"), [("--rows=dense", "unknown row dense"), ("--peers=cudn", "unknown peer cudn")]
+)
+def test_unknown_rows_and_peers(
+    argument: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["h200", argument, "--tiny"])
+    with pytest.raises(SystemExit):
+        h200.main()
+    assert message in capsys.readouterr().err
+
+
+def test_operations_count_the_points_that_are_kept() -> None:
+    rows = {r.name: r for r in h200.ROWS}
+    for name, kept in [("dense-d64", 64 * 64), ("causal-d64", 64 * 65 // 2), ("window-1024", 64 * 65 // 2)]:
+        row = rows[name]
+        found = row.operations(64, row.inputs(64, "cpu", batch=1))
+        assert found == 4 * kept * row.width * row.heads * (row.batch or 0)
