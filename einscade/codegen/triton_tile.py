@@ -33,6 +33,7 @@ TRITON_DTYPES: Mapping[str, str] = {
     "i64": "int64", "i32": "int32", "i16": "int16", "i8": "int8", "u8": "uint8", "bool": "int1",
 }  # fmt: skip
 _HALF = ("bf16", "f16")
+_LONGEST_INDEX = 32  # characters of an index that are written where it is used
 _BYTES = {"f32": 4, "f16": 2, "bf16": 2, "f8e4m3": 1, "f8e5m2": 1, "i32": 4, "i16": 2, "i8": 1, "u8": 1}
 
 
@@ -81,6 +82,7 @@ class TileWriter:
         self.described: dict[str, tuple[int, ...]] = {}
         self.edge_names: dict[tuple[Expr, str], str] = {}
         self.edge_lines: list[str] = []
+        self.index_names: dict[tuple[bool, Expr], str] = {}
         self.edge_counts: dict[str, int] = {}
         self.data_names: set[str] = set()
         self.masks: dict[Boolean, Value] = {}
@@ -181,7 +183,7 @@ class TileWriter:
         t = self.cascade.tensors[access.tensor]
         kind = "b" if t.dtype == "bool" else "i" if t.dtype[0] in "iu" else "f"
         dtype = TRITON_DTYPES[t.dtype]
-        indices = [value(i, self.scope) for i in access.index]
+        indices = [self.named(i, value(i, self.scope), moving) for i in access.index]
         ranks = self.scope.sort(r for v in indices for r in v.ranks)
         base, address, conditions = memory.pointer, "", []
         for i, v, stride, extent in zip(access.index, indices, memory.strides, memory.extents, strict=True):
@@ -230,6 +232,16 @@ class TileWriter:
         if kind == "b":
             return Value(f"({name} != 0)", ranks, "b")
         return Value(name, ranks, kind, dtype=dtype)
+
+    def named(self, index: Expr, v: Value, moving: bool) -> Value:
+        """A long index as a variable, which the loads that share it share."""
+        if len(v.code) <= _LONGEST_INDEX or v.code.isidentifier():
+            return v
+        key = (moving, index)
+        if key not in self.index_names:
+            self.index_names[key] = "place" + (str(len(self.index_names)) if self.index_names else "")
+            self.here(f"{self.index_names[key]} = {v.code}")
+        return Value(self.index_names[key], v.ranks, v.kind)
 
     def edge(self, index: Expr, v: Value, extent: str) -> str:
         """The variable that says which of the tile's indices are inside the tensor; all are, in a full tile."""

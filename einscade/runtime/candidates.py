@@ -34,6 +34,9 @@ __all__ = ["LAST_RESORTS", "Candidate", "candidates"]
 MOST_SCHEDULES = {"gluon": 4, "triton": 8, "tiled_torch": 3}
 """So many schedules of an emitter are written out; the cost model has put the likely ones first."""
 
+BESIDE_PARTS = 2
+"""Where the cost model wants a loop in parts, so many schedules of each emitter show what it is without."""
+
 LAST_RESORTS = ("flat", "interpreter")
 
 
@@ -65,7 +68,8 @@ def candidates(
     if device.kind != "cpu" and few_rows(loops, Lengths(rewritten, sizes)) is not None:
         kinds = tuple(sorted(kinds, key=lambda kind: kind != "triton"))  # it packs the heads of a group into a tile
     generated = _in_parts(program, loops, device, sizes)
-    generated += [c for kind in kinds for c in _generated(kind, loops, orders, device, sizes)]
+    whole = [_generated(kind, loops, orders, device, sizes) for kind in kinds]
+    generated += [c for found in whole for c in (found[:BESIDE_PARTS] if generated else found)]
     if not generated:
         generated = _generated("tiled_torch", loops, orders, device, sizes)
     found = [*calls, *generated] if device.kind == "cpu" else [*generated, *calls]
