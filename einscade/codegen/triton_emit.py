@@ -70,7 +70,7 @@ class _TritonModule(TorchModule):
             described[tensor] = f"{tensor}_read"
             self.out(f"{tensor}_read, {tensor}_TMA = described({self.code(tensor)}, {list(block)})")
         arguments = [described.get(t, self.code(t)) for t in k.tensors]
-        arguments += [f"{self.code(t)}.stride({d})" for _, d, t in k.strides]
+        arguments += self.strides(k)
         arguments += k.sizes
         arguments += [f"{t}_TMA={t}_TMA" for t in k.described]
         arguments += [f"num_warps={self.schedule.warps}", f"num_stages={self.schedule.stages}"]
@@ -79,6 +79,20 @@ class _TritonModule(TorchModule):
         for line in textwrap.wrap(", ".join(arguments), 108, break_long_words=False):
             self.out(f"    {line}")
         self.out(")")
+
+    def strides(self, k: Kernel) -> list[str]:
+        """The strides that a kernel takes; those of a tensor at once where it takes all."""
+        taken: dict[str, list[int]] = {}
+        for _, dimension, tensor in k.strides:
+            taken.setdefault(tensor, []).append(dimension)
+        arguments = []
+        for tensor, dimensions in taken.items():
+            code, known = self.code(tensor), self.cascade.tensors.get(tensor)
+            if known is not None and dimensions == list(range(len(known.ranks))):
+                arguments.append(f"*{code}.stride()")
+            else:
+                arguments += [f"{code}.stride({d})" for d in dimensions]
+        return arguments
 
     def preamble(self) -> str:
         imports = "import torch\nimport triton\nimport triton.language as tl\n"

@@ -161,7 +161,7 @@ class _KernelWriter(BoundsWriter):
         title = f"{', '.join(self.nest.outputs)}: a program is {tile}{at}, and loops along {where}."
         text += _function(self.name, signature, title, self.main.text)
         tiled = zip(self.rows.ranks, self.rows.tiles, strict=True) if self.rows else ()
-        programs = [f"triton.cdiv({self.grid_extent(r)}, {n})" for r, n in tiled]
+        programs = [f"-(-{_wrapped(self.grid_extent(r))} // {n})" for r, n in tiled]
         programs += [_wrapped(self.grid_extent(r)) for r in self.points]
         return Kernel(self.name, text, " * ".join(programs) or "1", tensors, strides, sizes, self.described,
                       frozenset(self.scope.helpers))  # fmt: skip

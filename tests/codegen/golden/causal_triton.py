@@ -128,10 +128,9 @@ def run(Q, K, V, *, B, M, P) -> tuple[torch.Tensor, ...]:
     O = torch.empty((B, 32, P, 128), dtype=torch.bfloat16, device=Q.device)
     K_read, K_TMA = described(K, [1, 1, 64, 128])
     V_read, V_TMA = described(V, [1, 1, 64, 128])
-    grid = (triton.cdiv(P, 128) * B * 32,)
+    grid = (-(-P // 128) * B * 32,)
     causal_kernel[grid](
-        Q, K_read, V_read, O, Q.stride(0), Q.stride(1), Q.stride(2), Q.stride(3), K.stride(0), K.stride(1),
-        K.stride(2), K.stride(3), V.stride(0), V.stride(1), V.stride(2), V.stride(3), O.stride(0), O.stride(1),
-        O.stride(2), O.stride(3), M, P, K_TMA=K_TMA, V_TMA=V_TMA, num_warps=8, num_stages=3
+        Q, K_read, V_read, O, *Q.stride(), *K.stride(), *V.stride(), *O.stride(), M, P, K_TMA=K_TMA, V_TMA=V_TMA,
+        num_warps=8, num_stages=3
     )
     return O,
