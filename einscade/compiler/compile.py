@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import shutil
 import sys
 import weakref
@@ -31,6 +32,7 @@ __all__ = [
     "compile_graph",
     "constants_of",
     "default_inner",
+    "frame_path",
     "inner_compile",
     "rewritten",
     "weights_of",
@@ -39,13 +41,21 @@ __all__ = [
 aten = torch.ops.aten
 
 
-def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], recipe: str, inner: str, report: Report) -> Any:
-    """What runs in place of `gm`. `report` learns what was done."""
+def compile_graph(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    recipe: str,
+    inner: str,
+    report: Report,
+    model: nn.Module | None = None,
+) -> Any:
+    """What runs in place of `gm`. `report` learns what was done; the paths in it are those of `model`."""
     specialise_floats(gm)
     constants = constants_of(gm, example_inputs)
     weights = weights_of(gm, example_inputs)
     try:
-        found = rewritten(gm, fake_inputs(gm, example_inputs), recipe, report, constants, weights)
+        within = "" if model is None else frame_path(gm, example_inputs, model)
+        found = rewritten(gm, fake_inputs(gm, example_inputs), recipe, report, constants, weights, within)
     except CaptureError as stop:
         report.add((), f"not captured: {stop}")
         warn_once(f"a graph is left as it was: {stop}")
@@ -96,13 +106,15 @@ def rewritten(
     report: Report,
     constants: dict[str, torch.Tensor],
     weights: set[str],
+    within: str = "",
 ) -> RewrittenGraph | None:
-    """The captured and rewritten graph; None where nothing in it was rewritten. Raises CaptureError."""
+    """The captured and rewritten graph; None where nothing in it was rewritten. Raises CaptureError. `within`: the path
+    of the module that the graph's module paths begin at."""
     captured = to_aten(gm, fakes)
     written = {n.args[0].name for n in captured.gm.graph.find_nodes(op="call_function", target=aten.copy_.default)}
     known = {name: value for name, value in constants.items() if name not in written}
     try:
-        result = rewrite(captured.gm, recipe, known, weights)
+        result = rewrite(captured.gm, recipe, known, weights, within)
     except Exception as error:  # whatever goes wrong here must not cost the user their model
         raise CaptureError(f"internal error, {first_line(error)}") from error
     report.add(result.sites)
@@ -187,10 +199,31 @@ def constants_of(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[str,
 
 def _belongs_to_module(node: fx.Node) -> bool:
     """Whether Dynamo took the input from a module rather than from the call's arguments."""
-    source = getattr(node, "_dynamo_source", None)
-    name = getattr(source, "name", "")
-    text = name() if callable(name) else str(name)
+    text = _source_name(node)
     return "_buffers[" in text or text.startswith("L['self']")
+
+
+def _source_name(node: fx.Node) -> str:
+    """Where Dynamo took an input from, as a Python expression."""
+    name = getattr(getattr(node, "_dynamo_source", None), "name", "")
+    return name() if callable(name) else str(name)
+
+
+def frame_path(gm: fx.GraphModule, example_inputs: Sequence[Any], model: nn.Module) -> str:
+    """The path in `model` of the module whose call Dynamo compiles; after a graph break that is not always `model`.
+
+    It is what the name of a parameter in the model has before the name that the frame has for it. "" where no
+    parameter tells.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
+        own = re.sub(r"\._(?:modules|parameters)\['([^']*)'\]", r".\1", _source_name(node))
+        whole = names.get(id(value))
+        if whole is not None and own.startswith("L['self']."):
+            own = own.removeprefix("L['self'].")
+            if whole != own and whole.endswith(f".{own}"):
+                return whole.removesuffix(f".{own}")
+    return ""
 
 
 def _while_apart(

@@ -128,7 +128,7 @@ def _compiled(
 
     def compiler(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         with progress_display.listening(progress):
-            return compile_graph(gm, example_inputs, recipe, inner, made)
+            return compile_graph(gm, example_inputs, recipe, inner, made, fast)
 
     fast._compiled_call_impl = torch.compile(framed(fast), backend=compiler, dynamic=dynamic)
     return fast

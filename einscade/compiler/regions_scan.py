@@ -111,6 +111,8 @@ class _Scan:
             self.store(node, self.viewed(node, inputs[0]))
         elif name in REDUCTIONS:
             self.reduction(node, inputs[0])
+        elif name == "aten::convolution":
+            self.convolution(node, inputs[0], name)
         else:
             self.pointwise(node, inputs, name)
 
@@ -218,6 +220,14 @@ class _Scan:
         marks = self.of(source)
         kept = getattr(a, "keepdim", False)
         self.store(node, tuple(_NONE if d in gone else m for d, m in enumerate(marks) if kept or d not in gone))
+
+    def convolution(self, node: Node, source: Node, name: str) -> None:
+        """A contraction of the channels with weights, wherever else it reads: what they carried ends here."""
+        marks = self.of(source)
+        ended = {m[0] for m in marks[1]} if len(marks) > 1 else set()
+        if marks and shape(node) == shape(source):
+            self.touch(source, name)
+            self.store(node, tuple(frozenset(m for m in dim if m[0] not in ended) for dim in marks))
 
     def touch(self, source: Node, name: str, dim: int | None = None) -> None:
         marks = self.of(source)

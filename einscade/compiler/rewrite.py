@@ -36,11 +36,16 @@ class Rewritten:
 
 
 def rewrite(
-    gm: fx.GraphModule, recipe: str, constants: Mapping[str, torch.Tensor], parameters: Collection[str]
+    gm: fx.GraphModule,
+    recipe: str,
+    constants: Mapping[str, torch.Tensor],
+    parameters: Collection[str],
+    within: str = "",
 ) -> Rewritten:
     """Puts an operator in the place of every region that has a cascade, in `gm` and in the graphs that it calls.
 
-    `constants` are placeholders (by name) whose values are known, `parameters` those that are weights.
+    `constants` are placeholders (by name) whose values are known, `parameters` those that are weights, `within` is the
+    path of the module that the graph's module paths begin at.
     """
     found: list[tuple[fx.GraphModule, Region]] = []
     graphs = list(nested_graphs(gm))
@@ -52,7 +57,7 @@ def rewrite(
     sites = []
     for done, (graph, region) in enumerate(found):
         progress.step(done, len(found), region.module_path)
-        sites.append(_site(graph, region, recipe, needed[graph]))
+        sites.append(_site(graph, region, recipe, needed[graph], within))
     if found:
         progress.step(len(found), len(found), "")
     for graph in graphs:
@@ -109,8 +114,10 @@ def _differentiable(gm: fx.GraphModule) -> set[fx.Node]:
     return found
 
 
-def _site(gm: fx.GraphModule, region: Region, recipe: str, differentiable: Collection[fx.Node]) -> Site:
-    where = (region.module_path, region.source)
+def _site(
+    gm: fx.GraphModule, region: Region, recipe: str, differentiable: Collection[fx.Node], within: str
+) -> Site:
+    where = (".".join(filter(None, (within, region.module_path))), region.source)
     frame = _frame()
     if region.cascade is None:
         return Site(*where, UNCHANGED, region.reason, frame=frame)

@@ -374,6 +374,34 @@ def test_equal_layers_have_equal_cascades_and_say_where_they_are() -> None:
     assert all(set(a.nodes).isdisjoint(b.nodes) for a in regions for b in regions if a is not b)
 
 
+class ChannelsFirst(nn.Module):
+    """Two layers whose projections are convolutions: what the first one made is nothing to the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.ModuleList(nn.Conv1d(16, 16, 1, groups=2) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for q, k, v in (self.project[:3], self.project[3:]):
+            scores = q(x).view(2, 2, 8, 9).mT @ k(x).view(2, 2, 8, 9)
+            x = x + ((scores * SCALE).softmax(-1) @ v(x).view(2, 2, 8, 9).mT).mT.reshape(2, 16, 9)
+        return x
+
+
+def test_projections_by_convolutions_separate_layers() -> None:
+    args = tensors((2, 16, 9))
+    regions = check(trace(ChannelsFirst().double(), args), args)
+    assert [r.reason for r in regions] == [None, None]
+    assert regions[0].cascade == regions[1].cascade
+
+
+def test_a_convolution_of_the_scores_is_a_reason() -> None:
+    mixing = nn.Conv2d(4, 4, 3, padding=1).double()
+    region = only(find(trace(lambda q, k, v: mixing(q @ k.mT).softmax(-1) @ v, qkv())))
+    assert region.reason is not None
+    assert "convolution" in region.reason
+
+
 def test_a_region_reads_the_result_of_another_and_nothing_inside_it() -> None:
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         x = ((q @ k.mT).softmax(-1) @ v).transpose(1, 2).reshape(2, 5, 24)

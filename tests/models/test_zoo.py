@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from benchmarks import zoo
+from benchmarks import tiny_models, zoo
+from benchmarks.attention_calls import softmaxes_left, watch
+from benchmarks.tiny_models import CannotShrink, Lengths, tiny
 
 QUICK = ("bert", "gpt2", "llama", "t5")
 
@@ -22,20 +27,68 @@ def test_family(name: str, attention: str, fresh_dynamo: None) -> None:
     assert row.error <= zoo.MAX_ERROR
 
 
-def test_the_count_is_of_what_runs() -> None:
+@pytest.mark.parametrize("name", ["bert", pytest.param("t5", marks=pytest.mark.slow)])
+def test_lengths_that_move(name: str, fresh_dynamo: None) -> None:
+    row = zoo.run(name, "eager", inner="eager", dynamic=True)
+    assert row.ok, row.note
+
+
+# -- the count --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "softmax", "modules"),
+    [("albert", "eager", 2, 1), ("t5", "sdpa", 6, 6), ("mixtral", "eager", 2, 2), ("minimax", "eager", 1, 1)],
+)
+def test_the_count_is_of_what_runs(name: str, attention: str, softmax: int, modules: int) -> None:
     """ALBERT calls one layer twice; T5 has three kinds of calls; routers and linear attention are not counted."""
-    counts = {}
-    for name in ("albert", "t5", "mixtral", "minimax"):
-        model = zoo.build(name, "eager")
-        calls: list[str] = []
-        for path, module in zoo.attention_modules(model).items():
-            module.register_forward_hook(lambda *_, path=path, calls=calls: calls.append(path))
-        model(**zoo.example_inputs(model))
-        counts[name] = (len(calls), len(set(calls)))
-    assert counts == {"albert": (2, 1), "t5": (6, 6), "mixtral": (2, 2), "minimax": (1, 1)}
+    made = tiny(name, attention)
+    _, calls = watch(made.model, made.inputs())
+    assert (len(calls.softmax), len(set(calls.softmax))) == (softmax, modules)
+    assert bool(calls.linear) == (name == "minimax")
+    assert calls.other == (2 if name in ("mixtral", "minimax") else 0)
+
+
+class Counted(nn.Module):
+    """One of each: attention, attention whose result is not used, a router, a linear form, a gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.route = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        attended = (q @ k.mT).softmax(-1) @ v
+        (k @ q.mT).softmax(-1) @ v
+        linear = (q @ k.mT).tril() @ v
+        return attended + linear + self.route(x).softmax(-1) * F.scaled_dot_product_attention(q, k, v)
+
+
+def test_what_counts() -> None:
+    model = Counted()
+    output, calls = watch(model, {"x": torch.randn(2, 5, 8)})
+    assert output.shape == (2, 5, 8)
+    assert (len(calls.softmax), len(calls.linear), calls.other) == (2, 0, 1)  # linear, but in a module with softmaxes
+    assert softmaxes_left(model, {"x": torch.randn(2, 5, 8)}, inside="nothing") == 4
+
+
+# -- tiny models ------------------------------------------------------------------------------------------------------
 
 
 def test_an_unknown_name_is_a_row() -> None:
     row = zoo.run("no_such_model", "eager", inner="eager")
     assert not row.ok
-    assert "no_such_model" in row.note
+    assert "no model type 'no_such_model'" in row.note
+
+
+def test_what_cannot_be_shrunk_says_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny_models, "MOST_PARAMETERS", 10)
+    with pytest.raises(CannotShrink, match=r"no tiny bert that runs.*Tried narrow: ValueError: 0\.1 m"):
+        tiny("bert", "eager")
+
+
+def test_inputs_are_the_same_for_the_same_lengths() -> None:
+    made = tiny("bart", "eager")
+    one, two, other = made.inputs(), made.inputs(), made.inputs(Lengths(5, 7))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert (other["input_ids"].shape[1], other["decoder_input_ids"].shape[1]) == (7, 5)
