@@ -28,6 +28,9 @@ __all__ = ["Launcher", "install", "remembered"]
 KNOWN_VERSIONS = ("3.6.",)
 """Versions of Triton whose C launcher takes the arguments that `_launch_code` passes."""
 
+WIDE = ~0x7FFFFFFF
+"""The bits of an integer beyond the 31 that a signed 32-bit one has: with them Triton compiles for 64 bits."""
+
 MOST = 4096
 """So many descriptors of a function, or compiled forms of a kernel, are remembered before all are forgotten."""
 
@@ -206,9 +209,9 @@ def _launch_code(
             key += [f"{name}.dtype", f"{name}_at & 15"]
             passed.append(f"{name}_at")
         elif type(value) is int:
-            key.append(f"{name} >> 31")
-            if not param.do_not_specialize:
-                key += [f"{name} == 1", f"{name} & 15 == 0"]
+            # from 17 on: the remainder of 16, beside what 16 and less stand for themselves
+            own = f"{name} if {name} < 17 else {name} & {WIDE | 15} | 16"
+            key.append(f"{name} & {WIDE}" if param.do_not_specialize else own)
             passed.append(name)
         elif type(value) is bool or type(value) is float:
             passed.append(name)
