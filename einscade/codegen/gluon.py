@@ -11,13 +11,14 @@ Schedule: the tile of the long row rank is 64 a warpgroup; the serial tile is th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import sympy
 
-from einscade.codegen.gluon_form import Form, Operand, form
-from einscade.codegen.gluon_plan import GROUP_ROWS, REGISTERS, Plan, Ring
+from einscade.codegen.gluon_form import Operand, form
+from einscade.codegen.gluon_plan import GROUP_ROWS, REGISTERS, Ring
 from einscade.codegen.gluon_points import GLUON_DTYPES
+from einscade.codegen.gluon_schedules import schedules as schedules_of
 from einscade.codegen.gluon_tables import Tables
 from einscade.codegen.gluon_text import REDUCTIONS, TABLE_MAP, TILE_MAP, TURN, call, function, indent, paren, wrapped
 from einscade.codegen.gluon_values import HELPERS, Printer
@@ -26,7 +27,8 @@ from einscade.codegen.loops import LoopProgram
 from einscade.codegen.schedule import Schedule
 from einscade.codegen.source import Source, Unsupported
 from einscade.codegen.torch_values import python
-from einscade.ir.expr import FloorDiv, accesses, free_vars, var
+from einscade.ir.device import Device
+from einscade.ir.expr import FloorDiv, var
 
 __all__ = ["IMPORTS", "Module", "emit", "schedules"]
 
@@ -52,50 +54,12 @@ def emit(program: LoopProgram, schedule: Schedule) -> Source:
     return Source("triton", Module(form(program), schedule).text())
 
 
-def schedules(program: LoopProgram) -> tuple[Schedule, ...]:
-    """Schedules for the program, best guess first. Raises `Unsupported` as `emit` does.
-
-    Two warpgroups with tiles of 128; three where both widths are at most 64 and nothing but the weights is computed
-    point by point, which leaves registers for it.
-    """
-    shape = form(program)
-    step = shape.loop.step
-    points = [s for s in shape.statements if s.monoid is None and shape.m in s.ranks]
-    widest = max(x.width for x in (*shape.stills, *shape.moving))
-    narrow = widest <= 64 and len(points) == 1
-    gathers = any(
-        a.tensor in shape.loop.nest.inputs and shape.m in free_vars(a)
-        for s in (*(x.score for x in shape.products), *shape.statements)
-        for a in (*accesses(s.keep), *(s.reads if s.name not in shape.scores else ()))
-    )
-    wide = widest > 128
-    space = [(3, 128, 2), (2, 128, 2)] if narrow else [(2, 64, 2)] if wide else [(2, 128, 2), (2, 64, 3)]
-    if gathers:  # addresses take registers
-        space = [(2, 64, 2 if wide else 3)]
-    if len(shape.products) > 1 or len(shape.sums) > 1:
-        space = [(2, 64, 2), (2, 32, 2), (1, 64, 2), (1, 32, 2)]
-    found = []
-    for groups, columns, stages in space:
-        tiles = {shape.p: groups * GROUP_ROWS}
-        if isinstance(step, sympy.Symbol):
-            tiles[step.name] = columns
-        schedule = Schedule(tuple(sorted(tiles.items())), 4, stages, (), "cuda:90", True)
-        if len(space) == 4 and not _fits(shape, schedule):
-            continue
-        if groups == 3 and Module(shape, schedule).listed:  # no registers to spare
-            continue
-        found.append(schedule)
-    if not found:
-        raise Unsupported("no tile of the kernel fits on chip")
-    return tuple(found)
-
-
-def _fits(shape: Form, schedule: Schedule) -> bool:
-    try:
-        Plan(shape, schedule)
-    except Unsupported:
-        return False
-    return True
+def schedules(
+    program: LoopProgram, device: Device | None = None, sizes: Mapping[str, int] | None = None
+) -> tuple[Schedule, ...]:
+    """Schedules for the program, best guess first, where a device and sizes are given for these. Raises `Unsupported`
+    as `emit` does, and where the sizes are too small for the kernel."""
+    return schedules_of(form(program), device, sizes)
 
 
 class Module(Tables):

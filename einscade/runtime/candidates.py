@@ -117,7 +117,7 @@ def _generated(
         from einscade.codegen.tiled_torch import emit
     found = []
     try:
-        tried = schedules(loops) if kind == "gluon" else schedules_for(loops, device, sizes)
+        tried = (schedules if kind == "gluon" else schedules_for)(loops, device, sizes)
         for schedule in tried[: MOST_SCHEDULES[kind]]:
             schedule = replace(schedule, out_order=orders)
             symbols = tuple(s for s in loops.cascade.symbols if s not in schedule.settled)
