@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Sequence
 
-__all__ = ["REDUCTIONS", "TABLE_MAP", "TILE_MAP", "TURN", "call", "function", "indent", "paren", "wrapped"]
+__all__ = ["REDUCTIONS", "RUN_MAP", "TABLE_MAP", "TILE_MAP", "TURN", "call", "function", "indent", "paren", "wrapped"]
 
 REDUCTIONS = {
     "row_parts": '''
@@ -79,6 +79,24 @@ def table_map(x: torch.Tensor, rows: int, width: int) -> tuple[TensorDescriptor 
     if x.numel() and copyable(x):
         return tile_map(x, rows, width), True
     return x, False
+'''
+
+
+RUN_MAP = '''
+def run_map(x: torch.Tensor, columns: int) -> TensorDescriptor:
+    """The copy engine's view of x as runs of its last dimension; of a copy, in rows of whole 64 bytes, where its
+    strides or address are none that the engine can take."""
+    if x.numel() == 0:
+        x = x.new_zeros([max(1, n) for n in x.shape])
+    size = x.element_size()
+    usable = x.data_ptr() % 16 == 0 and x.stride(-1) == 1
+    usable &= all(n == 1 or (s > 0 and s * size % 16 == 0) for n, s in zip(x.shape[:-1], x.stride()[:-1]))
+    if not usable:
+        padded = x.new_empty((*x.shape[:-1], -(-x.shape[-1] // 32) * 32))
+        x = padded[..., : x.shape[-1]].copy_(x)
+    strides = [s if n > 1 else 32 for n, s in zip(x.shape[:-1], x.stride()[:-1])] + [1]
+    layout = gl.NVMMASharedLayout(0, 8 * size, x.dim())
+    return TensorDescriptor(x, list(x.shape), strides, [1] * (x.dim() - 1) + [columns], layout)
 '''
 
 

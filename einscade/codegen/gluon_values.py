@@ -221,15 +221,19 @@ class Printer:
             return self._function(sympy.exp(exponent, evaluate=False))
         v = self.floating(self.value(base))
         if exponent == -1:
-            if len(v.ranks) == 2:
-                self.used.add("reciprocal")
-                return Value(f"reciprocal({v.code})", v.ranks)
-            return Value(f"1.0 / {v.atom()}", v.ranks)
+            return self._inverse(v)
         if exponent in (sympy.Rational(1, 2), sympy.Rational(-1, 2)):
             return Value(f"gl.{'sqrt' if exponent > 0 else 'rsqrt'}({v.code})", v.ranks)
-        if exponent.is_Integer and 2 <= exponent <= 4 and v.code.isidentifier():
-            return Value(" * ".join([v.code] * int(exponent)), v.ranks)
+        if exponent.is_Integer and 2 <= abs(exponent) <= 4 and v.code.isidentifier():
+            power = Value(" * ".join([v.code] * abs(int(exponent))), v.ranks)
+            return power if exponent > 0 else self._inverse(power)
         raise Unsupported(f"the power {expr}")
+
+    def _inverse(self, v: Value) -> Value:
+        if len(v.ranks) == 2:
+            self.used.add("reciprocal")
+            return Value(f"reciprocal({v.code})", v.ranks)
+        return Value(f"1.0 / {v.atom()}", v.ranks)
 
     def _division(self, expr: FloorDiv | Mod) -> Value:
         a, b = expr.args

@@ -175,7 +175,8 @@ class Shared:
 
     def _reinterpret(self, dtype: torch.dtype, shape: Sequence[int], new: Layout) -> Shared:
         check(dtype == self.data.dtype, f"{self.data.dtype} read as {dtype}")
-        check(new.swizzle == self.layout.swizzle, f"a tile swizzled by {self.layout.swizzle} read by {new.swizzle}")
+        swizzle = new.swizzle if new.kind == self.layout.kind else 0
+        check(swizzle == self.layout.swizzle, f"a tile swizzled by {self.layout.swizzle} read by {new.swizzle}")
         return self.view(self.data.view(*shape), new)
 
     def load(self, _: Any = None) -> Any:

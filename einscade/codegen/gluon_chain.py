@@ -1,0 +1,436 @@
+"""The Gluon emitter for loops with several products: gradients, as warp-specialised Hopper kernels.
+
+Comes in: a form whose sums do not rescale what they have. Goes out: the text of one kernel. The frame is that of
+`gluon.Module` (one warp loads, warpgroups own 64 rows each); what differs is the iteration. With two products and two
+sums there are no registers to hold the next scores while the last weights are used. So an iteration goes through its
+statements in order: all products are issued, each weighted sum as soon as its weights exist, and waited for as late as
+possible; one warpgroup's products then run behind the other's arithmetic. The weights (a transposed tile of
+probabilities, say) stay in registers, as the left operand of the sum.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import sympy
+
+from einscade.codegen.base2 import Exp2
+from einscade.codegen.gluon import Module
+from einscade.codegen.gluon_form import Operand, WeightedSum
+from einscade.codegen.gluon_plan import GROUP_ROWS, REGISTERS, SHARED, Load, Ring, Table
+from einscade.codegen.gluon_points import GLUON_DTYPES
+from einscade.codegen.gluon_text import call, function, indent, paren, wrapped
+from einscade.codegen.gluon_values import Printer, Value
+from einscade.codegen.source import Unsupported
+from einscade.codegen.tiles import Statement
+from einscade.codegen.torch_values import python
+from einscade.ir.expr import Access, Expr, accesses, free_vars, var
+
+__all__ = ["Chain"]
+
+
+@dataclass
+class _Iteration:
+    """What the text of an iteration has come to: products and sums in flight, in order; tiles that have arrived, and
+    those handed back; columns' values read; values made; sums issued."""
+
+    flying: list[str] = field(default_factory=list)
+    seen: set[str] = field(default_factory=set)
+    released: set[str] = field(default_factory=set)
+    read: set[str] = field(default_factory=set)
+    done: set[str] = field(default_factory=set)
+    issued: set[str] = field(default_factory=set)
+
+
+class Chain(Module):
+    """One nest's kernel."""
+
+    # -- what differs in the plan --
+
+    def _check_fit(self) -> None:
+        if any(x.rescale is not None for x in self.shape.sums):
+            raise Unsupported("a sum is rescaled in the loop")
+        tiles = self.stages * self.columns * sum(r.width for r in self.rings) * 2
+        tiles += self.rows * sum(r.width for r in self.stills) * 2
+        tiles += self.rows * self.f * 2 * (len(self.shape.written) - len(self.shares))
+        if tiles + 1024 > SHARED:
+            raise Unsupported(f"{tiles} bytes of tiles do not fit in {SHARED} bytes of shared memory")
+        sums, scores = len(self.shape.sums), len(self.shape.products)
+        registers = sums * self.f // 2 + scores * self.columns // 2 + (sums - 1) * self.columns // 4 + 24
+        if registers > REGISTERS[self.groups]:
+            raise Unsupported(f"tiles of {self.columns} by {self.f} do not fit in {REGISTERS[self.groups]} registers")
+
+    # -- values of columns --
+
+    def _loads(self) -> tuple[Load, ...]:
+        """Values that a tile's columns have (statistics of the rows that the loop runs over) get variables, too."""
+        return tuple(
+            Load(x.access, f"{self.name(x.access.tensor)}_{self.shape.m}{i}") if self._of_columns(x) else x
+            for i, x in enumerate(super()._loads())
+        )
+
+    def _of_columns(self, x: Load) -> bool:
+        names = free_vars(x.access)
+        return self.shape.m in names and self.shape.p not in names and accesses(x.access) == (x.access,)
+
+    def _name_hoisted(self, printer: Printer) -> None:
+        super()._name_hoisted(printer)
+        for x in self.loads:
+            if x.name is not None and self._of_columns(x):
+                printer.names[x.name] = replace(printer.names[x.name], ranks=(self.shape.m,))
+
+    def _context(self) -> list[str]:
+        hoisted = [x.name for x in self.loads if x.name is not None and not self._of_columns(x)]
+        tiles = {t.access for t in self.tables}
+        rest = [x for x in self.loads if x.access not in tiles]
+        tensors = dict.fromkeys(x.access.tensor for x in rest if x.name is None or self._of_columns(x))
+        moving = [a for t in tensors for a in self._pointer(t, self.name(t))]
+        return [self.shape.p + "_", *self.shape.batch, *hoisted, *moving, *self.sizes]
+
+    def _tables_of(self, loads: Sequence[Load]) -> tuple[Table, ...]:
+        """Those that the copy engine can bring, as runs of the last dimension: registers would have to hold the others
+        through all of the iteration."""
+        m = self.shape.m
+        found: list[Table] = []
+        for x in loads:
+            *others, last = x.access.index
+            t = self.cascade.tensors[x.access.tensor]
+            plain = self._of_columns(x) and last == var(m) and not any(m in free_vars(i) for i in others)
+            if plain and t.dtype in ("f32", "bf16", "f16") and len(x.access.index) <= 5:
+                operand = Operand(t.name, len(others), len(others), 0, self.columns, tuple(enumerate(others)))
+                found.append(Table(self.name(t.name), x.access, operand, 4 if t.dtype == "f32" else 2))
+        names = [t.name for t in found]
+        return tuple(t for t in found if names.count(t.name) == 1)
+
+    def _table_rings(self) -> list[str]:
+        return [f"{t.name}_tiles" for t in self.tables]
+
+    def _table_flags(self) -> list[str]:
+        return []
+
+    def _table_layouts(self) -> list[str]:
+        return ["RUN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))"] if self.tables else []
+
+    def _allocate_tables(self) -> list[str]:
+        return [
+            f"{t.name}_tiles = gl.allocate_shared_memory({self._table_dtype(t)}, "
+            f"[STAGES, {'1, ' * len(t.operand.batch)}STEP], {t.name}_map.layout)"
+            for t in self.tables
+        ]
+
+    def _init_tables(self) -> list[str]:
+        return []
+
+    @cached_property
+    def home(self) -> Ring:
+        """The ring whose barriers the columns' values share: that of the last sum."""
+        return self.ring(self.order[0][-1].values)
+
+    def _copy_all(self, ring: Ring) -> list[str]:
+        """A tile of a ring, and what shares its barriers."""
+        lines = self._copy(ring, "tile * STEP", "stage", "phase")
+        if ring != self.home or not self.tables:
+            return lines
+        names = [ring.name, *(t.name for t in self.tables)]
+        size = " + ".join(f"{n}_map.block_type.nbytes" for n in names)
+        lines[1] = f"mbarrier.expect({ring.name}_full.index(stage), {size})"
+        printer = self._scalar_printer()
+        for t in self.tables:
+            at = ", ".join([*(printer.value(i).code for _, i in t.operand.batch), "tile * STEP"])
+            lines.append(
+                f"tma.async_copy_global_to_shared({t.name}_map, [{at}], {ring.name}_full.index(stage), "
+                f"{t.name}_tiles.index(stage))"
+            )
+        return lines
+
+    def _read_columns(self, s: Statement, it: _Iteration) -> list[str]:
+        """The columns' values that a statement is the first to need, from shared memory."""
+        lines = []
+        for t in self.tables:
+            x = next(x for x in self.loads if x.access == t.access)
+            if x.access in (*accesses(s.expr), *accesses(s.keep)) and x.name not in it.read:
+                assert x.name is not None
+                it.read.add(x.name)
+                tile = f"{t.name}_tiles.index(stage)._reinterpret({self._table_dtype(t)}, [STEP], RUN)"
+                lines += [*self._see(self.home, it), f"{x.name} = {tile}.load(COLUMN).to(gl.float32)"]
+        return lines
+
+    def _see(self, ring: Ring, it: _Iteration) -> list[str]:
+        """Wait for a ring's tile, once an iteration."""
+        if ring.name in it.seen:
+            return []
+        it.seen.add(ring.name)
+        return [
+            f"mbarrier.wait({ring.name}_full.index(stage), phase)",
+            f"{ring.name}_tile = {self._view(ring, 'stage')}",
+        ]
+
+    def _pointers(self) -> list[str]:
+        tiles = {t.access for t in self.tables}
+        tensors = dict.fromkeys(x.access.tensor for x in self.loads if x.access not in tiles)
+        read = [a for t in tensors for a in self._pointer(t, self.name(t))]
+        return read + [a for t in self._row_results() for a in self._pointer(t, f"{self.name(t)}_to")]
+
+    @cached_property
+    def scaled(self) -> tuple[tuple[Statement, ...], dict[str, Expr]]:
+        """The statements, where weights that only a sum reads lose the number in front; and the sums' numbers, which
+        multiply them after the loop."""
+        statements = list(_shared(self.statements, (self.shape.p, self.shape.m)))
+        numbers: dict[str, Expr] = {}
+        for x in self.shape.sums:
+            at = next((i for i, s in enumerate(statements) if s.name == x.weights), None)
+            read = [s for s in statements if any(a.tensor == x.weights for a in s.reads)]
+            sums = [y for y in self.shape.sums if y.weights == x.weights]
+            if at is None or read or len(sums) > 1 or statements[at].fill not in (None, 0):
+                continue
+            number, rest = statements[at].expr.as_coeff_Mul()
+            if number != 1 and rest.has(*accesses(rest)):
+                statements[at] = replace(statements[at], expr=rest)
+                numbers[x.state.name] = number
+        return tuple(statements), numbers
+
+    # -- the order of an iteration --
+
+    @cached_property
+    def order(self) -> tuple[tuple[WeightedSum, ...], tuple[str, ...]]:
+        """The sums, those that need fewest products first, and the products' scores in the order they are needed."""
+        needs = {x.state.name: [s for s in self._needed(x.weights) if s in self.shape.scores] for x in self.shape.sums}
+        sums = sorted(self.shape.sums, key=lambda x: len(needs[x.state.name]))
+        return tuple(sums), tuple(dict.fromkeys([s for x in sums for s in needs[x.state.name]] + [*self.shape.scores]))
+
+    def _needed(self, name: str) -> tuple[str, ...]:
+        """The values of the loop that a value depends on, itself included, each after those it needs; what takes more
+        functions first, so that they run behind the products that the rest waits for."""
+        made = {s.name: s for s in self.scaled[0]}
+        found: dict[str, None] = {}
+
+        def visit(n: str) -> None:
+            if n in found:
+                return
+            read = (*accesses(made[n].expr), *accesses(made[n].keep)) if n in made else ()
+            for a in sorted(dict.fromkeys(a.tensor for a in read), key=self._functions_in, reverse=True):
+                if a in made or a in self.shape.scores:
+                    visit(a)
+            found[n] = None
+
+        visit(name)
+        return tuple(found)
+
+    def _functions_in(self, name: str) -> int:
+        """How many functions of one argument it takes to make a value of the loop."""
+        made = next((s for s in self.scaled[0] if s.name == name), None)
+        if made is None:
+            return 0
+        own = sum(1 for x in sympy.preorder_traversal(made.expr) if isinstance(x, sympy.Function))
+        return own + sum(self._functions_in(a.tensor) for a in accesses(made.expr))
+
+    # -- the text --
+
+    def _functions(self) -> list[str]:
+        return [self._place(), self._load(), self._step(), self._compute(), self._kernel()]
+
+    def _load(self) -> str:
+        names = ", ".join(x.name for x in (*self.stills, *self.rings))
+        lines = [f'"""The loading warp: all of a program\'s tiles of {names}."""']
+        for x in self.stills:
+            lines += [
+                f"mbarrier.expect({x.name}_full, GROUPS * {x.name}_map.block_type.nbytes)",
+                "for group in gl.static_range(GROUPS):",
+                f"    at = {self._coordinates(x.operand, f'row + group * {GROUP_ROWS}')}",
+                f"    tma.async_copy_global_to_shared({x.name}_map, at, {x.name}_full, {x.name}_tile.index(group))",
+            ]
+        lines += ["stage = 0", "phase = 1", *self._walk()]
+        lines += indent(line for r in self._in_order() for line in self._copy_all(r))
+        lines += indent(self._next_stage())
+        return function("load", self._load_arguments(), lines)
+
+    def _in_order(self) -> list[Ring]:
+        """The rings in the order in which an iteration reads them."""
+        moving = {x.score.name: x.moving for x in self.shape.products}
+        operands = [*(moving[s] for s in self.order[1]), *(x.values for x in self.order[0])]
+        return list(dict.fromkeys(map(self.ring, operands)))
+
+    def _walk(self) -> list[str]:
+        """The head of a loop over the tiles that are visited, from the last to the first."""
+        if self.listed:
+            return ["for i in range(count):", "    visit = gl.load(visits + i)", "    tile = visit // 2"]
+        return ["for i in range(end - first):", "    tile = end - 1 - i"]
+
+    def _next_stage(self) -> list[str]:
+        return ["stage += 1", "if stage == STAGES:", "    stage = 0", "    phase ^= 1"]
+
+    def _masked(self) -> str:
+        """Whether the tile of an iteration is masked."""
+        edge = self._edge()
+        if self.listed or edge == "True":
+            return edge
+        return "tile == end - 1" if edge == "False" else f"(tile == end - 1) | ({edge})"
+
+    def _step_arguments(self) -> list[str]:
+        stills = [f"{x.name}_rows" for x in self.stills]
+        rings = [f"{x.name}_tiles" for x in self.rings]
+        running = [*self._state_names(), *self._sum_names()]
+        rings += [*self._table_rings(), *self._ring_barriers()]
+        return ["tile", *running, "stage", "phase", *stills, *rings, "zero", *self._context()]
+
+    def _step(self) -> str:
+        shape = self.shape
+        masked, full = self._printer("finite"), self._printer("finite" if shape.always_guard else "")
+        for printer in (masked, full):
+            for state in shape.states:
+                printer.names[state.name] = Value(self.name(state.name), (shape.p,) if shape.p in state.ranks else ())
+            for score in shape.scores:
+                printer.names[score] = Value(self.name(score), (shape.p, shape.m))
+        lines = ['"""One iteration: products are issued at once, sums as soon as their weights exist."""']
+        lines.append(f"{shape.m}_ = tile * STEP + gl.arange(0, STEP, COLUMN)")
+        copied = {t.access for t in self.tables}
+        for load in self.loads:
+            if load.name is not None and self._of_columns(load) and load.access not in copied:
+                lines.append(f"{load.name} = {self._element(load.access, full).code}")
+        for printer in (masked, full):
+            self._name_hoisted(printer)
+        it = _Iteration()
+        lines += self._issue_products(it)
+        statements = {s.name: s for s in (*self.scores, *self.scaled[0])}
+        for end in [x.weights for x in self.order[0]] + [s.name for s in self.scaled[0]]:
+            for name in self._needed(end):
+                if name in it.done:
+                    continue
+                it.done.add(name)
+                if name in shape.scores:
+                    lines += [self._await(it, self.name(name)), *self._release(it)]
+                lines += self._read_columns(statements[name], it)
+                lines += [*self._comment(statements[name]), *self._statement(statements[name], masked, full)]
+            for x in self.order[0]:
+                if x.weights == end and x.state.name not in it.issued:
+                    lines += self._issue_sum(x, full, it)
+        for x in self.order[0]:
+            it.done.add(x.state.name)
+            lines += [self._await(it, self.name(x.state.name), self.weight_names[x.weights]), *self._release(it)]
+        lines += [f"{self.name(s.name)} = {self.name(s.new)}" for s in shape.states]
+        lines.append(f"return {', '.join([*self._state_names(), *self._sum_names()])}")
+        masking = "MASKED: gl.constexpr" if self._masked() == "True" else "MASKED"
+        return function("step", [*self._step_arguments(), masking], lines)
+
+    def _issue_products(self, it: _Iteration) -> list[str]:
+        lines: list[str] = []
+        for score in self.order[1]:
+            x = next(x for x in self.shape.products if x.score.name == score)
+            ring, still = self.ring(x.moving), next(r for r in self.stills if r.operand == x.still)
+            name, right = self.name(score), f"{ring.name}_tile.permute([1, 0])"
+            lines += self._see(ring, it)
+            lines.append(f"{name} = warpgroup_mma({still.name}_rows, {right}, zero, use_acc=False, is_async=True)")
+            it.flying.append(name)
+        return lines
+
+    def _issue_sum(self, x: WeightedSum, printer: Printer, it: _Iteration) -> list[str]:
+        ring, name, weights = self.ring(x.values), self.name(x.state.name), self.weight_names[x.weights]
+        it.issued.add(x.state.name)
+        it.flying.append(name)
+        value = printer.names[x.weights].atom()
+        return [
+            *self._see(ring, it),
+            f"{weights} = gl.convert_layout({value}.to({GLUON_DTYPES[self.shape.dtype]}), WEIGHTS)",
+            f"{name} = warpgroup_mma({weights}, {ring.name}_tile, {name}, is_async=True)",
+        ]
+
+    def _await(self, it: _Iteration, *names: str) -> str:
+        """Wait for the first of the names, and what was issued before it; the others are kept until then."""
+        return self._waited(len(it.flying) - it.flying.index(names[0]) - 1, names, names)
+
+    def _release(self, it: _Iteration) -> list[str]:
+        """Tiles that no product or sum still reads go back to the loading warp."""
+        lines = []
+        for ring in self._in_order():
+            users = [x.score.name for x in self.shape.products if x.moving == ring.operand]
+            users += [x.state.name for x in self.shape.sums if x.values == ring.operand]
+            if ring.name not in it.released and all(u in it.done for u in users):
+                it.released.add(ring.name)
+                lines.append(f"mbarrier.arrive({ring.name}_empty.index(stage))")
+        return lines
+
+    def _compute(self) -> str:
+        shape = self.shape
+        printer = self._printer("")
+        lines = [f'"""A warpgroup: {GROUP_ROWS} rows of {shape.p}, all of their loop, and what follows it."""']
+        lines.append(f"{shape.p}_ = row + group * {GROUP_ROWS} + gl.arange(0, {GROUP_ROWS}, ROW)")
+        for load in self.loads:
+            if load.name is not None and not self._of_columns(load):
+                lines.append(f"{load.name} = {self._element(load.access, printer).code}")
+        lines += self._initial(printer)
+        for x in self.stills:
+            lines += [f"mbarrier.wait({x.name}_full, 0)", f"{x.name}_rows = {self._view(x, 'group', still=True)}"]
+        lines += ["stage = 0", "phase = 0", *self._walk()]
+        running = [*self._state_names(), *self._sum_names()]
+        lines += indent(call(running, "step", [*self._step_arguments(), self._masked()]).splitlines())
+        lines += indent(self._next_stage())
+        for name, number in self.scaled[1].items():
+            lines.append(f"{self.name(name)} = {self.name(name)} * {printer.value(sympy.Float(float(number))).code}")
+        lines += self._after()
+        lines += [line for x in shape.written for line in self._store(x)]
+        lines += ["tma.store_wait(0)"] if shape.written else []
+        return function("compute", [*self._compute_arguments(), "group: gl.constexpr"], lines)
+
+    # -- the host's part --
+
+    def launch(self, device: str) -> list[str]:
+        """The lines that launch the kernel; tensors have the names that they have here."""
+        shape = self.shape
+        grid = [python(shape.extent(r)) for r in shape.batch]
+        grid.append(f"-(-{paren(python(shape.extent(shape.p)))} // {self.rows})")
+        blocks = [(x.operand, GROUP_ROWS, x.width) for x in self.stills]
+        blocks += [(r.operand, self.columns, r.width) for r in self.rings]
+        written = [(x, GROUP_ROWS, self.f) for x in shape.written]
+        tiles = {t.access for t in self.tables}
+        tensors = [*dict.fromkeys(x.access.tensor for x in self.loads if x.access not in tiles), *self._row_results()]
+        others = [code for t in tensors for code in (self.name(t), f"*{self.name(t)}.stride()")]
+        others += ["visits", "counts"] if self.listed else []
+        return [
+            f"programs = {' * '.join(paren(g) for g in grid)}",
+            "if programs:",
+            *indent(self._make_lists(device) if self.listed else []),
+            "    kernel[(programs,)](",
+            *(f"        tile_map({self._seen(operand)}, {rows}, {width})," for operand, rows, width in blocks),
+            *(f"        run_map({self.name(t.operand.tensor)}, {self.columns})," for t in self.tables),
+            *(f"        tile_map({self._seen(operand)}, {rows}, {width})," for operand, rows, width in written),
+            *(wrapped(", ".join([*others, *self.sizes]) + ",", 8) if others or self.sizes else []),
+            "        num_warps=4,",
+            "    )",
+        ]
+
+
+def _shared(statements: Sequence[Statement], ranks: tuple[str, str]) -> tuple[Statement, ...]:
+    """The statements, with functions of a point that several of them (or a power) need as statements of their own; of a
+    value's negative powers the inverse is such a function."""
+    count: Counter[Expr] = Counter()
+    for s in statements:
+        for x in _shareable(s.expr):
+            count[x] += 2 if any(isinstance(y, sympy.Pow) and x in (y.base, 1 / y.base) and abs(y.exp) > 1
+                                 for y in s.expr.atoms(sympy.Pow)) else 1  # fmt: skip
+    result = list(statements)
+    wide = {s.name for s in statements if set(ranks) <= set(s.ranks)}
+    for i, x in enumerate(sorted((x for x, n in count.items() if n > 1), key=sympy.default_sort_key)):
+        users = [s for s in result if x in _shareable(s.expr)]
+        if not users or not any(set(ranks) <= set(s.ranks) for s in users):
+            continue
+        first = next(s for s in users if set(ranks) <= set(s.ranks))
+        name = f"{first.name}_{x.func.__name__.lower() if not isinstance(x, sympy.Pow) else 'inverse'}{i or ''}"
+        access = Access(name, *map(var, first.ranks))
+        table: dict[Expr, Expr] = {x: access}
+        if isinstance(x, sympy.Pow):
+            powers = {y for s in users for y in s.expr.atoms(sympy.Pow) if y.base == x.base and y.exp.is_negative}
+            table = {y: access ** (-y.exp) for y in powers}
+        made = Statement(name, first.ranks, x, keep=first.keep, row=first.row)
+        result = [replace(s, expr=s.expr.xreplace(table)) if s in users else s for s in result]
+        result.insert(min(j for j, s in enumerate(result) if s.name in {u.name for u in users}), made)
+    return tuple(result) if wide else tuple(statements)
+
+
+def _shareable(expr: Expr) -> set[Expr]:
+    """The functions of one argument in an expression, and the inverses."""
+    found = {x for x in expr.atoms(sympy.Function) if isinstance(x, (Exp2, sympy.tanh, sympy.exp)) and x.has(Access)}
+    inverse = {1 / x.base for x in expr.atoms(sympy.Pow) if x.exp.is_Integer and x.exp < 0 and x.has(Access)}
+    return found | inverse
