@@ -132,7 +132,9 @@ def test_a_gpus_kernels_come_from_disk_as_they_went_there() -> None:
     with hopper():
         for sizes in ({"B": 2, "M": 4096, "P": 4096}, {"B": 2, "M": 4096, "P": 1}):
             made = build(half, "exact", CPU, sizes)
-            assert {"gluon", "triton"} <= {c.kind for c in made.candidates}
+            kinds = {c.kind for c in made.candidates}
+            assert ("gluon" in kinds) is (sizes["P"] > 1)  # one row is none for the Hopper kernel
+            assert "triton" in kinds
             kernels._build.cache_clear()
             read = build(half, "exact", CPU, sizes)
             assert (made.from_disk, read.from_disk) == (False, True)
