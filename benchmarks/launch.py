@@ -5,11 +5,12 @@
     python benchmarks/launch.py --json       the same as JSON
     python benchmarks/launch.py --write      keeps it in benchmarks/results/launch.json (only from a clean commit)
 
-The site is causal attention of 32 heads of 8 keys' (bf16, width 128), short, so that the device never holds the host
-up. Without a GPU kernels are compiled for an H200 and everything runs but Triton's C functions (`stub_device`). Times
-are the least of many means, in microseconds; a site in a model is the difference between models with more and fewer of
-them, so that the model's own costs (guards, wrappers) are not in it. The bound holds against the launch of the compiled
-kernel with arguments that are ready, the least that Triton's own interface offers.
+The sites are causal attention of 32 heads with 8 heads of keys (bf16, width 128): a prompt, and a single query whose
+kernel comes in two parts. Both are short, so that the device never holds the host up. Without a GPU kernels are
+compiled for an H200 and everything runs but Triton's C functions (`stub_device`). Times are the least of many means, in
+microseconds; a site in a model is the difference between models with more and fewer of them, so that the model's own
+costs (guards, wrappers) are not in it. The bound holds against launching what was compiled with arguments that are
+ready, the least that Triton's own interface offers.
 """
 
 from __future__ import annotations
@@ -32,14 +33,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor, nn
 
-HEADS, KEY_HEADS, WIDTH, LENGTH = 32, 8, 128, 16
+HEADS, KEY_HEADS, WIDTH, LENGTH = 32, 8, 128, 256
+SITES = {"a prompt": (LENGTH, LENGTH), "a single query": (1, 8 * LENGTH)}  # queries, keys
 BOUND = 15.0
 FEW, MANY = 2, 10  # sites in the models that are compared
 
 ATTENTION = f"""
 cascade attention(Q[b,h,p,e]: bf16, K[b,g,m,e]: bf16, V[b,g,m,f]: bf16) -> O[b,h,p,f]: bf16
   where b < B, h < {HEADS}, g < {KEY_HEADS}, p < P, m < M, e < {WIDTH}, f < {WIDTH}
-  S[b,h,p,m] = sum(e) {WIDTH**-0.5!r} * Q[b,h,p,e] * K[b,h // {HEADS // KEY_HEADS},m,e]   if m <= p
+  S[b,h,p,m] = sum(e) {WIDTH**-0.5!r} * Q[b,h,p,e] * K[b,h // {HEADS // KEY_HEADS},m,e]   if m <= p + M - P
   G[b,h,p]   = max(m) S[b,h,p,m]
   W[b,h,p,m] = exp(S[b,h,p,m] - G[b,h,p])
   Z[b,h,p]   = sum(m) W[b,h,p,m]
@@ -82,8 +84,8 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def noted_launch(call: Callable[[], object]) -> tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]:
-    """The one launch that a call makes: launcher, grid, arguments and options."""
+def noted_launches(call: Callable[[], object]) -> list[tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]]:
+    """The launches that a call makes: launcher, grid, arguments and options."""
     from einscade.runtime.launch import Launcher
 
     made: list[Any] = []
@@ -95,11 +97,10 @@ def noted_launch(call: Callable[[], object]) -> tuple[Any, tuple[int, ...], tupl
 
     with mock.patch.object(Launcher, "_launch", noting):
         call()
-    (launch,) = made
-    return launch
+    return made
 
 
-def layers(device: torch.device) -> dict[str, float]:
+def layers(device: torch.device, queries: int, keys: int) -> dict[str, float]:
     """Microseconds by layer, the outer ones with all that is in them."""
     from einscade.compiler.operators import cascade
     from einscade.ir.text import parse_cascade
@@ -108,29 +109,45 @@ def layers(device: torch.device) -> dict[str, float]:
     from einscade.runtime.program import Program
 
     program = Program("exact", parse_cascade(ATTENTION))
-    inputs = _inputs(device)
-    sizes = [1, LENGTH, LENGTH]
+    inputs = _inputs(device, queries, keys)
+    sizes = [1, keys, queries]
     call = call_for(program.text, inputs[0].device)
     call(inputs, sizes)
-    (kernel,) = call.kernels.values()
+    kernel = list(call.kernels.values())[-1]
     run = load(kernel.chosen.source, program.cascade.name)
     named = dict(zip(kernel.chosen.symbols, sizes, strict=True))
-    launcher, grid, arguments, options = noted_launch(lambda: run(*inputs, **named))
-    jit = launcher.kernel
-    compiled = jit.run(*arguments, grid=grid, warmup=False, **options)
-    bound = _in_order(jit, arguments, options)
-    ready = compiled[(*grid, 1, 1)[:3]]
+    launches = noted_launches(lambda: run(*inputs, **named))
+    ready = []
+    for launcher, grid, arguments, options in launches:
+        compiled = launcher.kernel.run(*arguments, grid=grid, warmup=False, **options)
+        bound = _in_order(launcher.kernel, arguments, options)
+        ready.append(functools.partial(compiled[(*grid, 1, 1)[:3]], *bound))
+
+    def bare() -> None:
+        for launch in ready:
+            launch()
+
+    def through_the_jit() -> None:
+        for launcher, grid, arguments, options in launches:
+            launcher.kernel[grid](*arguments, **options)
+
+    def ours() -> None:
+        for launcher, grid, arguments, options in launches:
+            launcher[grid](*arguments, **options)
+
     leaves = [x.clone().requires_grad_() for x in inputs]
-    calls = {
-        "bare launch of the compiled kernel": lambda: ready(*bound),
-        "launch through the JIT": lambda: jit[grid](*arguments, **options),
-        "our launch": lambda: launcher[grid](*arguments, **options),
-        "the generated run (allocates, describes, launches)": lambda: run(*inputs, **named),
-        "the prepared call": lambda: call(inputs, sizes),
-        "the operator": lambda: cascade(inputs, sizes, program.text),
-        "the operator, for training": lambda: cascade(leaves, sizes, program.text),
-    }
-    return microseconds(calls)
+    parts = f"{kernel.candidate}, {len(launches)} kernel{'s' if len(launches) > 1 else ''}"
+    return microseconds(
+        {
+            f"bare launch of what was compiled ({parts})": bare,
+            "launch through the JIT": through_the_jit,
+            "our launch": ours,
+            "the generated run (allocates, describes, launches)": lambda: run(*inputs, **named),
+            "the prepared call": lambda: call(inputs, sizes),
+            "the operator": lambda: cascade(inputs, sizes, program.text),
+            "the operator, for training": lambda: cascade(leaves, sizes, program.text),
+        }
+    )
 
 
 def sites(device: torch.device) -> dict[str, float]:
@@ -141,7 +158,7 @@ def sites(device: torch.device) -> dict[str, float]:
     for inner in ("eager", "inductor"):
         for training in (False, True):
             torch._dynamo.reset()
-            inputs = [x.requires_grad_(training) for x in _inputs(device)]
+            inputs = [x.requires_grad_(training) for x in _inputs(device, LENGTH, LENGTH)]
             with contextlib.nullcontext() if training else torch.no_grad():
                 calls = {}
                 for number in (FEW, MANY):
@@ -155,11 +172,11 @@ def sites(device: torch.device) -> dict[str, float]:
     return found
 
 
-def _inputs(device: torch.device) -> list[Tensor]:
-    def normal(heads: int) -> Tensor:
-        return torch.randn(1, heads, LENGTH, WIDTH, device=device).bfloat16()
+def _inputs(device: torch.device, queries: int, keys: int) -> list[Tensor]:
+    def normal(heads: int, length: int) -> Tensor:
+        return torch.randn(1, heads, length, WIDTH, device=device).bfloat16()
 
-    return [normal(HEADS), normal(KEY_HEADS), normal(KEY_HEADS)]
+    return [normal(HEADS, queries), normal(KEY_HEADS, keys), normal(KEY_HEADS, keys)]
 
 
 def _in_order(jit: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> list[Any]:
@@ -167,7 +184,7 @@ def _in_order(jit: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> 
     return [*arguments, *(options.get(p.name, p.default) for p in jit.params[len(arguments) :])]
 
 
-def measure(stub: bool) -> dict[str, float]:
+def measure(stub: bool) -> dict[str, dict[str, float]]:
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         os.environ.update(EINSCADE_CACHE_DIR=folder, EINSCADE_AUTOTUNE="0")
@@ -176,7 +193,9 @@ def measure(stub: bool) -> dict[str, float]:
 
             stack.enter_context(hopper())
         device = torch.device("cpu" if stub else "cuda")
-        return layers(device) | sites(device)
+        found = {name: layers(device, *lengths) for name, lengths in SITES.items()}
+        found["a prompt"] |= sites(device)
+        return found
 
 
 def main() -> int:
@@ -192,17 +211,21 @@ def main() -> int:
     env = record.environment()
     stub = args.stub or not torch.cuda.is_available()
     found = measure(stub)
-    bare = next(iter(found.values()))
     figures = {"launches": "do nothing" if stub else "real", "microseconds": found, "bound_over_bare": BOUND}
     if args.json:
         print(json.dumps({"environment": env, "figures": figures}, indent=1))
     else:
-        print(f"{'launches do nothing; ' if stub else ''}microseconds of host time")
-        for name, value in found.items():
-            print(f"{value:8.2f}  {value - bare:+8.2f}  {name}")
+        print(f"{'launches do nothing; ' if stub else ''}microseconds of host time, and over the bare launch")
+    missed = False
+    for site, rows in found.items():
+        bare = next(iter(rows.values()))
+        missed |= rows["the operator"] - bare > BOUND
+        if not args.json:
+            print(f"{site}: bound {BOUND:g} for the operator")
+            print(*(f"{value:8.2f}  {value - bare:+8.2f}  {name}" for name, value in rows.items()), sep="\n")
     if args.write:
         print(f"written to {record.write('launch', figures, env)}", file=sys.stderr)
-    return 0 if all(v - bare <= BOUND for n, v in found.items() if "training" not in n and "JIT" not in n) else 1
+    return int(missed)
 
 
 if __name__ == "__main__":

@@ -67,9 +67,10 @@ class Address:
 
 
 def remembered(describe: Callable[..., Any]) -> Callable[..., Any]:
-    """`describe(tensor, *others)`, which returns a descriptor of the tensor (or a tuple with one in it) that depends on
-    nothing but the tensor's address, shape, strides and dtype and on the others. Made once for each of these. What
-    describes a copy of the tensor is not kept: the copy has to be made every time."""
+    """`describe(tensor, *others)`, which returns a descriptor of the tensor, or a tuple in which one stands or, where
+    it cannot be described, the tensor itself. What it does depends on nothing but the tensor's address, shape, strides
+    and dtype and on the others, and is done once for each of these. What describes a copy of the tensor is not kept:
+    the copy has to be made every time."""
     known: dict[tuple[Any, ...], Any] = {}
 
     @functools.wraps(describe)
@@ -83,16 +84,33 @@ def remembered(describe: Callable[..., Any]) -> Callable[..., Any]:
         if found is None:
             found = describe(tensor, *others)
             parts = found if isinstance(found, tuple) else (found,)
-            described = [p for p in parts if hasattr(p, "block_shape")]
-            if described and all(d.base is tensor for d in described):
-                for d in described:
-                    d.base = Address(tensor.data_ptr(), tensor.dtype)
+            bases = [p.base if hasattr(p, "block_shape") else p for p in parts]
+            if all(b is tensor or not isinstance(b, Tensor) for b in bases):
                 if len(known) >= MOST:
                     known.clear()
-                known[key] = found
+                known[key] = _without(tensor, found)
+        elif found.__class__ is _Itself:
+            return (tensor, *found.rest)
         return found
 
     return look_up
+
+
+@dataclass(frozen=True)
+class _Itself:
+    """The tensor, and what else its function returned."""
+
+    rest: tuple[Any, ...]
+
+
+def _without(tensor: Tensor, found: Any) -> Any:
+    """What a function returned, with nothing in it that holds the tensor's memory."""
+    if isinstance(found, tuple) and found[0] is tensor:
+        return _Itself(found[1:])
+    for part in found if isinstance(found, tuple) else (found,):
+        if hasattr(part, "block_shape"):
+            part.base = Address(tensor.data_ptr(), tensor.dtype)
+    return found
 
 
 _kinds: dict[tuple[Any, ...], int] = {}

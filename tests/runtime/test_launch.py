@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -14,13 +15,14 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
+from benchmarks import launch as benchmark
 from benchmarks.stub_device import hopper
 from einscade.codegen import gluon, triton_emit
 from einscade.codegen.loops import plan
 from einscade.codegen.schedule import candidates
 from einscade.codegen.source import Source
 from einscade.ir.device import A100, H200
-from einscade.runtime import launch
+from einscade.runtime import call, kernels, launch
 from einscade.runtime.modules import load
 from tests.codegen.cascades import CASES, cascade
 
@@ -39,8 +41,9 @@ def launched() -> Iterator[list[tuple[Any, ...]]]:
 
 def _forget() -> None:
     """No module keeps what it compiled for another device."""
-    load.cache_clear()
-    launch._direct_launches.cache_clear()
+    for cached in (load, kernels._build, launch._direct_launches):
+        cached.cache_clear()
+    call._calls.clear()
 
 
 def _source(kind: str) -> Source:
@@ -150,6 +153,22 @@ def test_descriptors_are_made_once_and_hold_no_memory(launched: list[tuple[Any, 
     assert describe(x.view(torch.float16), 64, 64) is not one
 
 
+def test_a_tensor_that_cannot_be_described_is_looked_at_once() -> None:
+    made = []
+
+    def describe(x: Tensor, block: int) -> tuple[Tensor, bool]:
+        made.append(block)
+        return x, False
+
+    look_up = launch.remembered(describe)
+    x = torch.randn(4)
+    for view in (x, x[:], x[:]):
+        tensor, described = look_up(view, 2)
+        assert tensor is view
+        assert not described
+    assert made == [2]
+
+
 def test_a_copy_is_described_every_time(launched: list[tuple[Any, ...]]) -> None:
     """An operand that the copy engine cannot address is copied: the copy's contents are those of that call."""
     describe = load(_source("gluon"), "causal").__globals__["tile_map"]
@@ -196,3 +215,17 @@ def test_launches_on_a_gpu(kind: str) -> None:
 def _misaligned(x: Tensor) -> Tensor:
     whole = torch.empty(x.numel() + 1, dtype=x.dtype, device="cuda")
     return whole[1:].view(x.shape).copy_(x)
+
+
+@pytest.mark.parametrize("site", benchmark.SITES)
+def test_every_layer_of_the_benchmark(
+    site: str, launched: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each layer of benchmarks/launch.py once, from the bare launch to the operator for training."""
+    called: list[str] = []
+    monkeypatch.setattr(benchmark, "microseconds", lambda calls: [called.append(n) or f() for n, f in calls.items()])
+    monkeypatch.setenv("EINSCADE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("EINSCADE_AUTOTUNE", "0")
+    benchmark.layers(torch.device("cpu"), *benchmark.SITES[site])
+    assert len(called) == 7
+    assert ("gluon, 1 kernel" if site == "a prompt" else "triton, 2 kernels") in called[0]
