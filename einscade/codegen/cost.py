@@ -32,6 +32,7 @@ __all__ = [
     "few_rows",
     "fits",
     "heads_in_groups",
+    "is_gathered",
     "moving_inputs",
     "narrow_steps",
     "promises_no_spills",
@@ -74,6 +75,12 @@ def _multiplied(nest: SerialNest) -> tuple[tuple[str, tuple[Expr, ...]], ...]:
     return _moving(nest, (a for e in contractions(nest) for a in accesses(e.expr)))
 
 
+def is_gathered(nest: SerialNest) -> bool:
+    """Whether what the loop multiplies is read at an index that is read itself. Loads ahead then come in two steps: a
+    stage of the pipeline is one for the index or one for what it names."""
+    return any(i.has(Access) for _, index in _multiplied(nest) for i in index)
+
+
 def _moving(nest: SerialNest, read: Iterable[Access]) -> tuple[tuple[str, tuple[Expr, ...]], ...]:
     reads = [a for a in read if a.tensor in nest.inputs]
     moves = {nest.serial, nest.tile}
@@ -93,18 +100,17 @@ def row_ranks(cascade: Cascade, nest: SerialNest, tiles: Mapping[str, int]) -> t
 
 def few_rows(program: LoopProgram, lengths: Lengths) -> dict[str, int] | None:
     """Tiles of grid ranks that together hold all points that share what the program's loop reads, if they are few: the
-    positions (decoding has one), times the heads of a group. None where they fill tiles of their own."""
-    nest = next((n for n in program.serial_nests if row_ranks(program.cascade, n, dict.fromkeys(n.grid, 1))), None)
-    if nest is None or not contractions(nest):
+    positions (decoding has one), times the heads of a group. None where they fill tiles of their own, and where several
+    loops share different things."""
+    sharing = [n for n in program.serial_nests if row_ranks(program.cascade, n, dict.fromkeys(n.grid, 1))]
+    if len(sharing) != 1 or not contractions(sharing[0]):
         return None
+    nest = sharing[0]
     shared = {r for _, index in _multiplied(nest) for r in free_vars(Access("_", *index))}
-    positions = max((r for r in nest.grid if r not in shared), key=lengths.rank, default=None)
-    heads = heads_in_groups(program.cascade, nest)
-    rows = {}
+    rows = dict([heads]) if (heads := heads_in_groups(program.cascade, nest)) is not None else {}
+    positions = max((r for r in nest.grid if r not in shared and r not in rows), key=lengths.rank, default=None)
     if positions is not None:
         rows[positions] = _power(lengths.rank(positions))
-    if heads is not None and heads[0] not in rows:
-        rows[heads[0]] = heads[1]
     return rows if rows and prod(rows.values()) <= MOST_ROWS else None
 
 
@@ -275,7 +281,8 @@ def fits(cascade: Cascade, nest: SerialNest, schedule: Schedule, device: Device,
     def elements(ranks: tuple[str, ...]) -> int:
         return _elements(nest, ranks, tiles, lengths)
 
-    shared = schedule.stages * step_bytes(cascade, nest, schedule, lengths)
+    buffers = (schedule.stages + 1) // 2 if is_gathered(nest) else schedule.stages
+    shared = buffers * step_bytes(cascade, nest, schedule, lengths)
     moving = moving_inputs(nest)
     read = dict.fromkeys((a.tensor, a.index) for e in nest.body for a in e.reads if a.tensor in nest.inputs)
     for tensor, index in read:
@@ -296,8 +303,9 @@ def fits(cascade: Cascade, nest: SerialNest, schedule: Schedule, device: Device,
         for (t, _), r in ranks_of.items()
         if t in multiplied and cascade.tensors[t].dtype == "f32" and elements(tuple(r)) > _power(least)
     ]
-    if single:  # split into parts in registers before they multiply
-        scores += 4 * max(elements(tuple(r)) for r in single)
+    if single:  # split into parts in registers before they multiply, or multiplied there
+        parts = 4 if row_ranks(cascade, nest, dict(schedule.tiles)) else 1
+        scores += parts * max(elements(tuple(r)) for r in single)
     if any(set(r) & set(nest.grid) & set(tiles) for r in ranks_of.values()):
         scores *= 3  # a mask or bias is read with an address of 64 bits for each score
     threads = schedule.warps * (64 if device.kind == "hip" else 32)

@@ -17,6 +17,7 @@ from einscade.codegen.cost import (
     cost,
     few_rows,
     fits,
+    is_gathered,
     narrow_steps,
     promises_no_spills,
     tile_symbols,
@@ -147,7 +148,9 @@ def _narrow_space(
     """All rows that share what the loop reads in one tile. Such a loop waits for memory: what counts is how many bytes
     are on their way, so the space is that of the stages' sizes."""
     space = []
-    for m, warps, stages in _NARROW:
+    gathered = any(map(is_gathered, program.serial_nests))
+    for m, warps, ahead in _NARROW:
+        stages = 2 * ahead - 1 if gathered else ahead
         tiles = {**dict.fromkeys(tile_symbols(program), m), **rows, **narrow_steps(program, lengths)}
         schedule = Schedule(tuple(sorted(tiles.items())), warps, stages, (), target_of(device), has_descriptors(device))
         space.append(_launched(program, schedule, device, lengths))

@@ -117,7 +117,7 @@ def test_parts_run_side_by_side_and_each_in_one_pass() -> None:
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(("p", "m"), [(9, 13), (1, 1)])
-@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("parts", [1, 3, 11])
 def test_generated_code_agrees(name: str, p: int, m: int, parts: int) -> None:
     before = CASES[name]
     after = apply(split(before), optional=ONE_PASS)
@@ -160,3 +160,20 @@ def test_one_key_far_above_the_others() -> None:
     assert out.isfinite().all()
     assert_same({"O": out}, interpreted(before, data))
     assert isinstance(out, torch.Tensor)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("length", [1, 5, 100])
+def test_parts_of_a_length(name: str, length: int) -> None:
+    """However many it takes, the last one shorter."""
+    before = CASES[name]
+    after = apply(apply(before, optional=(Defer(),)), Split("m", length="LP"))
+    data = inputs(before, B=2, P=7, M=13)
+    expected = interpreted(apply(before, optional=(Defer(),)), data)
+    assert_same(interpreted(after, data, sizes={"LP": length}), expected)
+    assert_same(generated(apply(after, optional=ONE_PASS), data, sizes={"LP": length}), expected)
+
+
+def test_a_length_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="length=0"):
+        Split("m", length=0)

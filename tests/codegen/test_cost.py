@@ -1,0 +1,69 @@
+"""What the cost model says of loops: which rows share what is read, and what few rows there are."""
+
+from __future__ import annotations
+
+import pytest
+
+from einscade.codegen.cost import Lengths, few_rows, heads_in_groups, narrow_steps, row_ranks
+from einscade.codegen.loops import LoopProgram, plan
+from einscade.codegen.schedule import candidates
+from einscade.ir.device import H200
+from einscade.ir.text import parse_cascade
+from einscade.passes.differentiate import differentiate
+from einscade.passes.pipeline import run
+from tests.codegen.ragged import CASES, program, textbook
+
+
+def loops(heads: tuple[int, int], parts: bool = False) -> LoopProgram:
+    return program(textbook(CASES[0], "bf16", heads, 64), parts)
+
+
+def rows(found: LoopProgram, **sizes: int) -> dict[str, int] | None:
+    return few_rows(found, Lengths(found.cascade, sizes))
+
+
+def test_heads_of_a_group() -> None:
+    def of(heads: tuple[int, int]) -> tuple[str, int] | None:
+        found = loops(heads)
+        return heads_in_groups(found.cascade, found.serial_nests[0])
+
+    assert of((32, 8)) == ("h", 4)
+    assert of((28, 4)) == ("h", 7)
+    assert of((32, 32)) is None
+
+
+def test_heads_that_share_one_latent_are_all_rows() -> None:
+    text = """
+cascade latent(Q[b,h,p,e]: bf16, C[b,m,e]: bf16) -> O
+  where b < B, h < 16, p < P, m < M, e < 64
+  S[b,h,p,m] = sum(e) Q[b,h,p,e] * C[b,m,e]
+  G[b,h,p]   = max(m) S[b,h,p,m]
+  W[b,h,p,m] = exp(S[b,h,p,m] - G[b,h,p])
+  Z[b,h,p]   = sum(m) W[b,h,p,m]
+  O[b,h,p,e]: bf16 = sum(m) W[b,h,p,m] * C[b,m,e] / Z[b,h,p]
+"""
+    found = plan(run(parse_cascade(text), "exact").cascade)
+    assert few_rows(found, Lengths(found.cascade, {"B": 4, "P": 1, "M": 4096})) == {"h": 16, "p": 1}
+
+
+@pytest.mark.parametrize(("p", "expected"), [(1, {"h": 4, "p": 1}), (5, {"h": 4, "p": 8}), (33, None), (8192, None)])
+def test_few_rows_are_positions_times_heads(p: int, expected: dict[str, int] | None) -> None:
+    assert rows(loops((32, 8)), B=4, P=p, M=4096) == expected
+
+
+def test_loops_that_share_different_things_have_no_common_rows() -> None:
+    """A gradient has a loop over keys and one over queries: a tile of one is none of the other."""
+    cascade = textbook(CASES[0], "bf16", (4, 2), 64)
+    backward = plan(run(differentiate(cascade).cascade, "exact").cascade)
+    assert len(backward.serial_nests) > 1
+    assert rows(backward, B=1, P=16, M=16) is None
+    assert candidates(backward, H200, {"B": 1, "P": 16, "M": 16})
+
+
+def test_the_merge_runs_a_point_a_program() -> None:
+    found = loops((32, 8), parts=True)
+    parts, merge = found.serial_nests
+    tiles = {"h": 4, "p": 1}
+    assert row_ranks(found.cascade, parts, tiles) == ("p", "h")
+    assert row_ranks(found.cascade, merge, tiles) == ()
+    assert narrow_steps(found, Lengths(found.cascade, {})) == {"MS0": 64}
