@@ -252,9 +252,14 @@ class _Elementwise(_Number):
         return self.writer.range(name) if name in self.writer.axes else name
 
     def access(self, access: Access) -> str:
-        names = [i.name if i.is_Symbol else None for i in access.index]
-        if None not in names and len(set(names)) == len(names) and set(names) <= set(self.writer.axes):
-            return self.writer.aligned(access.tensor, [n for n in names if n], self.writer.axes)
+        """A view where every index is a rank of its own or a number (a dimension of 1 is read at 0), else a gather."""
+        names = [i.name for i in access.index if i.is_Symbol]
+        plain = all(i.is_Symbol or i.is_Integer for i in access.index)
+        if plain and len(set(names)) == len(names) and set(names) <= set(self.writer.axes):
+            last = max((d for d, i in enumerate(access.index) if i.is_Integer), default=-1)
+            at = [str(i) if i.is_Integer else ":" for i in access.index[: last + 1]]
+            code = access.tensor + (f"[{', '.join(at)}]" if at else "")
+            return self.writer.aligned(code, names, self.writer.axes)
         return f"{access.tensor}[{', '.join(self.code(i) for i in access.index)}]"
 
     def other(self, expr: Expr, args: list[str]) -> str:

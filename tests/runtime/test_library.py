@@ -62,6 +62,15 @@ def test_names_of_the_cascade_hide_nothing() -> None:
     _agrees(PLAIN.replace("e < 8, f < 8", "e < E, f < F"), E=8, F=6)
 
 
+def test_a_mask_that_all_heads_share_is_read_as_a_view() -> None:
+    """Its dimension of 1 is read at 0: no gather, which would take as long as the call itself when decoding."""
+    text = PLAIN.replace("V[b,h,m,f])", "V[b,h,m,f], A[b,u,p,m])").replace("where b < B", "where b < B, u < 1")
+    text = text.replace("G[b,h,p] =", "T[b,h,p,m] = S[b,h,p,m] + A[b,0,p,m]\n  G[b,h,p] =")
+    source = _agrees(text.replace("max(m) S", "max(m) T").replace("exp(S", "exp(T"))
+    assert "A[:, 0].unsqueeze(1)" in source
+    assert "arange" not in source
+
+
 def test_causal_is_the_flag() -> None:
     causal = PLAIN.replace(S, S + " if m <= p")
     assert recognise(parse_cascade(causal)).domain
