@@ -50,7 +50,11 @@ _TORCH = {"bf16": "torch.bfloat16", "f16": "torch.float16", "f32": "torch.float3
 
 
 def emit(program: LoopProgram, schedule: Schedule) -> Source:
-    """The program's module. Raises `Unsupported` where the nest or the schedule does not fit the kernel."""
+    """The program's module. Raises `Unsupported` where a nest or the schedule does not fit the kernel."""
+    if len(program.nests) != 1:
+        from einscade.codegen import gluon_program  # which builds on Module
+
+        return gluon_program.emit(program, schedule)
     return Source("triton", Module(form(program), schedule).text())
 
 
@@ -59,6 +63,10 @@ def schedules(
 ) -> tuple[Schedule, ...]:
     """Schedules for the program, best guess first, where a device and sizes are given for these. Raises `Unsupported`
     as `emit` does, and where the sizes are too small for the kernel."""
+    if len(program.nests) != 1:
+        from einscade.codegen import gluon_program
+
+        return gluon_program.schedules(program, device, sizes)
     return schedules_of(form(program), device, sizes)
 
 

@@ -8,10 +8,13 @@ operations, as the torch emitter writes them.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from itertools import zip_longest
+from math import ceil, prod
 
 import sympy
 
+from einscade.codegen.cost import Lengths
 from einscade.codegen.gluon import IMPORTS
 from einscade.codegen.gluon_chain import Chain
 from einscade.codegen.gluon_form import Form, nest_form
@@ -21,6 +24,7 @@ from einscade.codegen.loops import FlatNest, LoopProgram, SerialNest
 from einscade.codegen.schedule import Schedule
 from einscade.codegen.source import Source, Unsupported
 from einscade.codegen.tiled_torch import TorchModule
+from einscade.ir.device import Device
 
 __all__ = ["emit", "schedules"]
 
@@ -33,12 +37,21 @@ def emit(program: LoopProgram, schedule: Schedule) -> Source:
     return Source("triton", _Program(program, schedule).text())
 
 
-def schedules(program: LoopProgram) -> tuple[Schedule, ...]:
+def schedules(
+    program: LoopProgram, device: Device | None = None, sizes: Mapping[str, int] | None = None
+) -> tuple[Schedule, ...]:
     """Schedules for the program: every nest at its first choice of those that fit, then the second, and so on. Raises
-    `Unsupported` as `emit` does."""
-    choices = [_choices(nest_form(program.cascade, nest)) for nest in program.serial_nests]
-    if not choices:
+    `Unsupported` as `emit` does, and where at these sizes a loop would leave most of the device idle."""
+    if not program.serial_nests:
         raise Unsupported("the program has no loop: there is nothing to write a kernel for")
+    forms = [nest_form(program.cascade, nest) for nest in program.serial_nests]
+    if device is not None and sizes is not None:
+        lengths = Lengths(program.cascade, sizes)
+        for shape in forms:
+            groups = ceil(lengths.rank(shape.p) / GROUP_ROWS) * prod(map(lengths.rank, shape.batch))
+            if groups < device.processors // 2:
+                raise Unsupported(f"{groups} warpgroups for {device.processors} processors")
+    choices = [_choices(shape) for shape in forms]
     found = []
     for row in zip_longest(*choices):
         tiles = {k: v for choice, tried in zip(row, choices, strict=True) for k, v in (choice or tried[0]).items()}
