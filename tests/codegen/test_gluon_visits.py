@@ -144,6 +144,19 @@ def test_what_follows_the_list_is_right(name: str, ordered: bool) -> None:
     assert relative_error(out, exact) <= 3 * relative_error(exact.bfloat16(), exact)
 
 
+@pytest.mark.parametrize("name", ["padding", "lengths", "documents"])
+def test_no_points_at_all(name: str) -> None:
+    """Every row is empty: 0, and one tile visited by each tile of rows."""
+    given = made(name, ordered=True)
+    nothing = {"padding": [0], "lengths": [0], "documents": [1, 2]}[name]
+    given[3:] = [torch.full_like(x, value) for x, value in zip(given[3:], nothing, strict=True)]
+    loops = program(name)
+    text = emit(loops, schedules(loops)[0]).text
+    assert all(len(entries) == 1 for entries in listed(text, given))
+    (out,) = Simulator(1).load(text).run(*given, **SIZES)
+    assert not out.any()
+
+
 def test_sorted_documents_visit_little() -> None:
     """What it is for: of packed documents, each tile of rows visits the tiles of its own documents."""
     loops = program("documents")
