@@ -35,6 +35,10 @@ SHORTEST = 256
 WAVES = (1, 2, 4, 8, 16)
 """Programs per multiprocessor to aim at. More are balanced better, and merge more."""
 
+RAGGED_SHORTEST, RAGGED_WAVES = 1024, (64,)
+"""The same where data says how far each program's loop runs: most of them find nothing to do, and nobody knows how many
+when they are launched."""
+
 PROGRAM_SECONDS, MERGE_SECONDS = 2e-6, 4e-6
 """What a program takes beside its loop, and the kernel that merges."""
 
@@ -52,7 +56,10 @@ def split_rank(program: LoopProgram, device: Device, lengths: Lengths) -> str | 
         return None
     cascade, (nest,) = program.cascade, program.serial_nests
     origin = cascade.rank_table[nest.serial].origin
-    if origin is None or nest.tile is None or origin not in cascade.rank_table or lengths.rank(origin) < 2 * SHORTEST:
+    if origin is None or nest.tile is None:
+        return None
+    positions = lengths.rank(nest.serial, dict.fromkeys(tile_symbols(program), 1))
+    if positions < 2 * SHORTEST:
         return None
     rows = few_rows(program, lengths)
     if rows is None and not (ranks := tiled_ranks(program, lengths)):
@@ -95,14 +102,17 @@ def part_length(
     last = next(q for q in cascade.extent(part).atoms(FloorDiv) if q.args[1] == var(symbol))
     whole = last.args[0] + 1 if cascade.extent(part) == last + 1 else last.args[0] - var(symbol) + 1
     grid = [ceil_div(cascade.extent(r), tiles.get(r, 1)) for r in nest.grid if r != part]
-    least = max(1, SHORTEST // step)
+    ragged = _ragged(nest)
+    least = max(1, (RAGGED_SHORTEST if ragged else SHORTEST) // step)
 
     def length(waves: int) -> Expr:
         wanted = step * waves * device.processors
         return step * sympy.Max(least, ceil_div(whole * sympy.Mul(*grid), wanted))
 
-    waves = WAVES[-2:] if _ragged(nest) else WAVES
-    best = min(waves, key=lambda w: _seconds(program, nest, part, length(w), schedule, device, lengths))
+    def seconds(waves: int) -> float:
+        return _seconds(program, nest, part, length(waves), schedule, device, lengths)
+
+    best = min(RAGGED_WAVES if ragged else WAVES, key=seconds)
     return ((symbol, print_expr(length(best))),)
 
 

@@ -71,7 +71,9 @@ def test_gathered_keys_have_a_stage_for_the_index_and_one_for_the_key() -> None:
 
 def test_what_is_split() -> None:
     """Few programs, or unequal ones, over a long rank; never a full machine, and never a CPU."""
-    full, ragged = (program(textbook(case(n), "bf16", (32, 8), 128), parts=False) for n in ("full", "lengths"))
+    full, ragged, pages = (
+        program(textbook(case(n), "bf16", (32, 8), 128), parts=False) for n in ("full", "lengths", "pages_of_16")
+    )
 
     def rank(loops: object, device: Device = H200, **sizes: int) -> str | None:
         return split_rank(loops, device, Lengths(loops.cascade, sizes))  # type: ignore[arg-type,attr-defined]
@@ -81,6 +83,7 @@ def test_what_is_split() -> None:
     assert rank(full, B=1, P=64, M=131072) == "m"  # a chunk of a prompt
     assert rank(full, B=64, P=1, M=4096) is None
     assert rank(ragged, B=64, P=1, M=65536) == "m"
+    assert rank(pages, B=32, P=1, N=4096, C=10**6) == "m"
     assert rank(full, B=1, P=1, M=300) is None
     assert rank(full, B=2, P=8192, M=8192) is None
     assert rank(full, CPU, B=1, P=1, M=131072) is None
