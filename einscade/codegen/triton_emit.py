@@ -34,13 +34,13 @@ def emit_with_kernels(program: LoopProgram, schedule: Schedule) -> tuple[Source,
 
 DESCRIBED = '''
 
-def described(tensor: torch.Tensor, block: list[int]) -> tuple[torch.Tensor | TensorDescriptor, bool]:
+def described(tensor: torch.Tensor, block: tuple[int, ...]) -> tuple[torch.Tensor | TensorDescriptor, bool]:
     """The tensor for the copy engine, and True; the tensor itself where its address or strides are none for it."""
     strides = [s * tensor.element_size() for s in tensor.stride()[:-1]]
     fits = tensor.is_cuda and tensor.stride(-1) == 1 and tensor.data_ptr() % 16 == 0 and tensor.numel() > 0
     if not fits or any(s % 16 or s <= 0 for s in strides):
         return tensor, False
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block), True
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block)), True
 '''
 
 
@@ -68,7 +68,7 @@ class _TritonModule(TorchModule):
         described = {}
         for tensor, block in k.described.items():
             described[tensor] = f"{tensor}_read"
-            self.out(f"{tensor}_read, {tensor}_TMA = described({self.code(tensor)}, {list(block)})")
+            self.out(f"{tensor}_read, {tensor}_TMA = described({self.code(tensor)}, {tuple(block)})")
         arguments = [described.get(t, self.code(t)) for t in k.tensors]
         arguments += self.strides(k)
         arguments += k.sizes

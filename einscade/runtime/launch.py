@@ -76,11 +76,7 @@ def remembered(describe: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(describe)
     def look_up(tensor: Tensor, *others: Any) -> Any:
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, *others)
-        try:
-            found = known.get(key)
-        except TypeError:  # lists among the others
-            key = (*key[:4], *[tuple(x) if isinstance(x, list) else x for x in others])
-            found = known.get(key)
+        found = known.get(key)
         if found is None:
             found = describe(tensor, *others)
             parts = found if isinstance(found, tuple) else (found,)

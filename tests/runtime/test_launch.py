@@ -183,16 +183,16 @@ def test_descriptors_are_forgotten_in_the_end(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(launch, "MOST", 8)
     made = []
 
-    def describe(x: Tensor, block: list[int]) -> Any:
+    def describe(x: Tensor, block: tuple[int, ...]) -> Any:
         made.append(x)
         return SimpleNamespace(base=x, block_shape=block, padding="zero")
 
     look_up = launch.remembered(describe)
     kept = [torch.randn(4) for _ in range(20)]
     for x in kept:
-        assert look_up(x, [4]) is look_up(x, [4])
+        assert look_up(x, (4,)) is look_up(x, (4,))
     assert len(made) == 20
-    look_up(kept[0], [4])
+    look_up(kept[0], (4,))
     assert len(made) == 21
 
 

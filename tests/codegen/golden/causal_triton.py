@@ -19,13 +19,13 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 
-def described(tensor: torch.Tensor, block: list[int]) -> tuple[torch.Tensor | TensorDescriptor, bool]:
+def described(tensor: torch.Tensor, block: tuple[int, ...]) -> tuple[torch.Tensor | TensorDescriptor, bool]:
     """The tensor for the copy engine, and True; the tensor itself where its address or strides are none for it."""
     strides = [s * tensor.element_size() for s in tensor.stride()[:-1]]
     fits = tensor.is_cuda and tensor.stride(-1) == 1 and tensor.data_ptr() % 16 == 0 and tensor.numel() > 0
     if not fits or any(s % 16 or s <= 0 for s in strides):
         return tensor, False
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block), True
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block)), True
 
 
 @triton.jit
@@ -126,8 +126,8 @@ def causal_kernel(
 
 def run(Q, K, V, *, B, M, P) -> tuple[torch.Tensor, ...]:
     O = torch.empty((B, 32, P, 128), dtype=torch.bfloat16, device=Q.device)
-    K_read, K_TMA = described(K, [1, 1, 64, 128])
-    V_read, V_TMA = described(V, [1, 1, 64, 128])
+    K_read, K_TMA = described(K, (1, 1, 64, 128))
+    V_read, V_TMA = described(V, (1, 1, 64, 128))
     grid = (-(-P // 128) * B * 32,)
     causal_kernel[grid](
         Q, K_read, V_read, O, *Q.stride(), *K.stride(), *V.stride(), *O.stride(), M, P, K_TMA=K_TMA, V_TMA=V_TMA,
