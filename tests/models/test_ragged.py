@@ -19,7 +19,7 @@ from einscade.passes.pipeline import run
 from einscade.runtime.candidates import Candidate, candidates
 from einscade.runtime.program import Program
 
-B, H, G, D, PAGE, LONG = 3, 8, 2, 16, 16, 4096
+B, H, G, D, PAGE = 3, 8, 2, 16, 16
 LENGTHS = torch.tensor([96, 5, 40])
 
 
@@ -42,6 +42,14 @@ class Ragged(nn.Module):
         return attention(q, k, v, there[:, None, None, :])
 
 
+class RaggedCall(nn.Module):
+    """The same as one call of torch's."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+        there = torch.arange(k.shape[2], device=q.device) < lengths[:, None]
+        return nn.functional.scaled_dot_product_attention(q, k, v, there[:, None, None, :], enable_gqa=True)
+
+
 class StaticCache(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
         return attention(q, k, v, torch.arange(k.shape[2], device=q.device)[None, :] <= position[:, None])
@@ -52,6 +60,24 @@ class Paged(nn.Module):
         k, v = (x[table].flatten(1, 2).transpose(1, 2) for x in (k_pages, v_pages))
         there = torch.arange(k.shape[2], device=q.device) < lengths[:, None]
         return attention(q, k, v, there[:, None, None, :])
+
+
+class Slots(nn.Module):
+    """Every key has a place of its own in the cache."""
+
+    def forward(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, lengths: Tensor) -> Tensor:
+        k, v = (x[slots].transpose(1, 2) for x in (k_cache, v_cache))
+        there = torch.arange(k.shape[2], device=q.device) < lengths[:, None]
+        return attention(q, k, v, there[:, None, None, :])
+
+
+class Packed(nn.Module):
+    """All sequences' tokens one after another, without a batch: tokens, heads, width."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> Tensor:
+        doc = torch.searchsorted(cu, torch.arange(len(q)), right=True)
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return attention(q, k, v, same_document(doc))[0].transpose(0, 1)
 
 
 class Documents(nn.Module):
@@ -96,9 +122,20 @@ def pages() -> list[Tensor]:
     return [torch.randn(20, PAGE, G, D), torch.randn(20, PAGE, G, D), table]
 
 
+def slots() -> list[Tensor]:
+    return [torch.randn(500, G, D), torch.randn(500, G, D), torch.randperm(500)[: B * 96].reshape(B, 96)]
+
+
+def packed() -> list[Tensor]:
+    return [torch.randn(96, H, D), torch.randn(96, G, D), torch.randn(96, G, D)]
+
+
 CASES: dict[str, tuple[nn.Module, Callable[[], list[Tensor]], str]] = {
     "lengths": (Ragged(), lambda: [queries(1), *keys(), LENGTHS], "m < X[b]"),
     "lengths of a few queries": (Ragged(), lambda: [queries(5), *keys(), LENGTHS], "m < X[b]"),
+    "lengths, in a call": (RaggedCall(), lambda: [queries(1), *keys(), LENGTHS.clamp_min(1)], "m < X[b]"),
+    "slots": (Slots(), lambda: [queries(1), *slots(), LENGTHS], "X1[b,m]"),
+    "packed": (Packed(), lambda: [*packed(), torch.tensor([20, 50, 96])], "X[p] == X[m]"),
     "a static cache": (StaticCache(), lambda: [queries(1), *keys(), torch.tensor([50])], "m <= X[p]"),
     "pages": (Paged(), lambda: [queries(1), *pages(), LENGTHS], "m // 16"),
     "documents": (Documents(), lambda: [queries(96), *keys(), torch.arange(96) // 30], "X[p] == X[m]"),
