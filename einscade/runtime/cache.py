@@ -122,7 +122,8 @@ def _decode(raw: bytes, address: str) -> dict[str, Any] | None:
     if header != f"{_FORMAT} {hashlib.sha256(body).hexdigest()}".encode():
         return None
     record = json.loads(body)
-    return record["entry"] if record["address"] == address else None
+    known = isinstance(record, dict) and record.get("address") == address
+    return record["entry"] if known and isinstance(record.get("entry"), dict) else None
 
 
 @functools.cache

@@ -116,10 +116,10 @@ class Kernel:
             self.program.cascade.name, self.candidates, lambda c: self.prepared(c)(inputs, sizes), inputs, empty_rows
         )
         progress.finish()
+        self._ready = None
+        self.candidates[:] = [*found.order, *found.failures]
         for candidate, error in found.failures.items():
             self._drop(candidate, error)
-        self._ready = None
-        self.candidates[:] = found.order
         self.timings = {f"{i} {c.kind}": s for i, (c, s) in enumerate(found.seconds.items())}
         cache.DiskCache().put(self.address, _entry(self))
 
@@ -150,8 +150,8 @@ def _build(text: str, device: torch.device, bucket: tuple[tuple[str, int], ...])
         }
     )
     entry = cache.DiskCache().get(address)
-    if entry is not None:
-        return _from_entry(program, entry, address)
+    if entry is not None and (known := _from_entry(program, entry, address)) is not None:
+        return known
     kernel = _make(program, device, dict(bucket), address)
     cache.DiskCache().put(address, _entry(kernel))
     return kernel
@@ -191,21 +191,23 @@ def _entry(kernel: Kernel) -> dict[str, Any]:
     }
 
 
-def _from_entry(program: Program, entry: Mapping[str, Any], address: str) -> Kernel:
-    found = [
-        Candidate(
-            c["kind"],
-            Source(**c["source"]),
-            Schedule(**{k: _tuples(v) for k, v in c["schedule"].items()}),
-            tuple(c["symbols"]),
-        )
-        for c in entry["candidates"]
-    ]
-    steps = tuple(StepRecord(**s) for s in entry["steps"])
-    return Kernel(
-        program, parse_cascade(entry["rewritten"]), steps, found, address, from_disk=True,
-        tuned=entry["tuned"], timings=dict(entry["timings"]),
-    )  # fmt: skip
+def _from_entry(program: Program, entry: Mapping[str, Any], address: str) -> Kernel | None:
+    """The kernel of an entry; None where the entry is whole but not one that `_entry` makes."""
+    try:
+        found = [
+            Candidate(
+                c["kind"],
+                Source(**c["source"]),
+                Schedule(**{k: _tuples(v) for k, v in c["schedule"].items()}),
+                tuple(c["symbols"]),
+            )
+            for c in entry["candidates"]
+        ]
+        steps = tuple(StepRecord(**s) for s in entry["steps"])
+        rewritten, timings, tuned = parse_cascade(entry["rewritten"]), dict(entry["timings"]), bool(entry["tuned"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+    return Kernel(program, rewritten, steps, found, address, True, tuned, timings) if found else None
 
 
 def _tuples(value: Any) -> Any:

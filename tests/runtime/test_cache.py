@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import subprocess
 import sys
@@ -74,7 +75,8 @@ def test_foreign_files_and_moved_entries_are_refused(cache: DiskCache) -> None:
     cache.path(other).parent.mkdir(parents=True, exist_ok=True)
     os.replace(cache.path(one), cache.path(other))
     assert cache.get(other) is None
-    for foreign in (b"", b"\n", b"\x80\x04]\x94.", b'{"entry": {}}', b"einscade-cache-1 0\n{}"):
+    whole = [f"einscade-cache-1 {hashlib.sha256(body).hexdigest()}\n".encode() + body for body in (b"[1]", b"{}", b"3")]
+    for foreign in (b"", b"\n", b"\x80\x04]\x94.", b'{"entry": {}}', b"einscade-cache-1 0\n{}", *whole):
         cache.path(one).parent.mkdir(parents=True, exist_ok=True)
         cache.path(one).write_bytes(foreign)
         assert cache.get(one) is None

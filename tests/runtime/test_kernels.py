@@ -151,6 +151,33 @@ def test_a_corrupt_entry_is_made_anew() -> None:
     _check(_run(again, inputs, sizes), inputs)
 
 
+@pytest.mark.parametrize(
+    "change", [{"candidates": []}, {"candidates": [3]}, {"steps": None}, {"rewritten": "nonsense"}]
+)
+def test_a_foreign_entry_is_made_anew(change: dict[str, object]) -> None:
+    """Whole, with the right address and checksum, but not what this version writes."""
+    inputs, sizes = _inputs()
+    made = build(ATTENTION, "exact", CPU, sizes)
+    entry = DiskCache().get(made.address)
+    assert entry is not None
+    DiskCache().put(made.address, {**entry, **change})
+    kernels._build.cache_clear()
+    again = build(ATTENTION, "exact", CPU, sizes)
+    assert not again.from_disk
+    _check(_run(again, inputs, sizes), inputs)
+
+
+def test_a_failure_while_tuning_names_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    _pretend(monkeypatch, {"library:sdpa": 3.0, "tiled_torch": 1.0})
+    inputs, sizes = _inputs()
+    kernel = build(ATTENTION, "exact", CPU, sizes)
+    broken = Source("torch", "def run(*inputs, **sizes):\n    raise RuntimeError('illegal instruction')\n")
+    kernel.candidates.insert(0, Candidate("triton", broken, kernel.schedule, ATTENTION.symbols))
+    with pytest.warns(RuntimeWarning, match=r"the triton kernel failed .*; running tiled_torch instead"):
+        _check(_run(kernel, inputs, sizes), inputs)
+    assert kernel.candidate == "tiled_torch"
+
+
 def _pretend(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float]) -> None:
     monkeypatch.setattr(tuning, "_timed", lambda run, device: seconds[run.args[0].kind])
 
