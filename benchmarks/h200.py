@@ -5,12 +5,12 @@
     python benchmarks/h200.py --tiny                       small sizes on whatever device there is: does it run?
     python benchmarks/h200.py --out FILE --commit ID       the JSON, also from a tree without git
 
-What is timed is the module that `einscade.optimize` returns, its call and all, after it chose its kernel. First it is
-compared with the module in float64 at an odd length: a row that errs by more than 1.5 times what the module itself
-makes in bfloat16 has no figure. Peers: cuDNN through `scaled_dot_product_attention` where that computes the same,
-FlexAttention, and torch.compile of the module where its scores fit in memory. Times are medians after warm-up on
-normally distributed data, TFLOP/s count only the points that the domain keeps. Peers are left out, and the JSON says
-so, when `--minutes` are nearly over.
+What is timed is the module that `einscade.optimize` returns, its call and all, after it chose its kernel; rows of
+gradients time the backward pass alone. First it is compared with the module in float64 at an odd length: one that errs
+by more than 1.5 times what the module itself makes in bfloat16 has no figure. Peers: cuDNN through
+`scaled_dot_product_attention` where that computes the same, FlexAttention, and torch.compile of the module where its
+scores fit in memory. Times are medians after warm-up on normally distributed data, TFLOP/s count only the points that
+the domain keeps. Peers are left out, and the JSON says so, when `--minutes` are nearly over.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.h200_rows import ROWS, Row
@@ -71,15 +72,28 @@ def untuned() -> Iterator[None]:
 
 
 def errors(row: Row, n: int, device: str, kernel: Callable[..., Tensor]) -> tuple[float, float]:
-    """The kernel's error at n positions, and the module's own in bfloat16."""
+    """The kernel's error at n positions, and the module's own in bfloat16; of several gradients where they differ
+    most."""
     inputs = row.inputs(n, device, batch=min(row.batch or 4, 4) if row.batch else None)
-    exact = row.module(*(x.double() if x.is_floating_point() else x for x in inputs))
-    return distance(kernel(*inputs), exact), distance(row.module(*inputs), exact)
+    exact = [x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs]
+    found = [_results(row, *given) for given in ((kernel, inputs), (row.module, inputs), (row.module, exact))]
+    pairs = [(distance(ours, best), distance(plain, best)) for ours, plain, best in zip(*found, strict=True)]
+    return max(pairs, key=lambda pair: pair[0] / max(pair[1], 1e-30))
+
+
+def _results(row: Row, attention: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    """What a row computes: the attention's result, or the gradients of a fixed weighted sum of it."""
+    result = attention(*inputs)
+    if not row.backward:
+        return [result]
+    weights = torch.randn(result.shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    return list(torch.autograd.grad(result, inputs[:3], weights.to(result)))
 
 
 def ours(row: Row, checked: int, device: str) -> dict[str, Any]:
     """Milliseconds, errors, and which kernels the module runs."""
     import einscade
+    from einscade.runtime.call import prepared
 
     with untuned():
         error, plain = errors(row, checked, device, einscade.optimize(row.module, dynamic=False))
@@ -88,15 +102,22 @@ def ours(row: Row, checked: int, device: str) -> dict[str, Any]:
         raise AssertionError(f"error {error:.1e} where the module in bfloat16 has {plain:.1e}")
     fast = einscade.optimize(row.module, dynamic=False)
     inputs = row.inputs(row.length, device)
+    before = prepared()
     started = time.perf_counter()
-    fast(*inputs)
+    timed = row.timed(lambda: fast(*inputs), inputs)
+    timed()
     first = time.perf_counter() - started
     found = {"error": error, "plain_error": plain, "first_call_s": round(first, 1)}
-    found["ms"] = milliseconds(lambda: fast(*inputs), device)
+    found["ms"] = milliseconds(timed, device)
     sites = einscade.report(fast).sites
     kernels = [s.kernel.chosen for s in sites if s.status == "rewritten" and s.kernel is not None]
     found["kernels"] = [c.kind for c in kernels]
     found["schedules"] = [dict(c.schedule.tiles) | {"stages": c.schedule.stages} for c in kernels]
+    if row.backward:
+        made = [c for c in prepared() if c not in before and c.program.cascade.name.endswith("_gradient")]
+        chosen = [kernel.chosen for c in made for kernel in c.kernels.values()]
+        found["kernels"] = [c.kind for c in chosen]
+        found["schedules"] = [dict(c.schedule.tiles) | {"stages": c.schedule.stages} for c in chosen]
     if not kernels or len(kernels) < len(sites):
         raise AssertionError(f"{len(kernels)} of {len(sites)} attention sites rewritten")
     return found
@@ -107,17 +128,17 @@ def peer(name: str, row: Row, device: str, autotune: bool) -> float:
     torch._dynamo.reset()
     inputs = row.inputs(row.length, device)
     if name == "cudnn":
-        return milliseconds(_cudnn(row, inputs), device)
+        return milliseconds(row.timed(_cudnn(row, inputs), inputs), device)
     if name == "flex":
         from torch.nn.attention.flex_attention import flex_attention
 
         mode = "max-autotune-no-cudagraphs" if autotune else None
         attention = torch.compile(flex_attention, mode=mode) if device == "cuda" else flex_attention
-        return milliseconds(row.module.flex(attention, inputs, device == "cuda"), device)
+        return milliseconds(row.timed(row.module.flex(attention, inputs, device == "cuda"), inputs), device)
     if 2 * inputs[0].shape[0] * row.heads * row.length**2 > LARGEST_SCORES:
         raise NotImplementedError("its scores do not fit in memory")
     compiled = torch.compile(row.module, dynamic=False) if device == "cuda" else row.module
-    return milliseconds(lambda: compiled(*inputs), device)
+    return milliseconds(row.timed(lambda: compiled(*inputs), inputs), device)
 
 
 def _cudnn(row: Row, inputs: list[Tensor]) -> Callable[[], Tensor]:
@@ -163,7 +184,7 @@ def measure(row: Row, checked: int, device: str, peers: tuple[str, ...], end: fl
 def line(row: Row, result: dict[str, Any]) -> str:
     """A row of the table."""
     cells = [result.get(key, "") for key in ("tflops", "goal", *PEERS)]
-    shown = ["–" if isinstance(c, str) else f"{c:g}" for c in cells]
+    shown = [f"{c:g}" if isinstance(c, (int, float)) else "–" for c in cells]
     tail = result.get("problem")
     if tail is None:
         kernels = ", ".join(f"{k} {s}" for k, s in zip(result["kernels"], result["schedules"], strict=True))
@@ -198,6 +219,7 @@ def main() -> int:
     started = time.monotonic()
     results: dict[str, Any] = {}
     torch.manual_seed(0)
+    functorch_config.donated_buffer = False  # backward is run more than once on one forward pass
     print("| TFLOP/s | einscade | goal | cuDNN | FlexAttention | torch.compile | kernel, error (plain bfloat16's) |")
     print("|---|---|---|---|---|---|---|")
     rows = [r for r in ROWS if r.name in chosen]

@@ -229,7 +229,8 @@ class Rows(Attention):
 @dataclass(frozen=True)
 class Row:
     """A module at a size. `shared`: query heads for each key head; `batch` None: as many as there are positions.
-    `goal` in TFLOP/s."""
+    `goal` in TFLOP/s, None: at least 1.25 times FlexAttention's. `backward`: the gradients of queries, keys and values
+    are what is computed, five products for the forward pass' two."""
 
     name: str
     module: Attention
@@ -237,15 +238,17 @@ class Row:
     shared: int
     width: int
     length: int
-    goal: float
+    goal: float | None
     batch: int | None = 2
+    backward: bool = False
 
     def inputs(self, n: int, device: str, batch: int | None = None) -> list[Tensor]:
         """Queries, keys, values and what the module reads besides, for n positions."""
         batch = batch or self.batch or n
 
         def normal(heads: int) -> Tensor:
-            return torch.randn(batch, heads, n, self.width, device=device).bfloat16()
+            x = torch.randn(batch, heads, n, self.width, device=device).bfloat16()
+            return x.requires_grad_(self.backward)
 
         keys = self.heads // self.shared
         return [normal(self.heads), normal(keys), normal(keys), *self.module.make(self.heads, n, device)]
@@ -257,7 +260,16 @@ class Row:
         for rows in torch.arange(n, device=device).split(1024):
             kept += self._kept(rows, keys, tensors)
         heads = self.heads if not isinstance(self.module, Differential) else self.heads // 2
-        return 2.0 * self.module.products * self.width * kept * (self.batch or n) * heads
+        passes = 2.5 if self.backward else 1.0
+        return 2.0 * passes * self.module.products * self.width * kept * (self.batch or n) * heads
+
+    def timed(self, attention: Callable[[], Tensor], inputs: Sequence[Tensor]) -> Callable[[], Any]:
+        """What is timed of an attention: its call, or the gradients of its result."""
+        if not self.backward:
+            return attention
+        result = attention()
+        cotangent = torch.randn_like(result)
+        return lambda: torch.autograd.grad(result, inputs[:3], cotangent, retain_graph=True)
 
     def _kept(self, rows: Tensor, keys: Tensor, tensors: Sequence[Tensor]) -> int:
         mask: Any = self.module.mask_mod(*tensors[3:])
@@ -280,4 +292,13 @@ ROWS = (
     Row("sigmoid", Sigmoid(), 16, 1, 128, 8192, 600),
     Row("differential", Differential(), 32, 1, 64, 4096, 500, batch=4),
     Row("evoformer-rows", Rows(), 4, 1, 64, 256, 180, batch=None),
+    Row("dense-d128-backward", Attention(), 16, 1, 128, 16384, 610, backward=True),
+    Row("causal-d128-backward", Causal(), 16, 1, 128, 16384, 610, backward=True),
+    Row("dense-d64-backward", Attention(), 32, 1, 64, 16384, 525, backward=True),
+    Row("causal-d64-backward", Causal(), 32, 1, 64, 16384, 525, backward=True),
+    Row("gqa-causal-d128-backward", Causal(), 32, 4, 128, 16384, None, backward=True),
+    Row("slopes-causal-backward", Slopes(), 16, 1, 128, 8192, None, backward=True),
+    Row("soft-cap-causal-backward", Capped(), 16, 1, 128, 8192, None, backward=True),
+    Row("window-1024-backward", Window(), 16, 1, 128, 8192, None, backward=True),
+    Row("documents-backward", Documents(), 16, 1, 128, 8192, None, backward=True),
 )

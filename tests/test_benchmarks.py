@@ -134,7 +134,7 @@ def test_whole_models_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_attention_rows_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of every kind, small: right, rewritten, with figures for themselves and their peers."""
-    names = "gqa-causal-d128,documents,differential,evoformer-rows"
+    names = "gqa-causal-d128,documents,differential,evoformer-rows,gqa-causal-d128-backward"
     out = tmp_path / "figures.json"
     command = ["h200", "--rows", names, "--peers", "compile", "--tiny", "--out", str(out), "--commit", "none"]
     monkeypatch.setattr(sys, "argv", command)

@@ -20,7 +20,7 @@ from einscade.runtime.device import indexed
 from einscade.runtime.kernels import Kernel, build
 from einscade.runtime.program import DTYPES, Program, parse_program
 
-__all__ = ["Call", "call_for"]
+__all__ = ["Call", "call_for", "prepared"]
 
 _calls: dict[tuple[str, torch.device], Call] = {}
 
@@ -32,6 +32,11 @@ def call_for(program: str, device: torch.device) -> Call:
     if call is None:
         call = _calls[program, device] = Call(parse_program(program), indexed(device))
     return call
+
+
+def prepared() -> tuple[Call, ...]:
+    """The calls of this process, in the order in which they were prepared: those of backward passes are among them."""
+    return tuple(_calls.values())
 
 
 class Call:
