@@ -91,11 +91,12 @@ def _has_registers(plan: Tables) -> bool:
     shape = plan.shape
     several = len(shape.products) > 1 or len(shape.sums) > 1
     tiles = {t.access for t in plan.tables}
-    addressed = any(x.name is None and x.access not in tiles and shape.m in free_vars(x.access) for x in plan.loads)
+    read = [x.access for x in plan.loads if x.name is None and x.access not in tiles]
+    addressed = any({shape.p, shape.m} <= free_vars(a) for a in read) or (plan.listed and bool(read))
     points = [s for s in shape.statements if s.monoid is None and shape.m in s.ranks]
     if plan.groups == 3:
         narrow = max(x.width for x in (*shape.stills, *shape.moving)) <= 64 and len(points) == 1
-        return narrow and not (several or addressed or plan.tables or plan.listed)
+        return narrow and not (several or read or plan.tables or plan.listed)
     if several:
         return plan.columns <= 64
     wide = sum(t.size for t in plan.tables) > 2  # bytes a point, all in registers at once

@@ -18,6 +18,8 @@ from einscade.ir.interpret import interpret
 from einscade.ir.text import parse_cascade
 from einscade.passes.pipeline import run as rewrite
 from tests.codegen.cascades import relative_error
+from tests.codegen.generated import module
+from tests.codegen.gluon_offline import assert_fits
 from tests.codegen.gluon_simulator import Simulator
 
 TEXT = """cascade some(Q[b,h,p,e]: bf16, K[b,h,m,e]: bf16, V[b,h,m,f]: bf16{extra}) -> O[b,h,p,f]: bf16
@@ -164,6 +166,12 @@ def test_sorted_documents_visit_little() -> None:
     lists = listed(emit(loops, schedule).text, made("documents", ordered=True))
     everything = -(-P // (schedule.tile("p") or 0)) * -(-M // (schedule.tile("M0") or 0)) * 2
     assert sum(map(len, lists)) < 0.6 * everything
+
+
+@pytest.mark.parametrize("name", DOMAINS)
+def test_fits_on_chip(name: str) -> None:
+    loops = program(name)
+    assert_fits(module(emit(loops, schedules(loops)[0])), made(name, ordered=True), SIZES)
 
 
 @pytest.mark.parametrize("domain", ["m <= p", "m <= p & p - m < 99", "m <= p | m < 50", "Mask[b,p,m]"])
