@@ -10,7 +10,8 @@ the keys and values that it has to read, each once, and stand beside the bandwid
 packed documents are bound by arithmetic: TFLOP/s of the points that exist. Before anything is timed, the optimised call
 at full size is compared with float64, sequence by sequence (documents: head by head), and must err by at most 1.5 times
 what PyTorch's math attention in the row's dtype errs on the same. Times are medians after warm-up, on random data, with
-the caches flushed between calls; what the first call took (compiling, choosing among candidates) stands beside them.
+the caches flushed between calls, of calls captured in CUDA graphs (a call that cannot be is timed as it is); what the
+first call took (compiling, choosing among candidates) stands beside them.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import einscade
 from benchmarks import record
+
+PEERS = ("flex", "cudnn", "flash", "sdpa", "copy + sdpa", "varlen")
 
 Arguments = tuple[Tensor, ...]
 Piece = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]
@@ -267,6 +270,26 @@ def seconds(call: Callable[[], object], device: str) -> float:
     return statistics.median(times)
 
 
+def captured(call: Callable[[], object], device: str) -> Callable[[], object]:
+    """The call as a CUDA graph, as decoding runs it, so that what counts is the kernels; itself where that fails."""
+    if device != "cuda":
+        return call
+    try:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+    except Exception:
+        torch.cuda.synchronize()
+        return call
+    return graph.replay
+
+
 def copy_bandwidth(device: str) -> float:
     """Bytes a second that a copy reads and writes."""
     source = torch.empty((1 << 30) if device == "cuda" else (1 << 22), dtype=torch.uint8, device=device)
@@ -306,12 +329,14 @@ def measure(row: Row, device: str) -> dict[str, Any]:
             raise RuntimeError(f"the site is unchanged: {site.reason}")
         result["candidate"] = site.kernel.candidate
         result["schedule"] = dict(site.kernel.schedule.tiles) | dict(site.kernel.schedule.launch)
-        result["einscade"] = scale / seconds(lambda: fast(*arguments), device)
+        replay = captured(lambda: fast(*arguments), device)
+        result["graph"] = device == "cuda" and getattr(replay, "__name__", "") == "replay"
+        result["einscade"] = scale / seconds(replay, device)
     except Exception as problem:
         result["problem"] = f"{type(problem).__name__}: {problem}"[:400]
     for name, peer in row.peers(arguments).items():
         try:
-            result[name] = scale / seconds(peer(), device)
+            result[name] = scale / seconds(captured(peer(), device), device)
         except Exception as problem:
             result[name] = f"{type(problem).__name__}: {problem}"[:200]
     return result
@@ -325,7 +350,18 @@ def _wait(device: str) -> None:
 def line(name: str, result: Mapping[str, Any], copy: float) -> str:
     """A row of the table."""
     rate = result.get("einscade")
-    fixed = ("goal", "unit", "first_call_s", "error", "math_error", "candidate", "schedule", "einscade", "problem")
+    fixed = (
+        "graph",
+        "goal",
+        "unit",
+        "first_call_s",
+        "error",
+        "math_error",
+        "candidate",
+        "schedule",
+        "einscade",
+        "problem",
+    )
     peers = ", ".join(f"{k} {v:.0f}" if isinstance(v, float) else f"{k} –" for k, v in result.items() if k not in fixed)
     if rate is None:
         return f"{name:36}{'–':>9}  {peers}; {result.get('problem')}"

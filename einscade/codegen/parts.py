@@ -32,6 +32,9 @@ __all__ = ["part_length", "split_rank", "with_parts"]
 SHORTEST = 256
 """A part has at least so many positions: its program's start and its partial results must be worth their while."""
 
+LONG_FOR_TILES = 4096
+"""So many positions are worth splitting for tiles that are full of rows."""
+
 WAVES = (1, 2, 4, 8, 16)
 """Programs per multiprocessor to aim at. More are balanced better, and merge more."""
 
@@ -66,8 +69,9 @@ def split_rank(program: LoopProgram, device: Device, lengths: Lengths) -> str | 
         return None
     tiles = rows or dict.fromkeys(ranks, 64)
     programs = prod(ceil(lengths.rank(r) / tiles.get(r, 1)) for r in nest.grid)
-    unequal = rows is not None and _ragged(nest)
-    return origin if programs < (WAVES[-1] if unequal else 2) * device.processors else None
+    if rows is None:  # full tiles compute more than they read: only a machine that is mostly idle gains
+        return origin if 2 * programs <= device.processors and positions >= LONG_FOR_TILES else None
+    return origin if programs < (WAVES[-1] if _ragged(nest) else 2) * device.processors else None
 
 
 def _ragged(nest: SerialNest) -> bool:

@@ -63,6 +63,8 @@ CASES = (
          (("off[c]: i32", "boundaries"), ("D[b,p]: i64", "documents")), ranks=", m < M, c < 4"),
     Case("slopes", "m < len[b]", (("len[b]: i32", "lengths"), ("A[h]: f32", "float")),
          score="X[b,h,p,m] + A[h] * (m - len[b])"),
+    Case("slots", "m < len[b]", (("T[b,m]: i64", "slots"), ("len[b]: i32", "lengths")), "T[b,m],{h}", "c,g",
+         ", m < M, c < C"),
     paged(8), paged(16), paged(32),
 )  # fmt: skip
 
@@ -142,7 +144,7 @@ def inputs(cascade: Cascade, case: Case, sizes: Mapping[str, int], seed: int = 0
             made[t.name] = torch.arange(keys)[None] >= whole(0, keys, (shape[0], 1))
         elif kind == "bool":
             made[t.name] = whole(0, 2, shape).bool()
-        elif kind == "pages":
+        elif kind in ("pages", "slots"):
             pages = torch.randperm(sizes["C"], generator=rng)[: shape[0] * shape[1]].reshape(shape)
             made[t.name] = pages
         else:

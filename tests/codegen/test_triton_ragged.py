@@ -85,6 +85,7 @@ def test_what_is_split() -> None:
     assert rank(ragged, B=64, P=1, M=65536) == "m"
     assert rank(pages, B=32, P=1, N=4096, C=10**6) == "m"
     assert rank(full, B=1, P=1, M=300) is None
+    assert rank(full, B=1, P=512, M=512) is None
     assert rank(full, B=2, P=8192, M=8192) is None
     assert rank(full, CPU, B=1, P=1, M=131072) is None
 

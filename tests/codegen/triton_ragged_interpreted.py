@@ -41,7 +41,7 @@ def run(cascade: Cascade, parts: bool, chosen: Schedule, x: Mapping[str, Tensor]
 
 def sizes_of(case: Case, b: int, p: int, m: int) -> dict[str, int]:
     pages = -(-m // (case.page or 1))
-    return {"B": b, "P": p} | ({"M": m} if case.page is None else {"N": pages, "C": b * pages + 2})
+    return {"B": b, "P": p, "C": b * pages + 2} | ({"M": m} if case.page is None else {"N": pages})
 
 
 def error(
@@ -63,17 +63,16 @@ def error(
 @pytest.mark.parametrize("parts", [True, False], ids=["parts", "whole"])
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_variants(case: Case, parts: bool) -> None:
-    assert error(case, b=3, p=3, m=45, parts=parts, part="32", summaries=not parts) <= BOUND["f32"]
+    assert error(case, b=2, p=3, m=37, parts=parts, part="32", summaries=not parts) <= BOUND["f32"]
 
 
 @pytest.mark.parametrize("heads", [(6, 2), (4, 4), (7, 1), (5, 5)])
-@pytest.mark.parametrize("p", [1, 5])
-def test_heads_of_a_group_are_rows(heads: tuple[int, int], p: int) -> None:
+def test_heads_of_a_group_are_rows(heads: tuple[int, int]) -> None:
     lengths = next(c for c in CASES if c.name == "lengths")
-    assert error(lengths, b=2, p=p, m=40, heads=heads, dtype="f16") <= BOUND["f16"]
+    assert error(lengths, b=2, p=3, m=40, heads=heads, dtype="f16") <= BOUND["f16"]
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     st.sampled_from(CASES), st.integers(1, 3), st.integers(1, 6), st.integers(1, 70),
     st.sampled_from(["16", "48", "16 * Max(1, ceil_div(B, 2))", "4096"]), st.booleans(), st.integers(0, 99),
