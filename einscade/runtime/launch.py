@@ -195,8 +195,10 @@ def _ready(kernel: Any) -> tuple[Any, ...] | None:
         return None
     call = launcher.launch
     if inspect.isfunction(call):  # a wrapper that encodes descriptors
-        call = inspect.getclosurevars(call).nonlocals["launcher"]
-    encodings = kernel.metadata.tensordesc_meta or ()
+        call = inspect.getclosurevars(call).nonlocals.get("launcher")
+    if call is None:
+        return None
+    encodings = getattr(kernel.metadata, "tensordesc_meta", None) or ()
     return (
         id(kernel), call, kernel.function, launcher.launch_cooperative_grid, launcher.launch_pdl,
         kernel.packed_metadata, encodings, kernel,
