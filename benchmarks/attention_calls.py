@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -151,11 +151,11 @@ def _named(model: nn.Module, running: list[str]) -> Iterator[None]:
 
 def softmaxes_left(model: Any, inputs: Mapping[str, Any], inside: str) -> int:
     """How many softmaxes a call of an optimised model still runs, other than within the operators named `inside`."""
-    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as profiler:
+    with torch.no_grad(), profile(use_kineto=False) as profiler:
         model(**inputs)
     counted = _SOFTMAX | _WHOLE
     excluded = counted | {inside}  # an operation within one that counts is a part of it
-    return sum(e.name in counted and excluded.isdisjoint(_above(e)) for e in profiler.events() or ())
+    return sum(e.name in counted and excluded.isdisjoint(_above(e)) for e in profiler.function_events or ())
 
 
 def _above(event: Any) -> Iterator[str]:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import (
@@ -172,9 +173,15 @@ def _trace(gm: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> f
         with stateless._reparametrize_module(gm, {name: tracer.owned[name] for name in state}, tie_weights=True):
             return tracer.run(*flat[len(owned) :], enable_io_processing=False)
 
-    with tracer.contexts():
+    with tracer.contexts(), _kernels_for(inputs):
         traced = make_fx(run, _allow_non_fake_inputs=True)(*fakes, *inputs)
     return _put_back(gm, traced, list(owned), inputs)
+
+
+def _kernels_for(inputs: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
+    """Where shapes move, fake values come from torch's Python kernels: some of the C++ ones take numbers only."""
+    moving = any(isinstance(n, torch.SymInt) for x in inputs for n in (x.shape if _is_tensor(x) else (x,)))
+    return enable_python_dispatcher() if moving else contextlib.nullcontext()
 
 
 def _fake_parameter(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
@@ -430,7 +437,7 @@ def _functionalise(gm: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMo
         replay.owned = dict(zip(owned, flat, strict=False))
         return replay.run(*flat[len(owned) :], enable_io_processing=False)
 
-    with torch.no_grad(), fx.traceback.preserve_node_meta(), mode:
+    with torch.no_grad(), fx.traceback.preserve_node_meta(), mode, _kernels_for(inputs):
         traced = make_fx(torch.func.functionalize(run, remove="mutations"), _allow_non_fake_inputs=True)(
             *fakes, *inputs
         )

@@ -241,3 +241,18 @@ def test_what_cannot_be_captured_says_so() -> None:
         fake_inputs(fx.symbolic_trace(lambda x: x + 1), None)
     with pytest.raises(CaptureError, match="1 inputs, 2 examples"):
         fake_inputs(fx.symbolic_trace(lambda x: x + 1), [torch.zeros(1), torch.zeros(1)])
+
+
+class BiasedProduct(nn.Module):
+    def forward(self, bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return bias.baddbmm(a, b)
+
+
+def test_operations_whose_fake_kernels_take_numbers_only() -> None:
+    """`baddbmm` with a bias that is expanded, where lengths move."""
+    gm = torch.fx.symbolic_trace(BiasedProduct())
+    args = [torch.randn(3, 1, 7), torch.randn(3, 5, 4), torch.randn(3, 4, 7)]
+    captured = to_aten(gm, fake_inputs(gm, args, dynamic=True)).gm
+    (node,) = captured.graph.find_nodes(op="call_function", target=torch.ops.aten.baddbmm.default)
+    assert all(isinstance(n, torch.SymInt) for n in node.meta["val"].shape)
+    torch.testing.assert_close(captured(*args), gm(*args))

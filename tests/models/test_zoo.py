@@ -16,7 +16,7 @@ QUICK = ("bert", "gpt2", "llama", "t5")
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in QUICK else (pytest.mark.slow,)) for n in zoo.FAMILIES]
+    "name", [pytest.param(n, marks=() if n in QUICK else (pytest.mark.slow,)) for n in zoo.DEVELOPED]
 )
 def test_family(name: str, attention: str, fresh_dynamo: None) -> None:
     row = zoo.run(name, attention, inner="eager")
