@@ -17,7 +17,8 @@ from einscade.passes.pipeline import run as rewrite
 from tests.codegen.cascades import relative_error
 from tests.codegen.generated import module
 from tests.codegen.gluon_offline import assert_fits
-from tests.codegen.gluon_simulator import Simulator
+from tests.codegen.gluon_simulator import Misuse, Simulator
+from tests.codegen.test_gluon_simulated import SYNCHRONISES, without
 
 SOFTMAX = """  G[b,h,p]   = max(m) S[b,h,p,m]
   W[b,h,p,m] = exp(S[b,h,p,m] - G[b,h,p])
@@ -128,6 +129,30 @@ def test_right(name: str, lengths: tuple[int, int]) -> None:
     """With tables that the copy engine can take (304 elements a row), and that it cannot."""
     sizes = {"B": 1, "P": lengths[0], "M": lengths[1]}
     check(TEXTS[name], inputs(TEXTS[name], sizes), sizes)
+
+
+def test_every_synchronisation_is_missed() -> None:
+    """Of the lines of a kernel with a ring for a table that synchronise, none can go."""
+    text, sizes = TEXTS["a bias"], {"B": 1, "P": 100, "M": 496}
+    given = inputs(text, sizes)
+    plain = parse_cascade(text)
+    exact = interpret(plain, dict(zip((t.name for t in plain.inputs), given, strict=True)), {})["O"]
+    loops = program(text)
+    passed = {s: sizes[s] for s in loops.cascade.symbols if s in sizes}
+    source = emit(loops, schedules(loops)[0]).text
+
+    def holds(changed: str, seed: int) -> bool:
+        try:
+            (out,) = Simulator(seed).load(changed).run(*given, **passed)
+        except (Misuse, TypeError):  # a product that nothing waited for is no number
+            return False
+        return relative_error(out, exact) <= 3 * relative_error(exact.bfloat16(), exact)
+
+    assert all(holds(source, seed) for seed in range(8))
+    lines = [i for i, line in enumerate(source.split("\n")) if SYNCHRONISES.match(line)]
+    assert len(lines) > 20
+    for line in lines:
+        assert not all(holds(without(source, line), seed) for seed in range(60)), source.split("\n")[line]
 
 
 @pytest.mark.parametrize("change", ["transposed", "expanded", "shifted"])
