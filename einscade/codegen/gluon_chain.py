@@ -31,6 +31,9 @@ from einscade.ir.expr import Access, Expr, accesses, free_vars, var
 
 __all__ = ["Chain"]
 
+RUNS = {"f32": "gl.float32", "i32": "gl.int32", **{d: GLUON_DTYPES[d] for d in ("bf16", "f16")}}
+"""The dtypes of columns' values that the copy engine brings."""
+
 
 @dataclass
 class _Iteration:
@@ -58,11 +61,31 @@ class Chain(Module):
         tiles += self.rows * self.f * 2 * (len(self.shape.written) - len(self.shares))
         if tiles + 1024 > SHARED:
             raise Unsupported(f"{tiles} bytes of tiles do not fit in {SHARED} bytes of shared memory")
-        sums, scores = len(self.shape.sums), len(self.shape.products)
-        registers = sums * self.f // 2 + scores * self.columns // 2 + (sums - 1) * self.columns // 4 + 24
+        registers = len(self.shape.sums) * self.f // 2 + self._most_live() + 24
         spare = 16 if self.groups == 3 else 0  # masks and positions take as many registers, of fewer
         if registers + spare > REGISTERS[self.groups]:
             raise Unsupported(f"tiles of {self.columns} by {self.f} do not fit in {REGISTERS[self.groups]} registers")
+
+    def _most_live(self) -> int:
+        """Registers of the iteration's tiles at the moment when most are needed: values of the points, weights of sums
+        that have been issued, columns' values that are read by address."""
+        statements = {s.name: s for s in self.scaled[0]}
+        tile = {n for n, s in statements.items() if {self.shape.p, self.shape.m} <= set(s.ranks)} | {*self.shape.scores}
+        order = list(dict.fromkeys(n for x in self.order[0] for n in self._needed(x.weights)))
+        order += [n for n in statements if n not in order]
+        events = [n for n in order if n in statements]
+        copied = {t.access for t in self.tables}
+        columns = sum(1 for x in self.loads if self._of_columns(x) and x.access not in copied) * self.columns // 4
+        most, issued = len(self.shape.scores) * self.columns // 2, 0
+        for i, name in enumerate(events):
+            later = {a.tensor for n in events[i + 1 :] for a in statements[n].reads}
+            weights = any(x.weights == name for x in self.shape.sums)
+            known = {*self.shape.scores, *events[: i + 1]}
+            live = [n for n in known if n in tile and (n in later or n == name)]
+            issued += weights
+            kept = len([n for n in live if n in later]) * self.columns // 2 + issued * self.columns // 4
+            most = max(most, len(live) * self.columns // 2 + (issued - weights) * self.columns // 4, kept)
+        return most + columns
 
     # -- values of columns --
 
@@ -100,11 +123,14 @@ class Chain(Module):
             *others, last = x.access.index
             t = self.cascade.tensors[x.access.tensor]
             plain = self._of_columns(x) and last == var(m) and not any(m in free_vars(i) for i in others)
-            if plain and t.dtype in ("f32", "bf16", "f16") and len(x.access.index) <= 5:
+            if plain and t.dtype in RUNS and len(x.access.index) <= 5:
                 operand = Operand(t.name, len(others), len(others), 0, self.columns, tuple(enumerate(others)))
-                found.append(Table(self.name(t.name), x.access, operand, 4 if t.dtype == "f32" else 2))
+                found.append(Table(self.name(t.name), x.access, operand, 2 if t.dtype in ("bf16", "f16") else 4))
         names = [t.name for t in found]
         return tuple(t for t in found if names.count(t.name) == 1)
+
+    def _table_dtype(self, t: Table) -> str:
+        return RUNS[self.dtype(t.operand.tensor)]
 
     def _table_rings(self) -> list[str]:
         return [f"{t.name}_tiles" for t in self.tables]
@@ -148,15 +174,19 @@ class Chain(Module):
         return lines
 
     def _read_columns(self, s: Statement, it: _Iteration) -> list[str]:
-        """The columns' values that a statement is the first to need, from shared memory."""
+        """The columns' values that a statement, or its mask, is the first to need, from shared memory."""
         lines = []
+        addressed = any(x.name is None and x.access in accesses(s.expr) for x in self.loads)
+        needed = {*accesses(s.expr), *(accesses(s.row) if s.fill is not None else ())}
+        needed |= set(accesses(s.keep)) if s.mask_operand or addressed else set()
         for t in self.tables:
             x = next(x for x in self.loads if x.access == t.access)
-            if x.access in (*accesses(s.expr), *accesses(s.keep)) and x.name not in it.read:
+            if x.access in needed and x.name not in it.read:
                 assert x.name is not None
                 it.read.add(x.name)
                 tile = f"{t.name}_tiles.index(stage)._reinterpret({self._table_dtype(t)}, [STEP], RUN)"
-                lines += [*self._see(self.home, it), f"{x.name} = {tile}.load(COLUMN).to(gl.float32)"]
+                number = "" if self._table_dtype(t) == "gl.int32" else ".to(gl.float32)"
+                lines += [*self._see(self.home, it), f"{x.name} = {tile}.load(COLUMN){number}"]
         return lines
 
     def _see(self, ring: Ring, it: _Iteration) -> list[str]:

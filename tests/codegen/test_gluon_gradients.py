@@ -64,15 +64,14 @@ def test_right_in_any_order(name: str, shape: dict[str, Any], lengths: tuple[int
     named = {t.name: x for t, x in zip(gradient.cascade.inputs, given, strict=True)}
     expected = interpret(gradient.cascade, named, {n: s for n, s in sizes.items() if n in gradient.cascade.symbols})
     used = {n: s for n, s in sizes.items() if n in loops.cascade.symbols}
-    for seed, schedule in enumerate(schedules(loops)[:2]):
-        found = Simulator(seed).load(emit(loops, schedule).text).run(*given, **used)
-        for output, value in zip(gradient.cascade.outputs, found, strict=True):
-            exact = expected[output]
-            rounding = relative_error(exact.to(value.dtype), exact)
-            scale = (
-                exact.norm() + 1e-2 * named["dO"].double().norm()
-            )  # a gradient that cancels keeps its terms' rounding
-            assert (value.double() - exact).norm() <= 3 * max(rounding, 2**-10) * scale, output
+    space = schedules(loops)
+    schedule = space[len(name) % len(space)]
+    found = Simulator(len(name)).load(emit(loops, schedule).text).run(*given, **used)
+    for output, value in zip(gradient.cascade.outputs, found, strict=True):
+        exact = expected[output]
+        rounding = relative_error(exact.to(value.dtype), exact)
+        scale = exact.norm() + 1e-2 * named["dO"].double().norm()  # a gradient that cancels keeps its terms' rounding
+        assert (value.double() - exact).norm() <= 3 * max(rounding, 2**-10) * scale, output
 
 
 # -- compiled without a GPU -------------------------------------------------------------------------------------------
@@ -82,8 +81,8 @@ def test_right_in_any_order(name: str, shape: dict[str, Any], lengths: tuple[int
     ("name", "shape"),
     [
         ("full", NARROW), ("causal", NARROW), ("causal", WIDE), ("causal", {**NARROW, "dtype": "f16"}),
-        ("window", WIDE), ("slopes", WIDE), ("documents", NARROW),
-        ("softcap", NARROW), ("sigmoid", NARROW), ("causal", GROUPED),
+        ("window", WIDE), ("slopes", WIDE), ("documents", WIDE),
+        ("softcap", WIDE), ("sigmoid", NARROW), ("causal", GROUPED),
     ],
 )  # fmt: skip
 def test_compiles(name: str, shape: dict[str, Any]) -> None:
