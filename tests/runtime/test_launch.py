@@ -4,6 +4,7 @@ is computed twice. A stub stands for the GPU."""
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from einscade.codegen.source import Source
 from einscade.ir.device import A100, H200
 from einscade.runtime import call, kernels, launch
 from einscade.runtime.modules import load
-from tests.codegen.cascades import CASES, cascade
+from tests.codegen.cascades import CASES, cascade, inputs
 
 BY_NAME = {c.name: c for c in CASES}
 SHAPE = {"dtype": "bf16", "h": 4, "g": 2, "e": 64, "f": 64}
@@ -66,11 +67,12 @@ def _launchers(run: Callable[..., Any]) -> list[launch.Launcher]:
     return [x for x in run.__globals__.values() if isinstance(x, launch.Launcher)]
 
 
-def _through_the_jit(run: Callable[..., Any], inputs: tuple[Tensor, ...], n: int) -> None:
+def _forms_forgotten(run: Callable[..., Any], call: Callable[[], object]) -> None:
+    """A call of `run` whose launches go through the JIT."""
     with contextlib.ExitStack() as forgotten:
         for launcher in _launchers(run):
             forgotten.enter_context(mock.patch.object(launcher, "_forms", {}))
-        run(*inputs, B=1, M=n, P=n)
+        call()
 
 
 def _without_output(call: tuple[Any, ...], inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
@@ -93,13 +95,34 @@ def _without_output(call: tuple[Any, ...], inputs: tuple[Tensor, ...]) -> tuple[
 def test_a_launch_passes_what_the_jit_passes(kind: str, launched: list[tuple[Any, ...]]) -> None:
     run = load(_source(kind), "causal")
     for n, offset in ((256, 0), (250, 0), (250, 1), (17, 0), (1, 0), (33, 0), (16, 0), (257, 0), (256, 0), (1, 0)):
-        inputs = _inputs(n, offset)
-        run(*inputs, B=1, M=n, P=n)
-        run(*inputs, B=1, M=n, P=n)
-        _through_the_jit(run, inputs, n)
+        operands = _inputs(n, offset)
+        run(*operands, B=1, M=n, P=n)
+        run(*operands, B=1, M=n, P=n)
+        _forms_forgotten(run, functools.partial(run, *operands, B=1, M=n, P=n))
         direct, through_the_jit = launched[-2:]
         assert direct[10:13] == (None, None, None)
-        assert _without_output(direct, inputs) == _without_output(through_the_jit, inputs), (n, offset)
+        assert _without_output(direct, operands) == _without_output(through_the_jit, operands), (n, offset)
+
+
+@pytest.mark.parametrize("name", ["documents", "table"])
+def test_every_kernel_of_a_module_is_launched_so(name: str, launched: list[tuple[Any, ...]]) -> None:
+    """A list of tiles that a kernel of its own makes, and operands of other ranks and dtypes."""
+    case = BY_NAME[name]
+    plain, rewritten = cascade(case, **SHAPE)
+    loops = plan(rewritten)
+    run = load(gluon.emit(loops, gluon.schedules(loops)[0]), name)
+    sizes = {s: 200 if s in "MP" else 1 for s in plain.symbols}
+    operands = tuple(inputs(plain, case, sizes).values())
+    for _ in range(2):
+        launched.clear()
+        run(*operands, **sizes)
+    direct = list(launched)
+    launched.clear()
+    _forms_forgotten(run, lambda: run(*operands, **sizes))
+    assert len(direct) == (2 if name == "documents" else 1)
+    for ours, theirs in zip(direct, launched, strict=True):
+        assert ours[10:13] == (None, None, None)
+        assert _without_output(ours, ()) == _without_output(theirs, ())
 
 
 @pytest.mark.parametrize("kind", ["gluon", "triton"])
