@@ -26,7 +26,7 @@ from einscade.compiler.regions_scan import Candidate, products_of, scan
 from einscade.ir.cascade import Cascade
 from einscade.ir.verify import CascadeError
 
-__all__ = ["Output", "Region", "find"]
+__all__ = ["Output", "Region", "find", "is_weight"]
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,14 @@ class _Finder:
         self.constants = constants
         self.memo = Memo(constants)
         self.static: set[Node] = set()
+        self.parameters: set[Node] = set()
         for node in gm.graph.nodes:
             if node.op == "get_attr":
                 self._attribute(node)
-            elif node.op == "placeholder" and (node.name in parameters or _is_weight(node)):
+            elif node.op == "placeholder" and (node.name in parameters or is_weight(node)):
                 self.static.add(node)
+                if node.name in parameters or isinstance(node.meta.get("val"), torch.nn.Parameter):
+                    self.parameters.add(node)
 
     def _attribute(self, node: Node) -> None:
         value: Any = self.gm
@@ -90,11 +93,13 @@ class _Finder:
         if not isinstance(value, torch.Tensor):
             return
         self.static.add(node)
+        if isinstance(value, torch.nn.Parameter):
+            self.parameters.add(node)
         if not isinstance(value, torch.nn.Parameter) and not value.requires_grad and not _written(node):
             self.constants.setdefault(node.name, value)
 
     def run(self) -> list[Region]:
-        drafts = [self._draft(c) for c in scan(self.gm, self.static, self.position)]
+        drafts = [self._draft(c) for c in scan(self.gm, self.static, self.position, self.parameters)]
         holders: dict[Node, list[_Draft]] = {}
         for draft in drafts:
             for node in draft.core:
@@ -256,7 +261,7 @@ def _escapes(node: Node, core: Collection[Node], holders: Mapping[Node, list[_Dr
     return False
 
 
-def _is_weight(node: Node) -> bool:
+def is_weight(node: Node) -> bool:
     """A parameter or buffer that was lifted to an input (Dynamo marks those)."""
     marked = "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
     return marked or isinstance(node.meta.get("val"), torch.nn.Parameter)

@@ -16,7 +16,7 @@ from torch import fx
 from einscade.compiler import operators
 from einscade.compiler.capture import nested_graphs
 from einscade.compiler.lowering import Unlowerable, check, lower, program_of
-from einscade.compiler.regions import Region, find
+from einscade.compiler.regions import Region, find, is_weight
 from einscade.compiler.report import REWRITTEN, UNCHANGED, Site
 from einscade.runtime import progress
 from einscade.runtime.messages import first_line, warn_once
@@ -49,9 +49,9 @@ def rewrite(
     """
     found: list[tuple[fx.GraphModule, Region]] = []
     graphs = list(nested_graphs(gm))
+    weights = _weights(gm, parameters)
     for graph in graphs:
-        known = (constants, parameters) if graph is gm else ({}, ())
-        found += [(graph, region) for region in find(graph, *known)]
+        found += [(graph, region) for region in find(graph, constants if graph is gm else {}, weights[graph])]
     relied_on = {n.target for graph, region in found for n in _absorbed(region) if graph is gm}
     needed = {graph: _differentiable(graph) for graph in graphs}
     sites = []
@@ -66,6 +66,28 @@ def rewrite(
         graph.graph.lint()
         graph.recompile()
     return Rewritten(sites, frozenset(str(name) for name in relied_on))
+
+
+def _weights(gm: fx.GraphModule, parameters: Collection[str]) -> dict[fx.GraphModule, set[str]]:
+    """The names of the placeholders that are weights, for `gm` and for each graph that it calls: a checkpointed block
+    gets the weights that it uses as arguments."""
+    found = {gm: set(parameters)}
+    static: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            known = node.name in parameters or is_weight(node)
+        else:
+            known = node.op != "output" and static.issuperset(node.all_input_nodes) and not node.meta.get("captured")
+        if known:
+            static.add(node)
+        graph = node.args[0] if node.op == "call_function" and node.args else None
+        if isinstance(graph, fx.Node) and graph.meta.get("captured"):
+            called = getattr(gm, str(graph.target))
+            inside = called.graph.find_nodes(op="placeholder")
+            given = {p.name for p, a in zip(inside, node.args[1:], strict=False) if a in static}
+            for each, names in _weights(called, given).items():
+                found[each] = found.get(each, names) & names
+    return found
 
 
 def _without_stride_assumptions(gm: fx.GraphModule) -> None:
@@ -114,9 +136,7 @@ def _differentiable(gm: fx.GraphModule) -> set[fx.Node]:
     return found
 
 
-def _site(
-    gm: fx.GraphModule, region: Region, recipe: str, differentiable: Collection[fx.Node], within: str
-) -> Site:
+def _site(gm: fx.GraphModule, region: Region, recipe: str, differentiable: Collection[fx.Node], within: str) -> Site:
     where = (".".join(filter(None, (within, region.module_path))), region.source)
     frame = _frame()
     if region.cascade is None:

@@ -194,6 +194,8 @@ class _Emit:
         """An expression of the old cascade inside the loop: at the step's own values."""
         values = {}
         for a in accesses(expr):
+            if a.tensor in self.loop.rows or a.tensor in self.loop.along:
+                self._here(a)
             if a.tensor in self.running:
                 values[a] = self._run_at(a, var(self.m1))
             elif a.tensor in self.loop.rows:
@@ -203,6 +205,11 @@ class _Emit:
                 ranks = self._split(self.cascade.tensors[a.tensor].ranks)
                 values[a] = Access(self.inside[a.tensor], *map(var, ranks))
         return expr.xreplace(values).xreplace({var(self.m): self.index})
+
+    def _here(self, access: Access) -> None:
+        """A step has the points of its own tile only: what reads others (a rotation of halves) has no loop."""
+        if access.index != tuple(map(var, self.cascade.tensors[access.tensor].ranks)):
+            raise NotApplicable(f"{access} is read in a loop that makes {access.tensor} point by point")
 
     def _split(self, ranks: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(q for r in ranks for q in ((self.m1, self.m0) if r == self.m else (r,)))

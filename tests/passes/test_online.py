@@ -35,6 +35,19 @@ def test_equal_for_all_lengths_and_tiles(name: str) -> None:
         assert_equal(before, after, sizes, tiles=(1, 3, 16))
 
 
+def test_what_reads_other_points_than_its_own_has_no_loop() -> None:
+    """Halves that change places, as in rotary positions: the tile of a step does not have what is read."""
+    before = cascade("""
+        cascade rotated(Q[p,e], K[m,e], V[m,f], C[m]) -> O
+          where p < P, m < 8, e < 3, f < 2
+          S[p,m] = sum(e) Q[p,e] * K[m,e]
+          O[p,f] = sum(m) (S[p,m] * C[m] - S[p,(m + 4) % 8]) * V[m,f]
+    """)
+    with pytest.raises(NotApplicable, match="point by point"):
+        Loops().apply(before)
+    assert_equal(before, rewritten(before), {"P": 5}, tiles=(1, 3, 16))
+
+
 @pytest.mark.parametrize("name", sorted(set(ALL) - {"no correction"}))
 def test_one_loop_over_the_long_rank(name: str) -> None:
     scans = {s.scan.rank for s in rewritten(cascade(ALL[name])).body if s.scan}
