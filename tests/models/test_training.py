@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -13,14 +13,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import einscade
-from benchmarks import zoo
-from tests.models.small import Block, CausalAttention, rewritten_sites
+from einscade.compiler.gradients import DIFFERENTIATED
+from tests.models.small import Block, CausalAttention, CrossAttention, compilations, rewritten_sites
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
-def _losses(model: nn.Module, batches: list[dict[str, torch.Tensor]], steps: int) -> list[float]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+def _losses(model: nn.Module, batches: list[dict[str, torch.Tensor]], steps: int, rate: float = 1e-3) -> list[float]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     losses = []
     for step in range(steps):
         loss = model(**batches[step % len(batches)]).loss
@@ -31,36 +31,137 @@ def _losses(model: nn.Module, batches: list[dict[str, torch.Tensor]], steps: int
     return losses
 
 
-def _tiny(name: str, dropout: float = 0.0) -> Any:
-    """A tiny model in training mode. Dropout is a matter of the configuration: attention reads it there, not from a
-    module that could be set afterwards."""
+def _tiny(name: str) -> Any:
+    """A tiny model in training mode. Dropout is off in its configuration, where T5's attention reads it."""
     torch.manual_seed(0)
-    config = zoo.tiny_config(name)
-    for field in config.to_dict():
-        if "dropout" in field:
-            setattr(config, field, dropout)
-    auto = transformers.AutoModelForSeq2SeqLM if name == "t5" else transformers.AutoModelForCausalLM
-    return auto.from_config(config, attn_implementation="eager").train()
+    if name == "t5":
+        config: Any = transformers.T5Config(
+            vocab_size=99, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, dropout_rate=0.0,
+            decoder_start_token_id=0,
+        )  # fmt: skip
+        auto: Any = transformers.AutoModelForSeq2SeqLM
+    else:
+        config = transformers.LlamaConfig(
+            vocab_size=99, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=128,
+        )  # fmt: skip
+        auto = transformers.AutoModelForCausalLM
+    model = auto.from_config(config, attn_implementation="eager").train()
+    model.config.use_cache = False
+    return model
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_fifty_steps(name: str) -> None:
     model = _tiny(name)
-    model.config.use_cache = False
     twin = copy.deepcopy(model)
-    torch.manual_seed(1)
-    batches = []
-    for _ in range(5):
-        ids = torch.randint(3, 98, (4, 29))
-        batches.append({"input_ids": ids, "labels": ids.clone()})
+    batches = _batches((29,) * 5)
     expected = _losses(model, batches, 50)
     fast = einscade.optimize(twin, inner="eager")
-    actual = _losses(fast, batches, 50)
+    _assert_losses(_losses(fast, batches, 50), expected)
     assert rewritten_sites(fast) == {"llama": 2, "t5": 6}[name]
-    assert expected[-1] < 0.9 * expected[0], "nothing was learnt, so nothing was compared"
+    assert {site.gradients for site in fast.report.sites} == {DIFFERENTIATED}
+
+
+def _batches(lengths: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+    torch.manual_seed(1)
+    ids = [torch.randint(3, 98, (4, n)) for n in lengths]
+    return [{"input_ids": x, "labels": x.clone()} for x in ids]
+
+
+def _assert_losses(actual: list[float], expected: list[float]) -> None:
+    assert min(expected) < 0.9 * max(expected), "nothing was learnt, so nothing was compared"
     for ours, theirs in zip(actual, expected, strict=True):
         assert abs(ours - theirs) <= 1e-4 * abs(theirs)
+
+
+@pytest.mark.parametrize("way", ["optimize", "backend"])
+def test_lengths_that_move_while_training(way: str) -> None:
+    """Every batch another length: the same losses, from two graphs at most; the backend by its name does the same."""
+    model = _tiny("llama")
+    twin = copy.deepcopy(model)
+    batches = _batches((29, 17, 41, 8))
+    expected = _losses(model, batches, 16, 2e-3)
+    if way == "optimize":
+        fast = einscade.optimize(twin, inner="eager", dynamic=True)
+    else:
+        fast = torch.compile(twin, backend="einscade", dynamic=True, options={"inner": "aot_eager"})
+    _assert_losses(_losses(fast, batches, 16, 2e-3), expected)
+    assert compilations() <= 2
+    report = fast.report if way == "optimize" else einscade.report()
+    assert [site.status for site in report.sites] == ["rewritten"] * 2
+    assert {site.gradients for site in report.sites} == {DIFFERENTIATED}
+
+
+def test_training_under_autocast() -> None:
+    """Under bfloat16 autocast the losses follow those of eager under autocast as closely as its rounding allows: both
+    are off from float32's, and ours is not further off."""
+    model = _tiny("llama")
+    twins = [copy.deepcopy(model) for _ in range(2)]
+    batches = _batches((29,) * 2)
+    exact = torch.tensor(_losses(model, batches, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = torch.tensor(_losses(twins[0], batches, 8))
+        fast = einscade.optimize(twins[1], inner="eager")
+        ours = torch.tensor(_losses(fast, batches, 8))
+    assert rewritten_sites(fast) == 2
+    assert (ours - exact).norm() <= 1.5 * (plain - exact).norm()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_training_with_gradient_checkpointing(reentrant: bool) -> None:
+    """transformers' own checkpointing of every layer, of both kinds."""
+    model = _tiny("llama")
+    twin = copy.deepcopy(model)
+    for each in (model, twin):
+        each.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        each.enable_input_require_grads()
+    batches = _batches((29, 29))
+    expected = _losses(model, batches, 12)
+    fast = einscade.optimize(twin, inner="eager")
+    _assert_losses(_losses(fast, batches, 12), expected)
+    assert {site.module_path for site in fast.report.sites} == {f"model.layers.{i}.self_attn" for i in range(2)}
+    assert rewritten_sites(fast) == 2
+
+
+def test_live_dropout_leaves_attention_as_it_is_and_says_so() -> None:
+    """With dropout on its weights a site is left alone, with the reason, and draws eager's own numbers; the sites
+    without it are rewritten; in evaluation all are."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = CrossAttention(), DroppedAttention()
+
+        def forward(self, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x, memory), memory)
+
+    model = Two()
+    fast = einscade.optimize(copy.deepcopy(model), inner="eager")
+    x, memory = torch.randn(2, 19, 32), torch.randn(2, 23, 32)
+    torch.manual_seed(5)
+    expected = model(x, memory)
+    torch.manual_seed(5)
+    torch.testing.assert_close(fast(x, memory), expected, rtol=1e-4, atol=1e-5)
+    states = {site.module_path: (site.status, site.reason) for site in fast.report.sites}
+    assert states == {
+        "first": ("rewritten", None),
+        "second": ("unchanged", "dropout of 0.5 in training draws random numbers"),
+    }
+    model.eval(), fast.eval()
+    torch.testing.assert_close(fast(x, memory), model(x, memory), rtol=1e-4, atol=1e-5)
+    assert rewritten_sites(fast) == 2
+
+
+class DroppedAttention(CrossAttention):
+    """Cross attention with dropout on its weights."""
+
+    def forward(self, x: torch.Tensor, memory: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        q, k, v = (f(t).unflatten(-1, (self.heads, self.head)).transpose(1, 2)
+                   for f, t in ((self.q, x), (self.k, memory), (self.v, memory)))  # fmt: skip
+        weights = torch.softmax(q @ k.mT * self.head**-0.5, -1)
+        return (nn.functional.dropout(weights, 0.5, self.training) @ v).transpose(1, 2).flatten(2)
 
 
 def _gradients(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
