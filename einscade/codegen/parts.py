@@ -27,7 +27,7 @@ from einscade.passes.split import Split
 if TYPE_CHECKING:
     from einscade.codegen.schedule import Schedule
 
-__all__ = ["part_length", "split_rank", "with_parts"]
+__all__ = ["part_length", "parted", "split_rank", "with_parts"]
 
 SHORTEST = 256
 """A part has at least so many positions: its program's start and its partial results must be worth their while."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from einscade.codegen import tiled_torch
 from einscade.codegen.cost import Lengths, few_rows
 from einscade.codegen.loops import LoopProgram, plan
-from einscade.codegen.parts import split_rank, with_parts
+from einscade.codegen.parts import parted, split_rank, with_parts
 from einscade.codegen.schedule import Schedule, target_of
 from einscade.codegen.schedule import candidates as schedules_for
 from einscade.codegen.source import Source, Unsupported
@@ -82,10 +82,15 @@ def _in_parts(program: Program, loops: LoopProgram, device: Device, sizes: Mappi
     rank = split_rank(loops, device, Lengths(loops.cascade, sizes))
     if rank is None:
         return []
-    parted = run(program.cascade, with_parts(recipe(program.recipe), rank, loops.cascade.fresh("L"))).cascade
-    if parted == loops.cascade:  # the split did not apply
+    try:
+        split = run(program.cascade, with_parts(recipe(program.recipe), rank, loops.cascade.fresh("L"))).cascade
+    except Exception as error:  # as for an emitter
+        warn_once(f"{program.cascade.name}: splitting {rank} failed ({first_line(error)})")
         return []
-    return _generated("triton", plan(parted), _renamed_orders(program, parted), device, sizes)
+    form = plan(split)
+    if parted(form) is None:  # the split did not apply
+        return []
+    return _generated("triton", form, _renamed_orders(program, split), device, sizes)
 
 
 def _emitters(device: Device) -> tuple[str, ...]:

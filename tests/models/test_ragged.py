@@ -203,3 +203,14 @@ def test_a_gpu_decodes_in_parts() -> None:
 
 def test_short_keys_are_not_split() -> None:
     assert not any(c.schedule.launch for c in chosen(lengthened("lengths", m=256)))
+
+
+def test_a_split_that_breaks_costs_its_speed_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise AssertionError("no such rank")
+
+    monkeypatch.setattr("einscade.runtime.candidates.with_parts", broken)
+    with pytest.warns(RuntimeWarning, match="splitting m failed"):
+        found = chosen(lengthened("lengths", m=65536, b=16, h=32, g=8, e=128, f=128))
+    assert found
+    assert not any(c.schedule.launch for c in found)
