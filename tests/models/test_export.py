@@ -52,6 +52,27 @@ def test_export_keeps_the_operator_and_survives_a_file() -> None:
     assert_as_exact(lambda *a: loaded(*a, None), model, args)
 
 
+def test_export_with_lengths_that_move() -> None:
+    model, traced, args = _traced()
+    fast = einscade.optimize(traced, dynamic=True, example_inputs=((*args, None), {}))
+    n, s = torch.export.Dim("n", min=2, max=64), torch.export.Dim("s", min=2, max=64)
+    program = torch.export.export(fast, (*args, None), dynamic_shapes=({1: n}, {1: s}, None))
+    assert any("einscade" in str(node.target) for node in program.graph.nodes)
+    loaded = program.module()
+    for lengths in ((13, 17), (5, 40), (64, 3)):
+        others = tuple(torch.randn(2, length, 32) for length in lengths)
+        assert_as_exact(lambda *a: loaded(*a, None), model, others)
+
+
+def test_export_of_a_graph_for_one_length_refuses_others() -> None:
+    """The sizes are in the graph: a dimension that is said to move is an error when exporting, not when running."""
+    _, traced, args = _traced()
+    fast = einscade.optimize(traced, dynamic=False, example_inputs=((*args, None), {}))
+    n = torch.export.Dim("n", min=2, max=64)
+    with pytest.raises(Exception, match=r"(?i)constraint|speciali[sz]ed|13"):
+        torch.export.export(fast, (*args, None), dynamic_shapes=({1: n}, None, None))
+
+
 def test_an_exported_model_can_be_optimised() -> None:
     model = CausalAttention()
     args = (torch.randn(2, 13, 32),)
