@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from einscade.codegen import gluon
 from einscade.codegen.gluon_program import emit, schedules
 from einscade.codegen.loops import LoopProgram, plan
 from einscade.compiler.gradients import scan_free
@@ -19,7 +20,7 @@ from einscade.passes.differentiate import Gradient, differentiate
 from einscade.passes.pipeline import run
 from tests.codegen.cascades import CASES, DTYPES, inputs, relative_error, text
 from tests.codegen.generated import module
-from tests.codegen.gluon_offline import compiled
+from tests.codegen.gluon_offline import assert_fits, compiled
 from tests.codegen.gluon_simulator import Simulator
 
 BY_NAME = {c.name: c for c in CASES}
@@ -95,3 +96,11 @@ def test_compiles(name: str, shape: dict[str, Any]) -> None:
         assert shared <= 227 << 10
         assert "serialized" not in report
         assert int(re.search(r"(\d+) bytes spill stores", report)[1]) <= 8, report  # type: ignore[index]
+
+
+def test_the_forward_pass_that_saves_compiles() -> None:
+    gradient, _ = program("causal", tuple(WIDE.items()))
+    loops = plan(run(gradient.forward, "exact").cascade)
+    values = inputs(gradient.forward, BY_NAME["causal"], {"B": 1, "P": 300, "M": 300})
+    made = module(gluon.emit(loops, gluon.schedules(loops)[0]))
+    assert_fits(made, list(values.values()), {"B": 1, "P": 300, "M": 300})

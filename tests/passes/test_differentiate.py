@@ -74,6 +74,9 @@ CASES = {
     + RANKS.format(more="")
     + SCORES.format(domain="  if m <= p")
     + "  O[b,h,p,f] = sum(m) V[b,h // 2,m,f] / (1 + exp(-S[b,h,p,m]))\n",
+    "squared weights": attention(
+        scores="  W[b,h,p,m] = S[b,h,p,m] * S[b,h,p,m] + 0.5\n  Z[b,h,p] = sum(m) W[b,h,p,m]\n", tail=DEFERRED
+    ).replace(SOFTMAX.format(s="S[b,h,p,m]"), ""),
     "log-sum-exp": "cascade c(X[p,m]) -> L[p]\n  where p < 3, m < 7\n  G[p] = max(m) X[p,m]\n"
     "  Z[p] = sum(m) exp(X[p,m] - G[p])\n  L[p] = G[p] + log(Z[p])\n",
     "maximum itself": "cascade c(X[p,m]) -> G[p], Y[p]\n  where p < 3, m < 7\n  G[p] = max(m) X[p,m]\n"
@@ -139,6 +142,17 @@ def test_the_maximum_of_a_softmax_has_no_gradient() -> None:
     result = differentiate(parse_cascade(CASES["causal with empty rows"]))
     assert "dG" not in result.cascade.tensors
     assert result.saved == ("O", "L")
+
+
+@pytest.mark.parametrize(("name", "saved"), [("softmax", "L"), ("squared weights", "R")])
+def test_the_contractions_of_a_gradient_read_inputs(name: str, saved: str) -> None:
+    """The normaliser leaves them; it joins an exponent only where it is known to be positive."""
+    result = differentiate(parse_cascade(CASES[name]))
+    assert saved in result.saved
+    inputs = {t.name for t in result.cascade.inputs}
+    (product,) = [s for s in result.cascade.body if s.reduce is not None and {"p", "m"} <= set(s.output.ranks)
+                  and s.name != "S"]  # fmt: skip
+    assert {a.tensor for a in product.reads} <= inputs
 
 
 def test_only_what_is_asked_for() -> None:
