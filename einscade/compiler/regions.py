@@ -77,11 +77,14 @@ class _Finder:
         self.constants = constants
         self.memo = Memo(constants)
         self.static: set[Node] = set()
+        self.parameters: set[Node] = set()
         for node in gm.graph.nodes:
             if node.op == "get_attr":
                 self._attribute(node)
             elif node.op == "placeholder" and (node.name in parameters or is_weight(node)):
                 self.static.add(node)
+                if node.name in parameters or isinstance(node.meta.get("val"), torch.nn.Parameter):
+                    self.parameters.add(node)
 
     def _attribute(self, node: Node) -> None:
         value: Any = self.gm
@@ -90,11 +93,13 @@ class _Finder:
         if not isinstance(value, torch.Tensor):
             return
         self.static.add(node)
+        if isinstance(value, torch.nn.Parameter):
+            self.parameters.add(node)
         if not isinstance(value, torch.nn.Parameter) and not value.requires_grad and not _written(node):
             self.constants.setdefault(node.name, value)
 
     def run(self) -> list[Region]:
-        drafts = [self._draft(c) for c in scan(self.gm, self.static, self.position)]
+        drafts = [self._draft(c) for c in scan(self.gm, self.static, self.position, self.parameters)]
         holders: dict[Node, list[_Draft]] = {}
         for draft in drafts:
             for node in draft.core:

@@ -57,14 +57,17 @@ class _Pair:
     matched: bool = False
 
 
-def scan(gm: GraphModule, static: Collection[Node], position: Mapping[Node, int]) -> list[Candidate]:
-    """All candidates of a graph. `static` are the graph inputs that are weights."""
-    return _Scan(set(static), position).run(gm)
+def scan(
+    gm: GraphModule, static: Collection[Node], position: Mapping[Node, int], parameters: Collection[Node] = ()
+) -> list[Candidate]:
+    """All candidates of a graph. `static` are the graph inputs that belong to the model, `parameters` those of them
+    that are trained (a buffer may be a cache of keys)."""
+    return _Scan(set(static), position, parameters).run(gm)
 
 
 class _Scan:
-    def __init__(self, static: set[Node], position: Mapping[Node, int]) -> None:
-        self.static, self.position = static, position
+    def __init__(self, static: set[Node], position: Mapping[Node, int], parameters: Collection[Node]) -> None:
+        self.static, self.position, self.parameters = static, position, parameters
         self.marks: dict[Node, Marks] = {}
         self.pairs: dict[Node, _Pair] = {}
         self.matches: list[tuple[tuple[Mark, ...], Node, Node, Node]] = []
@@ -95,6 +98,8 @@ class _Scan:
         if not any(n not in self.static for n in node.all_input_nodes):
             self.static.add(node)
         name = op_name(node)
+        if name in _PICKS and node.args[0] in self.parameters:
+            self.static.add(node)  # an expert's weights are weights, whoever chose the expert
         if name in SCALED_DOT_PRODUCT:
             self.whole.append(node)
             return
@@ -280,6 +285,7 @@ class _Scan:
 _LINEAR = {"add", "sub", "rsub", "mul", "div", "neg"}
 _WITH_INDICES = {"aten::max", "aten::min", "aten::sort", "aten::topk", "aten::kthvalue", "aten::mode"}
 _GATHERS = {"aten::index", "aten::gather", "aten::index_select", "aten::index_put", "aten::scatter"}
+_PICKS = {"aten::index", "aten::index_select"}
 _EXPONENTIAL = {"aten::exp", "aten::exp2", "aten::sigmoid"}
 
 

@@ -835,6 +835,35 @@ def _rms_norm_between(x, a, b):
     return y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True)) @ b
 
 
+def _gathered_experts(x, choose, up, down):
+    """The experts' weights picked by the router and applied by `bmm`."""
+    chosen = (x @ choose).argmax(-1).flatten()
+    made = torch.bmm(x.flatten(0, 1)[:, None], up[chosen])
+    return torch.bmm(F.silu(made), down[chosen]).view_as(x)
+
+
+def _convolutions(x, first, second):
+    return F.conv1d(F.gelu(F.conv1d(x.mT, first, padding=1)), second, padding=1).mT
+
+
+def _convolution_as_product(x, weight, out):
+    patches = F.pad(x, (0, 0, 1, 1)).unfold(1, 3, 1).flatten(2)
+    return F.relu(patches @ weight) @ out
+
+
+def _dynamic_convolution(x, make, out):
+    """Weights over the taps of a window, made from the position alone."""
+    taps = (x @ make).softmax(-1)
+    windows = F.pad(x, (0, 0, 1, 1)).unfold(1, 3, 1)
+    return torch.einsum("bnwk,bnk->bnw", windows, taps) @ out
+
+
+def _squeeze_excite_channels(x, first, second, third, fourth):
+    x = F.conv1d(x.mT, first)
+    gate = torch.sigmoid(F.conv1d(F.relu(F.conv1d(x.mean(-1, keepdim=True), second)), third))
+    return F.conv1d(x * gate, fourth).mT
+
+
 W = H * E
 _module("mlp", lambda x, a, b: F.gelu(x @ a) @ b, a=(W, 64), b=(64, W))
 _module("mlp_linear", lambda x, a, b, c: F.linear(F.relu(F.linear(x, a, c)), b), a=(64, W), b=(W, 64), c=(64,))
@@ -845,6 +874,14 @@ _module("top_two_experts", _top_two_experts, choose=(W, 3), up=(3, W, 16), down=
 _module("squeeze_excite", lambda x, a, b: x * torch.sigmoid(F.relu(x.mean(1) @ a) @ b)[:, None], a=(W, 4), b=(4, W))
 _module("layer_norm", lambda x, a, b: F.layer_norm(x @ a, (W,), b) @ a, a=(W, W), b=(W,))
 _module("rms_norm_between_projections", _rms_norm_between, a=(W, W), b=(W, W))
+_module("gathered_experts", _gathered_experts, choose=(W, 3), up=(3, W, 16), down=(3, 16, W))
+_module("convolutions", _convolutions, first=(16, W, 3), second=(W, 16, 3))
+_module("convolution_as_product", _convolution_as_product, weight=(3 * W, 16), out=(16, W))
+_module("dynamic_convolution", _dynamic_convolution, make=(W, 3), out=(W, W))
+_module("squeeze_excite_of_convolutions", _squeeze_excite_channels, first=(16, W, 1), second=(4, 16, 1),
+        third=(16, 4, 1), fourth=(W, 16, 1))  # fmt: skip
+_module("gated_mlp_with_norms", lambda x, a, b, c: F.normalize((x @ a).sigmoid() * (x @ b), dim=-1) @ c, a=(W, 64),
+        b=(W, 64), c=(64, W))  # fmt: skip
 _module("softmax_over_classes", lambda x, a, b: (x @ a).softmax(-1) @ b, a=(W, 10), b=(10, W))
 
 
