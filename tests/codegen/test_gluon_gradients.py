@@ -104,3 +104,31 @@ def test_the_forward_pass_that_saves_compiles() -> None:
     values = inputs(gradient.forward, BY_NAME["causal"], {"B": 1, "P": 300, "M": 300})
     made = module(gluon.emit(loops, gluon.schedules(loops)[0]))
     assert_fits(made, list(values.values()), {"B": 1, "P": 300, "M": 300})
+
+
+# -- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+@pytest.mark.parametrize("shape", [NARROW, WIDE, GROUPED], ids=["64", "128", "96x80"])
+@pytest.mark.parametrize("lengths", [(1, 1), (300, 77), (1000, 1000)])
+@pytest.mark.parametrize("name", NAMES)
+def test_right(name: str, lengths: tuple[int, int], shape: dict[str, Any]) -> None:
+    """Every schedule's kernels on the device, to the bound of the simulated ones."""
+    torch.manual_seed(0)
+    gradient, loops = program(name, tuple(shape.items()))
+    sizes = {"B": 2, "P": lengths[0], "M": lengths[1]}
+    given = example(gradient, name, shape, sizes)
+    named = {t.name: x for t, x in zip(gradient.cascade.inputs, given, strict=True)}
+    expected = interpret(gradient.cascade, named, {n: s for n, s in sizes.items() if n in gradient.cascade.symbols})
+    used = {n: s for n, s in sizes.items() if n in loops.cascade.symbols}
+    for schedule in schedules(loops):
+        found = module(emit(loops, schedule)).run(*(x.cuda() for x in given), **used)
+        for output, value in zip(gradient.cascade.outputs, found, strict=True):
+            exact = expected[output]
+            rounding = relative_error(exact.to(value.dtype), exact)
+            scale = exact.norm() + 1e-2 * named["dO"].double().norm()
+            assert (value.double().cpu() - exact).norm() <= 3 * max(rounding, 2**-10) * scale, (output, schedule)
