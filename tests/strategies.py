@@ -7,7 +7,8 @@ Comes in: nothing. Goes out: `Case`, a cascade with sizes for its symbols, from 
     def test_a_pass(case: Case) -> None:
         assert_equivalent(case, MyPass().apply(case.cascade))
 
-* `attention`: scores with random domains, scales, caps and biases, several normalisers, grouped heads, any dtype.
+* `attention`: scores with random domains, scales, caps and biases, several normalisers, grouped heads, keys and values
+  apart or in one tensor, any dtype.
 * `reductions`: rows reduced several times over, each reduction seeing the ones before.
 * `scans`: running values and states with decay.
 * `selections`: topk and gathers.
@@ -204,13 +205,19 @@ def attention(
     group = "h" if share == 1 else f"h // {share}"
     inputs = [f"Q[b,h,p,e]: {dtype}, K[b,g,m,e]: {dtype}, V[b,g,m,f]: {dtype}"]
     inputs += [text for text in (domain_inputs, score_inputs, normaliser_inputs) if text]
+    wide, high = draw(WIDTHS), draw(WIDTHS)
     table = ", r < 5" if "[h,r]" in score_inputs else ""
     text = f"""cascade attention({", ".join(inputs)}) -> {outputs}
-  where b < B, h < {groups * share}, g < {groups}, p < P, m < M, e < {draw(WIDTHS)}, f < {draw(WIDTHS)}{table}
+  where b < B, h < {groups * share}, g < {groups}, p < P, m < M, e < {wide}, f < {high}{table}
   T[b,h,p,m] = sum(e) Q[b,h,p,e] * K[b,{group},m,e]{draw(SCALES)}{"   if " + domain if domain else ""}
   S[b,h,p,m] = {score}
 {normaliser.format(dtype=dtype, group=group)}
 """
+    if draw(st.booleans()):  # keys and values are pieces of one tensor
+        text = text.replace(f"K[b,g,m,e]: {dtype}, V[b,g,m,f]: {dtype}", f"K[b,g,m,t]: {dtype}")
+        text = text.replace(f"V[b,{group},m,f]", f"K[b,{group},m,f + {wide}]").replace(
+            "m < M,", f"m < M, t < {wide + high},"
+        )
     sizes = {"B": draw(st.integers(1, 2)), "P": draw(LENGTHS), "M": draw(LENGTHS)}
     return Case(parse_cascade(text), sizes, {**limits, **more_limits})
 

@@ -82,7 +82,8 @@ def plan(cascade: Cascade) -> LoopProgram:
     owner: dict[str, list[int]] = {}
     nests: list[SerialNest] = []
     for serial, names in loops:
-        nest = _serial_nest(cascade, serial, names, _elsewhere(loops, names))
+        after_others = {e.name for nest in nests for e in nest.epilogue}
+        nest = _serial_nest(cascade, serial, names, _elsewhere(loops, names) | after_others)
         for e in nest.einsums:
             owner.setdefault(e.name, []).append(len(nests))
         nests.append(nest)
@@ -195,7 +196,7 @@ def _tile_rank(cascade: Cascade, serial: str, body: Iterable[Einsum]) -> str | N
 
 
 def _elsewhere(loops: Iterable[tuple[str, frozenset[str]]], names: frozenset[str]) -> frozenset[str]:
-    """The Einsums in the bodies of the other loops."""
+    """The Einsums in the bodies of the other loops: never made again as part of this one's nest."""
     return frozenset().union(*(other for _, other in loops)) - names
 
 

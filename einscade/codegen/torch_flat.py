@@ -126,7 +126,8 @@ class FlatWriter(Writer):
         """A value of this nest that another nest reads: in memory, as it was computed."""
         here = self.scope.names[name]
         dtype = {"float32": "f32", "float64": "f64"}[self.scope.acc] if here.dtype == "f32" else here.dtype
-        self.module.names[name] = replace(here, dtype=dtype, stored=True, fresh=False)
+        extents = tuple(self.module.size(self.cascade.extent(r)) for r in here.ranks)
+        self.module.names[name] = replace(here, dtype=dtype, stored=True, fresh=False, extents=extents)
 
     def as_output(self, s: Statement, v: Value) -> Value:
         """In the cascade's order of ranks, its dtype, and the schedule's memory order."""

@@ -241,12 +241,11 @@ class SerialWriter(Writer):
         if flag is None:
             return super().masked(v, predicate, fill)
         made = dict(self.made_ranks)
+        v = self.spread(v, self.scope.sort((*v.ranks, *(free_vars(predicate) & self.scope.dims))))
         self.out(f"terms = {v.code}")
         self.out(f"if {flag}:")
         self.out.depth += 1
         masked = super().masked(Value("terms", v.ranks, v.kind), predicate, fill)
-        if masked.ranks != v.ranks:
-            raise Unsupported(f"a mask over {masked.ranks} on terms over {v.ranks}")
         self.out(f"terms = {masked.code}")
         self.out.depth -= 1
         self.forget(made)

@@ -65,7 +65,8 @@ class Name:
 @dataclass
 class Scope:
     """What names mean. `order` is the order of dimensions; `acc` the dtype computed in ("float32" or "float64");
-    `in_place` whether owned values may be overwritten; `dead` the local names whose last read is being printed."""
+    `in_place` whether owned values may be overwritten; `dead` the local names whose last read is being printed;
+    `numbers` the lengths of tiles, by symbol."""
 
     order: tuple[str, ...]
     ranges: dict[str, Range]
@@ -75,6 +76,7 @@ class Scope:
     device: str
     dead: set[str] = field(default_factory=set)
     rank_values: Callable[[str], str] | None = None
+    numbers: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def dims(self) -> frozenset[str]:
@@ -212,7 +214,7 @@ def value(expr: Expr, scope: Scope) -> Value:
 
 def _variable(name: str, scope: Scope) -> Value:
     if name not in scope.ranges:
-        return Value(name, kind="i")
+        return Value(scope.numbers.get(name, name), kind="i")
     r = scope.ranges[name]
     if r.at is not None:
         return Value(r.at, kind="i", prec=ATOM if r.at.isidentifier() else PRODUCT)
@@ -243,9 +245,23 @@ def _is_tensor(v: Value) -> bool:
     return bool(v.ranks) or "[" in v.code or v.owned
 
 
+_OF_INTEGERS = ("abs", "sign", "floor", "ceil", "round", "trunc", "square", "clamp")
+
+
 def _method(v: Value, name: str, scope: Scope, *args: str) -> Value:
+    if v.kind == "i":
+        if name in _OF_INTEGERS:
+            return Value(f"{v.tight()}.{name}({', '.join(args)})", v.ranks, "i", True)
+        v = _real(v, scope)
     in_place = "_" if v.owned and scope.in_place and v.kind == "f" else ""
     return Value(f"{v.tight()}.{name}{in_place}({', '.join(args)})", v.ranks, "f" if v.kind != "b" else "b", True)
+
+
+def _real(v: Value, scope: Scope) -> Value:
+    """Integers as floats of the dtype computed in: torch itself would take its default one."""
+    if v.kind != "i" or not _is_tensor(v):
+        return v
+    return Value(f"{v.tight()}.to(torch.{scope.acc})", v.ranks, "f", True)
 
 
 def _terms(args: Sequence[Expr], scope: Scope) -> list[Value]:
@@ -257,6 +273,8 @@ def _terms(args: Sequence[Expr], scope: Scope) -> list[Value]:
 def _binary(a: Value, b: Value, symbol: str, method: str, scope: Scope, prec: int) -> Value:
     ranks = scope.sort(a.ranks + b.ranks)
     kind = "f" if "f" in (a.kind, b.kind) or symbol == "/" else "i"
+    if kind == "f" and not any(v.kind == "f" and _is_tensor(v) for v in (a, b)):
+        a, b = _real(a, scope), _real(b, scope)
     if scope.in_place and a.owned and a.ranks == ranks and a.kind == kind == "f":
         return Value(f"{a.tight()}.{method}_({align(b, ranks)})", ranks, kind, True)
     left, right = Value(align(a, ranks), prec=a.prec), Value(align(b, ranks), prec=b.prec)
@@ -305,7 +323,7 @@ def _mul(expr: sympy.Mul, scope: Scope) -> Value:
     elif coefficient != 1:
         total = _binary(total, value(coefficient, scope), "*", "mul", scope, PRODUCT)
     for f in below:
-        total = _binary(total, value(f, scope), "/", "div", scope, PRODUCT)
+        total = _binary(_real(total, scope), _real(value(f, scope), scope), "/", "div", scope, PRODUCT)
     return total
 
 
@@ -316,7 +334,7 @@ def _pow(expr: sympy.Pow, scope: Scope) -> Value:
     if exponent.is_number and exponent.is_negative:
         if exponent == sympy.Rational(-1, 2):
             return _method(value(base, scope), "rsqrt", scope)
-        v = value(base**-exponent, scope)
+        v = _real(value(base**-exponent, scope), scope)
         return Value(f"1 / {v.tight()}", v.ranks, "f", bool(v.ranks), PRODUCT)
     v = value(base, scope)
     if exponent == 2:

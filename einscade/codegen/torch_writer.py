@@ -53,8 +53,9 @@ class Writer:
     def __init__(self, module: TorchModule, order: tuple[str, ...]) -> None:
         self.module, self.out, self.cascade = module, module.out, module.cascade
         self.scope = Scope(
-            order, {}, dict(module.names), module.acc, module.in_place, module.device, rank_values=self.rank_values
-        )
+            order, {}, dict(module.names), module.acc, module.in_place, module.device, rank_values=self.rank_values,
+            numbers={symbol: str(n) for symbol, n in module.tiles().items()},
+        )  # fmt: skip
         self.made_ranks: dict[str, str] = {}
         self.masks: dict[object, Value] = {}
 
@@ -109,6 +110,9 @@ class Writer:
         missing = [r for r in s.reduced if r not in operand.ranks]
         if missing:  # the operand is the same along a reduced rank: spread it out
             full = self.scope.sort(operand.ranks + tuple(missing))
+            if not operand.ranks:  # perhaps a number
+                text = f"torch.as_tensor({operand.code}, dtype=torch.{self.scope.acc}, device={self.module.device})"
+                operand = Value(text, (), "f", True)
             sizes = ", ".join(self.length(r) if r in missing else "-1" for r in full)
             operand = Value(
                 f"{Value(align(operand, full), prec=operand.prec).tight()}.expand({sizes})", full, operand.kind
@@ -171,8 +175,8 @@ class Writer:
         if s.mask_operand:
             keep = self.mask(s.keep)
             side = next((v for v in (left, right) if set(keep.ranks) <= set(v.ranks)), None)
-            if side is None:
-                raise Unsupported(f"a mask over {keep.ranks} in the contraction {s.name}")
+            if side is None:  # neither operand has all of the mask's ranks: their product does
+                return self.reduced(self.masked(value(s.expr, self.scope), s.keep, sympy.Integer(0)), s)
             masked = self.masked(side, s.keep, sympy.Integer(0))
             left, right = (masked, right) if side is left else (left, masked)
         result = c.product(c.as_left(left).tight(), c.as_right(right).tight(), self.scope, self.length)

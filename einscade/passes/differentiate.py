@@ -9,19 +9,22 @@ has two long ranks included, is computed again from the inputs. An output stands
 it back (O = N / Z: N = O * Z). What only a row's saved values enter is computed and saved in their place
 (`row_factors`). The result is scan-free, so the passes that make loops apply to it as to any cascade.
 
+A piece of an input is a tensor of its own meanwhile (`pieces`): its gradient is made over the piece, then put in place.
+
 Maxima that only shift what they normalise have no gradient: `invariance` shows that the outputs do not see them move.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 from sympy.logic.boolalg import Boolean
 
 from einscade.ir import Access, Cascade, Einsum, Expr, FloorDiv, Mod, Rank, Reduction, Tensor, Where, var
 from einscade.passes.invariance import UNCHANGED, Change, propagate
+from einscade.passes.pieces import apart, together
 from einscade.passes.rewrite import NotApplicable
 from einscade.passes.row_factors import positive, row_factors
 from einscade.passes.statements import Names, without_unused
@@ -53,7 +56,9 @@ def differentiate(cascade: Cascade, wrt: Iterable[str] | None = None) -> Gradien
     """
     inputs = {t.name: t for t in cascade.inputs}
     asked = tuple(n for n in (inputs if wrt is None else wrt) if inputs[n].dtype in FLOATS)
-    return _Reverse(cascade, asked).run()
+    pieced, copies = apart(cascade)
+    gradient = _Reverse(pieced, asked).run()
+    return replace(gradient, cascade=together(gradient.cascade, copies), forward=together(gradient.forward, copies))
 
 
 @dataclass(frozen=True)
@@ -373,8 +378,12 @@ class _Reverse:
 
 
 def _summaries(cascade: Cascade) -> frozenset[str]:
-    """Reductions over a rank that another statement's tensor has: row statistics, and what only they allow."""
-    made = {r: {s.name for s in cascade.body if r in s.output.ranks} for r in cascade.rank_table}
+    """Reductions over a rank that another statement's tensor has: row statistics, and what only they allow. A copy of
+    an input is no more than the input."""
+    made = {
+        r: {s.name for s in cascade.body if r in s.output.ranks and not isinstance(s.expr, Access)}
+        for r in cascade.rank_table
+    }
     found = set()
     for s in cascade.body:
         if s.reduce and any(a.tensor in made[r] for r in s.reduce.ranks for a in s.reads):

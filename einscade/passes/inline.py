@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 import sympy
 
 from einscade.ir import DENSE, Access, Cascade, Einsum, Expr, Rank, Tensor, accesses, var
+from einscade.ir.intervals import rank_ranges, simplify
 from einscade.passes.fusion import is_long
 from einscade.passes.normalise import normal, predicate
 from einscade.passes.statements import Names, without_unused
@@ -91,7 +92,8 @@ def _may_inline(s: Einsum, cascade: Cascade) -> bool:
 
 
 def specialised(cascade: Cascade) -> Cascade:
-    """A statement read at places that are no plain variables (every second head) becomes one statement per place."""
+    """A statement read at places that are no plain variables (every second head) becomes one statement per place. A
+    place that only a condition keeps inside the tensor stays a place: the statement has no points beyond its ends."""
     names = Names(cascade)
     body = list(cascade.body)
     ranks = {r.name: r for r in cascade.ranks}
@@ -108,7 +110,7 @@ def specialised(cascade: Cascade) -> Cascade:
             output = Tensor(
                 names(s.name), tuple(v for i in place for v in sorted(variables(i) & set(ranks))), s.output.dtype
             )
-            if set(output.ranks) & set(s.reduce.ranks):
+            if set(output.ranks) & set(s.reduce.ranks) or not _within(cascade, s.output, place):
                 break
             sub = {var(r): i for r, i in zip(s.output.ranks, place, strict=True)}
             made.append(Einsum(output, s.expr.xreplace(sub), s.reduce, s.domain.xreplace(sub)))
@@ -153,6 +155,12 @@ def _simple(place: Iterable[Expr]) -> bool:
             return False
         seen.append(variable)
     return True
+
+
+def _within(cascade: Cascade, tensor: Tensor, place: Iterable[Expr]) -> bool:
+    """Whether the place is one of the tensor's for all values of the ranks in it."""
+    inside = sympy.And(*(b for r, i in zip(tensor.ranks, place, strict=True) for b in (i >= 0, i < cascade.extent(r))))
+    return simplify(inside, rank_ranges(cascade)) == sympy.true
 
 
 def aligned(cascade: Cascade) -> Cascade:
