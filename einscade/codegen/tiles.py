@@ -134,14 +134,21 @@ def missing_value(expr: Expr, missing: Mapping[str, Expr]) -> Expr | None:
         return sympy.Add(*(p for p in parts if p is not None)) if None not in parts else None
     if isinstance(expr, sympy.Mul):
         parts = [missing_value(a, missing) for a in expr.args]
-        if any(p == 0 for p in parts):  # what divides may itself be 0 there
+        if any(p == 0 for p in parts):  # what divides may itself be 0 there, and a power may have overflowed
             divided = any(isinstance(a, sympy.Pow) and a.exp.is_negative and a.has(Access) for a in expr.args)
-            return None if divided else sympy.Integer(0)
+            others = [a for a, p in zip(expr.args, parts, strict=True) if p is None]
+            return None if divided or any(map(_may_overflow, others)) else sympy.Integer(0)
         return sympy.Mul(*(p for p in parts if p is not None)) if None not in parts else None
     if isinstance(expr, sympy.Pow) and expr.exp.is_positive:
         base = missing_value(expr.base, missing)
         return None if base is None else base**expr.exp
     return None
+
+
+def _may_overflow(expr: Expr) -> bool:
+    """Whether finite tensors may give an infinite value: a decay between two positions, taken the wrong way round."""
+    powers = [x for x in expr.atoms(sympy.exp, sympy.Pow) if not x.is_Pow or not x.exp.is_number]
+    return any(x.has(Access) for x in powers)
 
 
 # -- one nest ---------------------------------------------------------------------------------------------------------
