@@ -71,3 +71,5 @@ def test_left_padding(smollm2: Any, tokenizer: Any) -> None:
     expected = _generate(smollm2, inputs, new_tokens=16)
     fast = einscade.optimize(smollm2, inner="eager", dynamic=True)
     assert torch.equal(_generate(fast, inputs, new_tokens=16), expected)
+    assert _every_layer_is_rewritten(fast)
+    assert compilations() <= 4
