@@ -156,9 +156,13 @@ def _cast(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
 
 
 def _dropout(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
-    if (a.p and getattr(a, "train", True)) and op_name(node) != "aten::alpha_dropout":
+    if a.p and a.train is not False:
         raise Unraisable(f"dropout of {a.p} in training draws random numbers")
-    return r.read(getattr(a, "input", None) or a.self, index)
+    return r.read(a.input, index)
+
+
+def _bernoulli(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
+    raise Unraisable(f"{node.target} draws random numbers")
 
 
 # -- made from nothing --
@@ -407,7 +411,7 @@ RULES: Mapping[str, Rule] = {
     "prims::convert_element_type": _cast,
     "aten::dropout": _dropout,
     "aten::native_dropout": _dropout,
-    "aten::bernoulli": _dropout,
+    "aten::bernoulli": _bernoulli,
     "aten::full": _full,
     "aten::zeros": _full,
     "aten::ones": _full,

@@ -300,7 +300,13 @@ class DroppedWhole(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=0.1)
 
 
-@pytest.mark.parametrize("module", [Dropped(), DroppedWhole()])
+class DroppedByHand(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = (q @ k.mT).softmax(-1)
+        return weights * torch.bernoulli(torch.full_like(weights, 0.9)) / 0.9 @ v
+
+
+@pytest.mark.parametrize("module", [Dropped(), DroppedWhole(), DroppedByHand()])
 def test_dropout_in_training_is_left_alone(module: nn.Module) -> None:
     gm = torch.fx.symbolic_trace(module)
     region = only(find(to_aten(gm, fake_inputs(gm, qkv())).gm))
