@@ -331,12 +331,14 @@ def _pow(expr: sympy.Pow, scope: Scope) -> Value:
     base, exponent = expr.args
     if base == sympy.E:
         return _function(sympy.exp(exponent, evaluate=False), scope)
-    if exponent.is_number and exponent.is_negative:
-        if exponent == sympy.Rational(-1, 2):
-            return _method(value(base, scope), "rsqrt", scope)
+    if exponent.is_number and exponent.is_negative and exponent != sympy.Rational(-1, 2):
         v = _real(value(base**-exponent, scope), scope)
         return Value(f"1 / {v.tight()}", v.ranks, "f", bool(v.ranks), PRODUCT)
     v = value(base, scope)
+    if exponent.is_number and not _is_tensor(v):
+        return Value(f"({v.tight()} ** {number(exponent)})", (), "i" if exponent.is_Integer and v.kind == "i" else "f")
+    if exponent == sympy.Rational(-1, 2):
+        return _method(v, "rsqrt", scope)
     if exponent == 2:
         return _method(v, "square", scope)
     if exponent == sympy.Rational(1, 2):

@@ -283,6 +283,7 @@ def test_out_of_memory_is_no_broken_kernel() -> None:
     assert kernel.candidate == "triton"
 
 
+@pytest.mark.filterwarnings("default:einscade")
 def test_a_kernel_that_fails_is_replaced_and_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, sizes = _inputs()
     kernel = build(ATTENTION, "exact", CPU, sizes)
