@@ -1,6 +1,6 @@
 """SmolLM2 on the CPU: error, speed, memory and compile time against eager and against sdpa under torch.compile.
 
-    python benchmarks/cpu_model.py             every figure beside its bound, in ten minutes or so
+    python benchmarks/cpu_model.py             every figure beside its bound, in twenty minutes or so
     python benchmarks/cpu_model.py --json      the same as JSON
     python benchmarks/cpu_model.py --write     keeps them in benchmarks/results/cpu.json (only from a clean commit)
     python benchmarks/cpu_model.py error import   only these parts
