@@ -19,6 +19,8 @@ from einscade.passes.pipeline import run
 from einscade.runtime.candidates import Candidate, candidates
 from einscade.runtime.program import Program
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 B, H, G, D, PAGE = 3, 8, 2, 16, 16
 LENGTHS = torch.tensor([96, 5, 40])
 
