@@ -55,7 +55,7 @@ test-fast: $(PACKAGE)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -q -m "not gpu and not slow"
 
 test-gpu: $(PACKAGE)
-	@$(BIN)/python -m pytest -q -m gpu
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -q -m gpu
 
 lint: $(PACKAGE)
 	@$(BIN)/ruff check .
