@@ -135,13 +135,19 @@ def _generated(
 
 
 def _library_calls(program: Program, steps: Sequence[StepRecord]) -> list[Candidate]:
-    """The library call that computes the program, if one does: recognised on the raised cascade or on a later form."""
+    """The library call that computes the program, if one does: recognised on the raised cascade or on a later form, the
+    first that needs no mask tensor if there is one. A triangle spelled as a bias is a mask for the library, whose every
+    tile it computes; once canonicalised it is a domain, whose empty tiles it skips."""
+    masked: list[Candidate] = []
     for cascade in [program.cascade, *(parse_cascade(s.after) for s in steps if s.changed)]:
         try:
-            return [Candidate("library:sdpa", library_call.emit(cascade), Schedule(), cascade.symbols)]
+            call = Candidate("library:sdpa", library_call.emit(cascade), Schedule(), cascade.symbols)
+            if not library_call.needs_mask(cascade):
+                return [call]
         except NotInLibrary:
             continue
-    return []
+        masked.append(call)
+    return masked[:1]
 
 
 def _renamed_orders(program: Program, rewritten: Cascade) -> MemoryOrder:

@@ -17,7 +17,7 @@ from einscade.ir.expr import Access, Expr, FloorDiv, Mod, Where, free_vars, var
 from einscade.runtime.library import Attention, NotInLibrary, View, recognise
 from einscade.runtime.program import DTYPES
 
-__all__ = ["emit"]
+__all__ = ["emit", "needs_mask"]
 
 
 def emit(cascade: Cascade) -> Source:
@@ -27,6 +27,12 @@ def emit(cascade: Cascade) -> Source:
     if len(types) != 1 or not types <= {"f64", "f32", "f16", "bf16"}:
         raise NotInLibrary(f"queries, keys and values of types {', '.join(sorted(types))}")
     return Source("torch", _Writer(cascade, a).text())
+
+
+def needs_mask(cascade: Cascade) -> bool:
+    """Whether the call for a recognised cascade makes a mask tensor at every length. Raises NotInLibrary."""
+    a = recognise(cascade)
+    return bool(a.bias) or (bool(a.domain) and _Writer(cascade, a).causal_offset() is None)
 
 
 class _Writer:

@@ -16,7 +16,7 @@ import torch
 from einscade.codegen.source import Source
 from einscade.ir.interpret import interpret
 from einscade.ir.text import parse_cascade
-from einscade.runtime import call, kernels, tuning
+from einscade.runtime import call, kernels, library_call, tuning
 from einscade.runtime.cache import DiskCache
 from einscade.runtime.call import call_for
 from einscade.runtime.candidates import Candidate
@@ -76,6 +76,29 @@ def test_every_candidate_computes_the_cascade() -> None:
     assert kinds[-2:] == ["flat", "interpreter"]
     for candidate in kernel.candidates:
         _check(kernel.prepared(candidate)(inputs, list(sizes.values())), inputs)
+
+
+def test_a_triangle_spelled_as_a_bias_is_the_librarys_flag() -> None:
+    """Recognised as raised it would be a mask tensor, under which the library computes every tile."""
+    spelled = parse_cascade("""
+cascade attention(Q[b,h,p,e]: f32, K[b,h,m,e]: f32, V[b,h,m,f]: f32) -> O[b,h,p,f]: f32
+  where b < 2, h < 4, p < N, m < N, e < 8, f < 8
+  S[b,h,p,m] = sum(e) Q[b,h,p,e] * K[b,h,m,e]
+  A[b,h,p,m] = 0.25 * S[b,h,p,m] + Where(m <= p, 0, -3.4028234663852886e+38)
+  G[b,h,p]   = max(m) A[b,h,p,m]
+  W[b,h,p,m] = exp(A[b,h,p,m] - G[b,h,p])
+  Z[b,h,p]   = sum(m) W[b,h,p,m]
+  O[b,h,p,f] = sum(m) W[b,h,p,m] * V[b,h,m,f] / Z[b,h,p]
+""")
+    assert library_call.needs_mask(spelled)
+    kernel = build(spelled, "exact", CPU, {"N": 70})
+    calls = [c for c in kernel.candidates if c.kind == "library:sdpa"]
+    assert len(calls) == 1
+    assert "mask, causal = None, True" in calls[0].source.text
+    inputs, _ = _inputs(p=70, m=70)
+    expected = interpret(spelled, dict(zip("QKV", inputs, strict=True)))["O"]
+    (output,) = kernel.prepared(calls[0])(inputs, [70])
+    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_equal_programs_share_one_kernel_and_neighbouring_lengths_too() -> None:
