@@ -360,6 +360,7 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
             *indent(call(self._running(), "advance", passed).splitlines()),
             *self._accumulate("stage", "phase", ""),
             self._waited(0, [*sums, *weights], [*sums, *weights]),
+            *self._settle(),
             *self._after(),
         ]
         for written in shape.written:

@@ -398,6 +398,7 @@ class Chain(Module):
         running = [*self._state_names(), *self._sum_names()]
         lines += indent(call(running, "step", [*self._step_arguments(), self._masked()]).splitlines())
         lines += indent(self._next_stage())
+        lines += self._settle()
         for name, number in self.scaled[1].items():
             lines.append(f"{self.name(name)} = {self.name(name)} * {printer.value(sympy.Float(float(number))).code}")
         lines += self._after()

@@ -252,6 +252,11 @@ class Points(Plan):
         lines = textwrap.wrap(print_einsum(s.source), 108, subsequent_indent="  ")
         return [f"# {line}" for line in lines]
 
+    def _settle(self) -> list[str]:
+        """The finished sums, as whatever reads them may have them."""
+        self.used.add("settled")
+        return [f"{name} = settled({name})" for name in self._sum_names()]
+
     def _after(self) -> list[str]:
         """The Einsums that follow the loop."""
         shape = self.shape

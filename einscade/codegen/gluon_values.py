@@ -22,6 +22,13 @@ from einscade.ir.expr import Access, Expr, FloorDiv, Mod, Where
 __all__ = ["HELPERS", "Printer", "Value"]
 
 HELPERS: Mapping[str, str] = {
+    "settled": '''
+@gluon.jit
+def settled(x):
+    """x + -0, which is x. The assembler (CUDA 12.8) drops the products of a sum whose first reader after the loop is a
+    bit operation, as the change of a sign is."""
+    return gl.inline_asm_elementwise("add.f32 $0, $1, 0f80000000;", "=f,f", [x], gl.float32, is_pure=True, pack=1)
+''',
     "finite": '''
 @gluon.jit
 def finite(x):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import re
 import subprocess
 import tempfile
@@ -33,7 +32,8 @@ class _Recorder:
 
 
 def compiled(made: ModuleType, given: list[Tensor], sizes: dict[str, int]) -> dict[str, tuple[int, str]]:
-    """Shared memory, and ptxas' report, of a module's kernels as its `run` would launch them for these inputs."""
+    """Shared memory, and ptxas' report, of a module's kernels as its `run` would launch them for these inputs. Products
+    that the assembler left out are an error."""
     launched = dict.fromkeys(re.findall(r"(\w+)\[\(", inspect.getsource(made.run)))
     kernels = {name: getattr(made, name) for name in launched}
     recorders = {name: _Recorder() for name in kernels}
@@ -65,15 +65,23 @@ def _compiled(kernel: Any, launched: _Recorder) -> tuple[int, str]:
     constants = {(kernel.arg_names.index(name),): value for name, value in launched.constants.items()}
     source = GluonASTSource(kernel, {n: signature[n] for n in kernel.arg_names}, constants)
     result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    if not ptxas.exists():
-        pytest.skip("this Triton has no ptxas")
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(result.asm["ptx"])
-        file.flush()
-        command = [str(ptxas), "-v", "--gpu-name=sm_90a", file.name, "-o", os.devnull]
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    if not (tools / "ptxas").exists() or not (tools / "nvdisasm").exists():
+        pytest.skip("this Triton has no assembler")
+    with tempfile.TemporaryDirectory() as folder:
+        text, binary = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        text.write_text(result.asm["ptx"])
+        command = [str(tools / "ptxas"), "-v", "--gpu-name=sm_90a", str(text), "-o", str(binary)]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        command = [str(tools / "nvdisasm"), "-c", str(binary)]
+        assembly = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert _products(assembly) == result.asm["ptx"].count("wgmma.mma_async"), "the assembler dropped products"
     return result.metadata.shared, report
+
+
+def _products(assembly: str) -> int:
+    """The matrix instructions of a kernel, without those that stand for a group in which none is left."""
+    return sum("HGMMA" in line and " RZ, gdesc[URZ], RZ" not in line for line in assembly.split("\n"))
 
 
 def assert_fits(made: ModuleType, given: list[Tensor], sizes: dict[str, int]) -> None:

@@ -484,5 +484,6 @@ UNARY = ("exp", "exp2", "log", "log2", "sin", "cos", "erf", "abs", "floor", "cei
 ASSEMBLY: dict[str, Callable[..., Tensor]] = {
     "rcp.approx.ftz.f32 $0, $1;": torch.reciprocal,
     "tanh.approx.f32 $0, $1;": torch.tanh,
+    "add.f32 $0, $1, 0f80000000;": torch.clone,
 }
 """Inline assembly that generated kernels use, and what it computes."""

@@ -71,6 +71,12 @@ OWN = """cascade own(X[b,m,e]: bf16) -> O[b,p,f]: bf16
 """
 
 
+COMPLEMENT = OWN.replace("own", "complement").replace(
+    "  O[b,p,f]: bf16 = sum(m) W[b,p,m] * X[b,m,f] / Z[b,p]\n",
+    "  N[b,p,f]   = sum(m) W[b,p,m] * X[b,m,f]\n  O[b,p,f]: bf16 = 1 - N[b,p,f] / Z[b,p]\n",
+)
+
+
 def biased(terms: str, extra: str, domain: str = "") -> str:
     head = BIASED.format(extra=f", {extra}", terms=terms + (f"   if {domain}" if domain else ""))
     return head.replace("  S[b,h,p,m] = sum", "  R[b,h,p,m] = sum") + SOFTMAX
@@ -81,6 +87,7 @@ TEXTS = {
     "two softmaxes": TWO_SOFTMAXES,
     "halves of one tensor": HALVES,
     "one tensor": OWN,
+    "a change of sign": COMPLEMENT,
     "a bias": biased("+ T[h,p,m]", "T[h,p,m]: bf16"),
     "a causal bias": biased("+ T[b,p,m]", "T[b,p,m]: f32", "m <= p"),
     "biases of rows and of columns": biased("+ T[b,m] + U[h,p,m]", "T[b,m]: bf16, U[h,p,m]: f16"),
@@ -121,6 +128,24 @@ def check(text: str, given: list[Tensor], sizes: dict[str, int]) -> None:
         found = Simulator(seed).load(emit(loops, schedule).text).run(*given, **passed)
         for out, name in zip(found, plain.outputs, strict=True):
             assert relative_error(out, exact[name]) <= 3 * relative_error(exact[name].bfloat16(), exact[name])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+@pytest.mark.parametrize("lengths", [(130, 304), (1000, 1000)], ids=str)
+@pytest.mark.parametrize("name", TEXTS)
+def test_right_on_a_gpu(name: str, lengths: tuple[int, int]) -> None:
+    text, sizes = TEXTS[name], {"B": 2, "P": lengths[0], "M": lengths[1]}
+    given, plain, loops = inputs(text, sizes), parse_cascade(text), program(text)
+    exact = interpret(plain, dict(zip((t.name for t in plain.inputs), given, strict=True)), {})
+    passed = {s: sizes[s] for s in loops.cascade.symbols if s in sizes}
+    for schedule in schedules(loops):
+        found = module(emit(loops, schedule)).run(*(x.cuda() for x in given), **passed)
+        for out, output in zip(found, plain.outputs, strict=True):
+            rounding = relative_error(exact[output].bfloat16(), exact[output])
+            assert relative_error(out.cpu(), exact[output]) <= 3 * rounding, (output, schedule)
 
 
 @pytest.mark.parametrize("lengths", [(130, 304), (200, 77), (1, 1)], ids=str)
