@@ -407,11 +407,15 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
             *self._pointers(), *self.sizes,
         ]  # fmt: skip
 
+    def _sum_maps(self) -> list[str]:
+        """The copy engine's views of what programs add up in memory."""
+        return []
+
     def _kernel(self) -> str:
         shape = self.shape
         written = [self.name(x.tensor) for x in shape.written]
         names = [*(r.name for r in (*self.stills, *self.rings)), *(t.name for t in self.tables), *written]
-        maps = [f"{x}_map" for x in names]
+        maps = [f"{x}_map" for x in names] + self._sum_maps()
 
         def tiles(name: str, dtype: str, count: str, operand: Operand, rows: int, width: int, layout: str) -> str:
             block = [1] * len(operand.batch) + [rows, width]

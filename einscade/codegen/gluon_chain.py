@@ -29,14 +29,14 @@ from einscade.codegen.tiles import Statement
 from einscade.codegen.torch_values import python
 from einscade.ir.expr import Access, Expr, accesses, free_vars, var
 
-__all__ = ["Chain"]
+__all__ = ["Chain", "Iteration"]
 
 RUNS = {"f32": "gl.float32", "i32": "gl.int32", **{d: GLUON_DTYPES[d] for d in ("bf16", "f16")}}
 """The dtypes of columns' values that the copy engine brings."""
 
 
 @dataclass
-class _Iteration:
+class Iteration:
     """What the text of an iteration has come to: products and sums in flight, in order; tiles that have arrived, and
     those handed back; columns' values read; values made; sums issued."""
 
@@ -173,7 +173,7 @@ class Chain(Module):
             )
         return lines
 
-    def _read_columns(self, s: Statement, it: _Iteration) -> list[str]:
+    def _read_columns(self, s: Statement, it: Iteration) -> list[str]:
         """The columns' values that a statement, or its mask, is the first to need, from shared memory."""
         lines = []
         addressed = any(x.name is None and x.access in accesses(s.expr) for x in self.loads)
@@ -189,7 +189,7 @@ class Chain(Module):
                 lines += [*self._see(self.home, it), f"{x.name} = {tile}.load(COLUMN){number}"]
         return lines
 
-    def _see(self, ring: Ring, it: _Iteration) -> list[str]:
+    def _see(self, ring: Ring, it: Iteration) -> list[str]:
         """Wait for a ring's tile, once an iteration."""
         if ring.name in it.seen:
             return []
@@ -323,7 +323,7 @@ class Chain(Module):
                 lines.append(f"{load.name} = {self._element(load.access, full).code}")
         for printer in (masked, full):
             self._name_hoisted(printer)
-        it = _Iteration()
+        it = Iteration()
         lines += self._issue_products(it)
         statements = {s.name: s for s in (*self.scores, *self.scaled[0])}
         for end in [x.weights for x in self.order[0]] + [s.name for s in self.scaled[0]]:
@@ -344,20 +344,24 @@ class Chain(Module):
         lines += [f"{self.name(s.name)} = {self.name(s.new)}" for s in shape.states]
         lines.append(f"return {', '.join([*self._state_names(), *self._sum_names()])}")
         masking = "MASKED: gl.constexpr" if self._masked() == "True" else "MASKED"
-        return function("step", [*self._step_arguments(), masking], lines)
+        constants = [f"{c}: gl.constexpr" for c in self._step_constants()]
+        return function("step", [*self._step_arguments(), masking, *constants], lines)
 
-    def _issue_products(self, it: _Iteration) -> list[str]:
-        lines: list[str] = []
-        for score in self.order[1]:
-            x = next(x for x in self.shape.products if x.score.name == score)
-            ring, still = self.ring(x.moving), next(r for r in self.stills if r.operand == x.still)
-            name, right = self.name(score), f"{ring.name}_tile.permute([1, 0])"
-            lines += self._see(ring, it)
-            lines.append(f"{name} = warpgroup_mma({still.name}_rows, {right}, zero, use_acc=False, is_async=True)")
-            it.flying.append(name)
-        return lines
+    def _step_constants(self) -> list[str]:
+        return []
 
-    def _issue_sum(self, x: WeightedSum, printer: Printer, it: _Iteration) -> list[str]:
+    def _issue_products(self, it: Iteration) -> list[str]:
+        return [line for score in self.order[1] for line in self._issue_product(score, it)]
+
+    def _issue_product(self, score: str, it: Iteration) -> list[str]:
+        x = next(x for x in self.shape.products if x.score.name == score)
+        ring, still = self.ring(x.moving), next(r for r in self.stills if r.operand == x.still)
+        name, right = self.name(score), f"{ring.name}_tile.permute([1, 0])"
+        it.flying.append(name)
+        product = f"{name} = warpgroup_mma({still.name}_rows, {right}, zero, use_acc=False, is_async=True)"
+        return [*self._see(ring, it), product]
+
+    def _issue_sum(self, x: WeightedSum, printer: Printer, it: Iteration) -> list[str]:
         ring, name, weights = self.ring(x.values), self.name(x.state.name), self.weight_names[x.weights]
         it.issued.add(x.state.name)
         it.flying.append(name)
@@ -368,11 +372,11 @@ class Chain(Module):
             f"{name} = warpgroup_mma({weights}, {ring.name}_tile, {name}, is_async=True)",
         ]
 
-    def _await(self, it: _Iteration, *names: str) -> str:
+    def _await(self, it: Iteration, *names: str) -> str:
         """Wait for the first of the names, and what was issued before it; the others are kept until then."""
         return self._waited(len(it.flying) - it.flying.index(names[0]) - 1, names, names)
 
-    def _release(self, it: _Iteration) -> list[str]:
+    def _release(self, it: Iteration) -> list[str]:
         """Tiles that no product or sum still reads go back to the loading warp."""
         lines = []
         for ring in self._in_order():
@@ -396,17 +400,32 @@ class Chain(Module):
             lines += [f"mbarrier.wait({x.name}_full, 0)", f"{x.name}_rows = {self._view(x, 'group', still=True)}"]
         lines += ["stage = 0", "phase = 0", *self._walk()]
         running = [*self._state_names(), *self._sum_names()]
-        lines += indent(call(running, "step", [*self._step_arguments(), self._masked()]).splitlines())
+        passed = [*self._step_arguments(), self._masked(), *self._step_constants()]
+        lines += indent(call(running, "step", passed).splitlines())
         lines += indent(self._next_stage())
+        lines += self._finish()
         lines += self._settle()
         for name, number in self.scaled[1].items():
             lines.append(f"{self.name(name)} = {self.name(name)} * {printer.value(sympy.Float(float(number))).code}")
         lines += self._after()
         lines += [line for x in shape.written for line in self._store(x)]
-        lines += ["tma.store_wait(0)"] if shape.written else []
+        lines += ["tma.store_wait(0)"] if shape.written or self.added else []
         return function("compute", [*self._compute_arguments(), "group: gl.constexpr"], lines)
 
+    def _finish(self) -> list[str]:
+        """What follows the loop, before results leave."""
+        return []
+
     # -- the host's part --
+
+    @property
+    def added(self) -> tuple[str, ...]:
+        """Results besides the form's."""
+        return ()
+
+    def _map_calls(self) -> list[str]:
+        """The copy engine's views of what is neither an operand nor a tile of results."""
+        return []
 
     def launch(self, device: str) -> list[str]:
         """The lines that launch the kernel; tensors have the names that they have here."""
@@ -428,6 +447,7 @@ class Chain(Module):
             *(f"        tile_map({self._seen(operand)}, {rows}, {width})," for operand, rows, width in blocks),
             *(f"        run_map({self.name(t.operand.tensor)}, {self.columns})," for t in self.tables),
             *(f"        tile_map({self._seen(operand)}, {rows}, {width})," for operand, rows, width in written),
+            *(f"        {code}," for code in self._map_calls()),
             *(wrapped(", ".join([*others, *self.sizes]) + ",", 8) if others or self.sizes else []),
             "        num_warps=4,",
             "    )",

@@ -36,7 +36,8 @@ RESERVED = frozenset({
     "gl", "gluon", "torch", "tma", "mbarrier", "run", "kernel", "load", "weigh", "advance", "compute", "group", "tile",
     "stage", "phase", "first", "end", "full_first", "full_end", "weights", "keep", "programs", "row", "finite", "tanh",
     "reciprocal", "row_max", "row_min", "row_sum", "row_parts", "tile_map", "MASKED", "ROWS", "COLUMNS",
-    "visit", "visits", "count", "counts", "listed", "lists", "list_tiles", "add", "at", "some", "whole",
+    "visit", "visits", "count", "counts", "listed", "lists", "list_tiles", "add", "at", "some", "whole", "add_tile",
+    "others", "others_full", "part", "part_tile", "before", "values",
 })  # fmt: skip
 
 

@@ -8,7 +8,8 @@ operations, as the torch emitter writes them.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from math import ceil, prod
 
@@ -19,17 +20,26 @@ from einscade.codegen.gluon import IMPORTS
 from einscade.codegen.gluon_chain import Chain
 from einscade.codegen.gluon_form import Form, nest_form
 from einscade.codegen.gluon_plan import GROUP_ROWS
+from einscade.codegen.gluon_rows import row_sum
+from einscade.codegen.gluon_spread import ADD_TILE, Spread, SpreadChain, spread
 from einscade.codegen.gluon_text import RUN_MAP, TILE_MAP
 from einscade.codegen.loops import FlatNest, LoopProgram, SerialNest
 from einscade.codegen.schedule import Schedule
 from einscade.codegen.source import Source, Unsupported
 from einscade.codegen.tiled_torch import TorchModule
 from einscade.ir.device import Device
+from einscade.ir.text import print_einsum
 
 __all__ = ["emit", "schedules"]
 
 TILES = ((3, 64), (2, 128), (2, 64), (2, 32))
 """Warpgroups, and the tile along the loop, that a nest is tried with, best guess first."""
+
+
+ADD_IMPORTS = """
+from triton._C.libtriton import ir
+from triton.experimental.gluon.language._core import builtin
+"""
 
 
 def emit(program: LoopProgram, schedule: Schedule) -> Source:
@@ -40,8 +50,9 @@ def emit(program: LoopProgram, schedule: Schedule) -> Source:
 def schedules(
     program: LoopProgram, device: Device | None = None, sizes: Mapping[str, int] | None = None
 ) -> tuple[Schedule, ...]:
-    """Schedules for the program: every nest at its first choice of those that fit, then the second, and so on. Raises
-    `Unsupported` as `emit` does, and where at these sizes a loop would leave most of the device idle."""
+    """Schedules for the program: first those that add up one nest's sums from another's programs, where that fits; then
+    every nest at its first choice of tiles, at the second, and so on. Raises `Unsupported` as `emit` does, and where at
+    these sizes a loop would leave most of the device idle."""
     if not program.serial_nests:
         raise Unsupported("the program has no loop: there is nothing to write a kernel for")
     forms = [nest_form(program.cascade, nest) for nest in program.serial_nests]
@@ -51,29 +62,63 @@ def schedules(
             groups = ceil(lengths.rank(shape.p) / GROUP_ROWS) * prod(map(lengths.rank, shape.batch))
             if groups < device.processors // 2:
                 raise Unsupported(f"{groups} warpgroups for {device.processors} processors")
-    choices = [_choices(shape) for shape in forms]
-    found = []
-    for row in zip_longest(*choices):
-        tiles = {k: v for choice, tried in zip(row, choices, strict=True) for k, v in (choice or tried[0]).items()}
-        found.append(Schedule(tuple(sorted(tiles.items())), 4, 2, (), "cuda:90", True))
+    found = [_schedule(tiles) for tiles in _rows([_choices(shape) for shape in forms])]
+    if merged := _merged(program, forms):
+        left_out = {other for other, _ in merged.values()}
+        choices = [_choices(shape)[:1] if i in left_out else _choices(shape, merged[i][1] if i in merged else None)
+                   for i, shape in enumerate(forms)]  # fmt: skip
+        unordered = [replace(_schedule(tiles), unordered=True) for tiles in _rows(choices)] if all(choices) else []
+        found[:0] = unordered
     return tuple(found)
 
 
-def _choices(shape: Form) -> list[dict[str, int]]:
+def _schedule(tiles: Mapping[str, int]) -> Schedule:
+    return Schedule(tuple(sorted(tiles.items())), 4, 2, (), "cuda:90", True)
+
+
+def _rows(choices: Sequence[Sequence[Mapping[str, int]]]) -> list[dict[str, int]]:
+    """The first choice of all, the second of all, and so on; the first again of those that have no more."""
+    return [
+        {k: v for choice, tried in zip(row, choices, strict=True) for k, v in (choice or tried[0]).items()}
+        for row in zip_longest(*choices)
+    ]
+
+
+def _merged(program: LoopProgram, forms: Sequence[Form]) -> dict[int, tuple[int, Spread]]:
+    """The serial nests that can add up another's sum as they go, with that other nest and how."""
+    read = {name for nest in program.nests for name in nest.inputs}
+    found: dict[int, tuple[int, Spread]] = {}
+    for other, one in enumerate(forms):
+        for i, shape in enumerate(forms):
+            taken = {i, other} & {*found, *(x for x, _ in found.values())}
+            if taken or other == i or read & set(one.results):
+                continue
+            if (sum_ := spread(one, shape)) is not None:
+                found[i] = (other, sum_)
+                break
+    return found
+
+
+def _choices(shape: Form, spread: Spread | None = None) -> list[dict[str, int]]:
+    """The tiles that fit a nest, best guess first; with a sum of its programs there may be none."""
     found = []
     for groups, columns in TILES:
         tiles = {shape.p: groups * GROUP_ROWS}
         if isinstance(shape.loop.step, sympy.Symbol):
             tiles[shape.loop.step.name] = columns
         try:
-            Chain(shape, Schedule(tuple(sorted(tiles.items())), 4, 2, (), "cuda:90", True))
+            _chain(shape, _schedule(tiles), spread)
         except Unsupported as reason:
             last = reason
             continue
         found.append(tiles)
-    if not found:
+    if not found and spread is None:
         raise Unsupported(f"no tile of the loop over {shape.m} fits: {last}")
     return found
+
+
+def _chain(shape: Form, schedule: Schedule, spread: Spread | None) -> Chain:
+    return Chain(shape, schedule) if spread is None else SpreadChain(shape, schedule, spread)
 
 
 class _Program(TorchModule):
@@ -82,26 +127,48 @@ class _Program(TorchModule):
     def __init__(self, program: LoopProgram, schedule: Schedule) -> None:
         super().__init__(program, schedule, in_place=True, grouped=False)
         self.kernels: list[str] = []
+        nests = program.serial_nests
+        merged = _merged(program, [nest_form(self.cascade, n) for n in nests]) if schedule.unordered else {}
+        self.spreads = {nests[i]: how for i, (_, how) in merged.items()}
+        self.left_out = {nests[other] for other, _ in merged.values()}
 
     def preamble(self) -> str:
-        return "\n\n\n".join(
-            [IMPORTS.strip("\n") + "\n", *self.kernels, TILE_MAP.strip("\n"), RUN_MAP.strip("\n") + "\n"]
-        )
+        adds = [ADD_IMPORTS.strip("\n") + "\n", ADD_TILE.strip("\n")] if self.spreads else []
+        maps = [TILE_MAP.strip("\n"), RUN_MAP.strip("\n") + "\n"]
+        return "\n\n\n".join([IMPORTS.strip("\n") + "\n", *adds, *self.kernels, *maps])
 
     def nest(self, nest: SerialNest | FlatNest) -> None:
         if isinstance(nest, FlatNest):
-            super().nest(nest)
+            if not self._row_sum(nest):
+                super().nest(nest)
             return
-        chain = Chain(nest_form(self.cascade, nest), self.schedule)
+        if nest in self.left_out:
+            return
+        chain = _chain(nest_form(self.cascade, nest), self.schedule, self.spreads.get(nest))
         mark = f"_{len(self.kernels) + 1}"
         self.kernels.append(_marked("\n\n\n".join(chain.parts()), mark))
-        for output in nest.outputs:
+        outputs = [*nest.outputs, *chain.added]
+        for output in outputs:
             self.allocate(output)
-        for tensor in (*nest.inputs, *nest.outputs):
+        for tensor in (*nest.inputs, *outputs):
             if chain.name(tensor) != self.code(tensor):
                 self.out(f"{chain.name(tensor)} = {self.code(tensor)}")
         for line in chain.launch(self.device):
             self.out(re.sub(r"^( *)(kernel|list_tiles)\[", rf"\1\2{mark}[", line))
+
+
+    def _row_sum(self, nest: FlatNest) -> bool:
+        """A nest that is one sum along rows, as a kernel; whether it is one."""
+        found = row_sum(self.cascade, nest.einsums[0]) if len(nest.einsums) == 1 else None
+        if found is None or found.name in self.cascade.outputs:
+            return False
+        name = f"rows_{len(self.kernels) + 1}"
+        self.kernels.append(found.kernel(name))
+        self.out(f"# {print_einsum(nest.einsums[0])}")
+        result = self.names[found.name] = self.stored(found.name)
+        for line in found.launch(name, result.code, {t: self.code(t) for t, _ in found.tensors}, self.device):
+            self.out(line)
+        return True
 
 
 def _marked(text: str, mark: str) -> str:

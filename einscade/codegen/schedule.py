@@ -44,6 +44,7 @@ class Schedule:
     launch: further symbols (the length of a loop's parts), each with the expression over the lengths, as text, that
         `run` computes it by at every call.
     summaries: compute beforehand what data along a loop says of its tiles (`codegen.summaries`), to skip them.
+    unordered: programs add to a sum in memory in whatever order they come (`codegen.gluon_spread`): not deterministic.
     """
 
     tiles: tuple[tuple[str, int], ...] = ()
@@ -54,6 +55,7 @@ class Schedule:
     descriptors: bool = False
     launch: tuple[tuple[str, str], ...] = ()
     summaries: bool = False
+    unordered: bool = False
 
     def tile(self, name: str) -> int | None:
         return dict(self.tiles).get(name)

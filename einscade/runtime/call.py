@@ -48,7 +48,7 @@ class Call:
 
     def __init__(self, program: Program, device: torch.device) -> None:
         self.program, self.device = program, device
-        self.kernels: dict[tuple[int, ...], Kernel] = {}
+        self.kernels: dict[tuple[int, ...], Kernel] = {}  # by the sizes' buckets, and whether to be deterministic
         scope: dict[str, Any] = {
             "_device": device,
             "_dtypes": [DTYPES[t.dtype] for t in program.cascade.inputs],
@@ -59,6 +59,7 @@ class Call:
             "_disturbed": self._disturbed,
             "_run_undisturbed": self._run_undisturbed,
             "_laid_out": _laid_out,
+            "_deterministic": torch.are_deterministic_algorithms_enabled,
         }
         exec(_text(program), scope)
         self._written: Callable[[Sequence[Tensor], Sequence[int]], list[Tensor]] = scope["_call"]
@@ -132,7 +133,7 @@ def _text(program: Program) -> str:
         "    _refuse(inputs, sizes)",
         f"if not ({program.points_code}):",
         "    return _pointless(inputs, sizes)",
-        f"_bucket = ({bucket})",
+        f"_bucket = ({bucket}_deterministic())",
         "_kernel = _kernels.get(_bucket) or _made(_bucket, sizes)",
         f"{', '.join(outputs)}, = _run_undisturbed(_kernel, inputs, sizes) if _disturbed() else _kernel(inputs, sizes)",
     ]

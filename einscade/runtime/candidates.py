@@ -54,12 +54,18 @@ class Candidate:
 
 
 def candidates(
-    program: Program, rewritten: Cascade, steps: Sequence[StepRecord], device: Device, sizes: Mapping[str, int]
+    program: Program,
+    rewritten: Cascade,
+    steps: Sequence[StepRecord],
+    device: Device,
+    sizes: Mapping[str, int],
+    deterministic: bool = False,
 ) -> list[Candidate]:
     """Every way to run the program, the cost model's choice first, the last resorts last; none stands twice.
 
     On a GPU generated kernels come before library calls, on a CPU after them: torch's own kernel is compiled code
-    there, ours is a loop of torch operations.
+    there, ours is a loop of torch operations. `deterministic`: only those whose results do not depend on the order in
+    which a device's processors come.
     """
     loops = plan(rewritten)
     orders = _renamed_orders(program, rewritten)
@@ -74,7 +80,7 @@ def candidates(
         generated = _generated("tiled_torch", loops, orders, device, sizes)
     found = [*calls, *generated] if device.kind == "cpu" else [*generated, *calls]
     found += _last_resorts(program.cascade, Schedule(target=target_of(device)))
-    return list(dict.fromkeys(found))
+    return [c for c in dict.fromkeys(found) if not (deterministic and c.schedule.unordered)]
 
 
 def _in_parts(program: Program, loops: LoopProgram, device: Device, sizes: Mapping[str, int]) -> list[Candidate]:

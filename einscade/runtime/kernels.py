@@ -133,12 +133,14 @@ def build(
     cascade: Cascade, recipe: str, device: torch.device, sizes: Mapping[str, int], out_order: MemoryOrder = ()
 ) -> Kernel:
     """The kernel of a raised cascade under a recipe. Raises ValueError for an unknown recipe, and for a device that no
-    kernels are generated for."""
-    return _build(Program(recipe, cascade, out_order).text, machine.indexed(device), machine.bucket(sizes))
+    kernels are generated for. Under `torch.use_deterministic_algorithms(True)` it is one whose results do not depend on
+    the order in which programs run."""
+    text = Program(recipe, cascade, out_order).text
+    return _build(text, machine.indexed(device), machine.bucket(sizes), torch.are_deterministic_algorithms_enabled())
 
 
 @functools.lru_cache(maxsize=1024)
-def _build(text: str, device: torch.device, bucket: tuple[tuple[str, int], ...]) -> Kernel:
+def _build(text: str, device: torch.device, bucket: tuple[tuple[str, int], ...], deterministic: bool) -> Kernel:
     program = parse_program(text)
     address = cache.key(
         {
@@ -147,19 +149,22 @@ def _build(text: str, device: torch.device, bucket: tuple[tuple[str, int], ...])
             "versions": machine.versions(),
             "sizes": bucket,
             "autotune": tuning.enabled(),
+            "deterministic": deterministic,
         }
     )
     entry = cache.DiskCache().get(address)
     if entry is not None and (known := _from_entry(program, entry, address)) is not None:
         return known
-    kernel = _make(program, device, dict(bucket), address)
+    kernel = _make(program, device, dict(bucket), address, deterministic)
     cache.DiskCache().put(address, _entry(kernel))
     return kernel
 
 
-def _make(program: Program, device: torch.device, sizes: Mapping[str, int], address: str) -> Kernel:
+def _make(
+    program: Program, device: torch.device, sizes: Mapping[str, int], address: str, deterministic: bool
+) -> Kernel:
     rewritten, steps = _rewrite(program)
-    found = candidates(program, rewritten, steps, Device.of(device), sizes)
+    found = candidates(program, rewritten, steps, Device.of(device), sizes, deterministic)
     return Kernel(program, rewritten, steps, found, address, from_disk=False, tuned=False)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +13,11 @@ import torch
 from torch import Tensor
 
 from einscade.codegen import gluon
+from einscade.codegen.gluon import IMPORTS
+from einscade.codegen.gluon_form import Form, nest_form
 from einscade.codegen.gluon_program import emit, schedules
+from einscade.codegen.gluon_rows import row_sum
+from einscade.codegen.gluon_spread import spread
 from einscade.codegen.loops import LoopProgram, plan
 from einscade.compiler.gradients import scan_free
 from einscade.ir.interpret import interpret
@@ -55,8 +61,9 @@ def example(gradient: Gradient, name: str, shape: dict[str, Any], sizes: dict[st
     [(NARROW, (1, 1)), (NARROW, (150, 333)), (WIDE, (150, 200)), (GROUPED, (200, 77))],
     ids=["64-one", "64", "128", "96x80"],
 )
+@pytest.mark.parametrize("unordered", [False, True], ids=["ordered", "unordered"])
 @pytest.mark.parametrize("name", NAMES)
-def test_right_in_any_order(name: str, shape: dict[str, Any], lengths: tuple[int, int]) -> None:
+def test_right_in_any_order(name: str, shape: dict[str, Any], lengths: tuple[int, int], unordered: bool) -> None:
     """Error against float64 at most three times that of rounding the exact gradients: weights are rounded, too."""
     torch.manual_seed(len(name) + lengths[0])
     gradient, loops = program(name, tuple(shape.items()))
@@ -65,7 +72,9 @@ def test_right_in_any_order(name: str, shape: dict[str, Any], lengths: tuple[int
     named = {t.name: x for t, x in zip(gradient.cascade.inputs, given, strict=True)}
     expected = interpret(gradient.cascade, named, {n: s for n, s in sizes.items() if n in gradient.cascade.symbols})
     used = {n: s for n, s in sizes.items() if n in loops.cascade.symbols}
-    space = schedules(loops)
+    space = [s for s in schedules(loops) if s.unordered == unordered]
+    if not space:
+        pytest.skip("no tile for a sum over programs")
     schedule = space[len(name) % len(space)]
     found = Simulator(len(name)).load(emit(loops, schedule).text).run(*given, **used)
     for output, value in zip(gradient.cascade.outputs, found, strict=True):
@@ -91,11 +100,108 @@ def test_compiles(name: str, shape: dict[str, Any]) -> None:
     gradient, loops = program(name, tuple(shape.items()))
     sizes = {"B": 1, "P": 300, "M": 300}
     used = {n: s for n, s in sizes.items() if n in loops.cascade.symbols}
-    made = module(emit(loops, schedules(loops)[0]))
+    made = module(emit(loops, next(s for s in schedules(loops) if not s.unordered)))
     for shared, report in compiled(made, example(gradient, name, shape, sizes), used).values():
         assert shared <= 227 << 10
         assert "serialized" not in report
         assert int(re.search(r"(\d+) bytes spill stores", report)[1]) <= 8, report  # type: ignore[index]
+
+
+@pytest.mark.parametrize("name", ["full", "causal", "documents", "slopes"])
+def test_a_sum_over_programs_compiles(name: str) -> None:
+    """As above; what is spilled is read again in every iteration, but nearly all of it written before the loops."""
+    gradient, loops = program(name, tuple(WIDE.items()))
+    sizes = {"B": 1, "P": 300, "M": 300}
+    used = {n: s for n, s in sizes.items() if n in loops.cascade.symbols}
+    made = module(emit(loops, next(s for s in schedules(loops) if s.unordered)))
+    for shared, report in compiled(made, example(gradient, name, WIDE, sizes), used).values():
+        assert shared <= 227 << 10
+        assert "serialized" not in report
+        assert int(re.search(r"(\d+) bytes spill stores", report)[1]) <= 512, report  # type: ignore[index]
+
+
+# -- a sum over programs ----------------------------------------------------------------------------------------------
+
+
+def forms(name: str, shape: dict[str, Any]) -> tuple[Form, Form]:
+    """The loops of a gradient: of the queries' rows, and of the keys'."""
+    _, loops = program(name, tuple(shape.items()))
+    queries, keys = (nest_form(loops.cascade, nest) for nest in loops.serial_nests)
+    return queries, keys
+
+
+@pytest.mark.parametrize("name", ["full", "causal", "softcap", "documents"])
+def test_the_queries_gradient_is_a_sum_of_the_keys_programs(name: str) -> None:
+    queries, keys = forms(name, WIDE)
+    found = spread(queries, keys)
+    assert found is not None
+    assert found.weights == keys.sums[0].weights
+    assert found.values == keys.products[0].still
+    assert found.result == queries.written[0]
+    assert float(found.number) == 1
+    assert spread(keys, queries) is None  # two sums are not one
+
+
+def test_what_has_other_points_or_values_is_no_sum_of_programs() -> None:
+    queries, keys = forms("causal", WIDE)
+    every, _ = forms("full", WIDE)
+    assert spread(every, keys) is None
+    assert spread(queries, replace(keys, batch=())) is None
+    other = [replace(s, expr=2 * s.expr + 1) if s.name == queries.sums[0].weights else s for s in queries.statements]
+    assert spread(replace(queries, statements=tuple(other)), keys) is None
+    twice = [replace(s, expr=2 * s.expr) if s.name == queries.sums[0].weights else s for s in queries.statements]
+    found = spread(replace(queries, statements=tuple(twice)), keys)
+    assert found is not None
+    assert float(found.number) == 2
+
+
+def test_a_row_beyond_the_last_adds_nothing() -> None:
+    """Its scores are those of a key of zeros, whose weight overflows where all scores are far below 0."""
+    gradient, loops = program("full", tuple(WIDE.items()))
+    given = example(gradient, "full", WIDE, {"B": 1, "P": 64, "M": 5})
+    named = {t.name: x for t, x in zip(gradient.cascade.inputs, given, strict=True)}
+    named["K"] = torch.ones_like(named["K"])
+    named["Q"] = torch.full_like(named["Q"], -20)  # scores of -20 * sqrt(128)
+    named["L"] = torch.full_like(named["L"], -20 * 128**0.5 + math.log(5))
+    expected = interpret(gradient.cascade, named, {"B": 1, "P": 64, "M": 5})
+    schedule = next(s for s in schedules(loops) if s.unordered)
+    found = Simulator(0).load(emit(loops, schedule).text).run(*named.values(), B=1, P=64, M=5)
+    for output, value in zip(gradient.cascade.outputs, found, strict=True):
+        assert value.isfinite().all()
+        scale = expected[output].norm() + 1e-2 * named["dO"].double().norm()
+        assert (value.double() - expected[output]).norm() <= 3 * 2**-9 * scale, output
+
+
+# -- sums along rows --------------------------------------------------------------------------------------------------
+
+ROWS = """cascade rows(X[b,h,p,d]: f16, Y[b,p,h,d]: f16) -> S[b,h,p]: f32
+  where b < B, h < 3, p < P, d < {width}
+  S[b,h,p] = sum(d) {expr}
+"""
+
+
+@pytest.mark.parametrize(
+    ("width", "expr"), [(80, "-X[b,h,p,d] * Y[b,p,h,d]"), (8, "0.5 * X[b,h,p,d]**2"), (200, "X[b,h,p,d]")]
+)
+def test_sums_along_rows(width: int, expr: str) -> None:
+    """Of tensors with any strides, against float64."""
+    torch.manual_seed(width)
+    cascade = parse_cascade(ROWS.format(width=width, expr=expr))
+    found = row_sum(cascade, cascade.body[0])
+    assert found is not None
+    codes = {"X": "X", "Y": "Y"}
+    body = [*found.launch("rows", "S", codes, "X.device"), "return S"]
+    text = "\n".join([IMPORTS, found.kernel("rows"), "def run(X, Y, B, P):", *("    " + line for line in body)])
+    x = torch.randn(2, 37, 3, width).half().transpose(1, 2)
+    y = torch.randn(2, 37, 3, 2 * width).half()[..., ::2]
+    expected = interpret(cascade, {"X": x, "Y": y}, {"B": 2, "P": 37})["S"]
+    assert relative_error(Simulator(0).load(text).run(x, y, 2, 37), expected) < 1e-6
+
+
+@pytest.mark.parametrize("expr", ["exp(X[b,h,p,d])", "X[b,h,p,d] + Y[b,p,h,d]", "X[b,h,0,d]", "Y[b,p,h,d]   if d <= p"])
+def test_what_is_no_sum_of_products_along_rows(expr: str) -> None:
+    cascade = parse_cascade(ROWS.format(width=64, expr=expr))
+    assert row_sum(cascade, cascade.body[0]) is None
 
 
 def test_the_forward_pass_that_saves_compiles() -> None:

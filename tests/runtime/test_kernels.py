@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from einscade.codegen.source import Source
+from einscade.compiler.gradients import scan_free
 from einscade.ir.interpret import interpret
 from einscade.ir.text import parse_cascade
+from einscade.passes.differentiate import differentiate
 from einscade.runtime import call, kernels, library_call, tuning
 from einscade.runtime.cache import DiskCache
 from einscade.runtime.call import call_for
@@ -162,6 +164,27 @@ def test_a_gpus_kernels_come_from_disk_as_they_went_there() -> None:
             read = build(half, "exact", CPU, sizes)
             assert (made.from_disk, read.from_disk) == (False, True)
             assert read.candidates == made.candidates
+
+
+def test_where_determinism_is_asked_for_no_sum_is_added_up_in_any_order() -> None:
+    """A gradient's kernels for a GPU; the other kind is asked for, and kept, beside them."""
+    pytest.importorskip("triton")
+    from benchmarks.launch import ATTENTION as HALF_PRECISION
+    from benchmarks.stub_device import hopper
+
+    forward = scan_free(parse_cascade(HALF_PRECISION), "exact")
+    gradient = differentiate(forward, [t.name for t in forward.inputs]).cascade
+    with hopper():
+        sizes = {"B": 2, "M": 4096, "P": 4096}
+        assert any(c.schedule.unordered for c in build(gradient, "exact", CPU, sizes).candidates)
+        torch.use_deterministic_algorithms(True)
+        try:
+            found = build(gradient, "exact", CPU, sizes).candidates
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert "gluon" in {c.kind for c in found}
+        assert not any(c.schedule.unordered for c in found)
+        assert any(c.schedule.unordered for c in build(gradient, "exact", CPU, sizes).candidates)
 
 
 def test_a_corrupt_entry_is_made_anew() -> None:

@@ -1,0 +1,314 @@
+"""Two loops over the same points as one: what the second sums over the first one's programs is added up in memory.
+
+Comes in: two forms of a program. Where the rows of one are the loop of the other and both have the same weights, the
+other's sum over its loop is a sum over this one's rows,
+
+    other:  sum[q] += weights[q, r] * values[r]        a loop over r, for rows q
+    here:   sum[q] += weights[r, q].T @ values[r]      for every q of the loop over q, from all programs' rows r
+
+(in a gradient dQ, of which every program of dK and dV knows its keys' part). Goes out: a `Spread` that says so, and
+`SpreadChain`, the kernel of both. It saves the products that the weights are made of; the price is a float32 sum in
+memory, to which programs add in whatever order they come, so that its last bits differ from run to run.
+
+In the kernel an iteration's weights go to shared memory, transposed, and every warpgroup multiplies its part of the
+tile in the *next* iteration: nobody waits for the slower warpgroup, and the addition, which the copy engine does, runs
+behind the next scores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import sympy
+from sympy.logic.boolalg import And
+
+from einscade.codegen.gluon_chain import Chain, Iteration
+from einscade.codegen.gluon_form import Form, Operand, WeightedSum
+from einscade.codegen.gluon_plan import GROUP_ROWS, REGISTERS, SHARED
+from einscade.codegen.gluon_points import GLUON_DTYPES
+from einscade.codegen.gluon_values import Printer
+from einscade.codegen.schedule import Schedule
+from einscade.codegen.source import Unsupported
+from einscade.codegen.tiles import Statement
+from einscade.codegen.torch_values import python
+from einscade.ir.expr import Access, Expr, accesses, var
+from einscade.passes.terms import conjuncts
+
+__all__ = ["ADD_TILE", "Spread", "SpreadChain", "spread"]
+
+ADD_TILE = '''
+@builtin
+def add_tile(target, at, tile, _semantic=None):
+    """The copy engine adds a tile of shared memory to one in memory."""
+    at = _semantic._convert_to_ir_values(at, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, target.handle, at, tile.handle)
+'''
+
+PANEL = 64
+"""Columns of 16 bits in a row of swizzled shared memory: what a product reads begins at a multiple."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """`result = number * sum(rows) weights.T @ values`: `weights` are those of one of the form's sums, `values` an
+    operand that stays, `result` a tensor with rows along the form's loop."""
+
+    weights: str
+    values: Operand
+    result: Operand
+    number: Expr
+
+
+def spread(other: Form, form: Form) -> Spread | None:
+    """The one sum of another form as a sum over this one's programs; None where it is none."""
+    if (other.p, other.m) != (form.m, form.p) or set(other.batch) != set(form.batch):
+        return None
+    if len(other.sums) != 1 or other.states or len(other.epilogue) != 1 or len(other.written) != 1 or other.addressed:
+        return None
+    (total,), (after,) = other.sums, other.epilogue
+    if total.rescale is not None or after.expr != Access(total.state.name, *map(var, total.state.ranks)):
+        return None
+    if other.results != (other.written[0].tensor,) or total.values not in form.stills:
+        return None
+    wanted = _value(other, total.weights)
+    for x in form.sums:
+        found = _value(form, x.weights)
+        if wanted is None or found is None or _domain(other, total.weights) != _domain(form, x.weights):
+            continue
+        (number, rest), (own, same) = wanted.as_coeff_Mul(), found.as_coeff_Mul()
+        if rest == same:
+            return Spread(x.weights, total.values, other.written[0], number / own)
+    return None
+
+
+def _value(form: Form, name: str) -> Expr | None:
+    """A value of the loop as an expression over inputs; None where it takes a reduction other than the products."""
+    made = {s.name: s for s in (*(x.score for x in form.products), *form.statements)}
+    s = made[name]
+    if s.monoid is not None and name not in form.scores:
+        return None
+    table: dict[Expr, Expr] = {}
+    for a in accesses(s.expr):
+        if a.tensor in made:
+            value = _value(form, a.tensor)
+            if value is None or a.index != tuple(map(var, made[a.tensor].ranks)):
+                return None
+            table[a] = value
+        elif any(a.tensor == state.name for state in form.states):
+            return None
+    expr = s.expr.xreplace(table)
+    return sympy.Function("total")(expr) if name in form.scores else expr
+
+
+def _domain(form: Form, name: str) -> frozenset[sympy.Basic]:
+    """Which points a value has, but for the end of the loop."""
+    made = {s.name: s for s in form.statements}
+    limit = sympy.Lt(var(form.m), form.loop.limit)
+    return frozenset(c for c in conjuncts(made[name].keep) if c != limit)
+
+
+def _within_rows(form: Form) -> Form:
+    """The form, with points beyond the last row masked where others are: their weights would count."""
+    inside = sympy.Lt(var(form.p), form.extent(form.p))
+
+    def bounded(s: Statement) -> Statement:
+        masked = {form.p, form.m} <= set(s.ranks) and s.fill is not None
+        return replace(s, keep=And(s.keep, inside), row=And(s.row, inside)) if masked else s
+
+    return replace(form, statements=tuple(map(bounded, form.statements)))
+
+
+class SpreadChain(Chain):
+    """The kernel of a form with a sum of its programs. The tensor of that sum has the result's name and `_sum`."""
+
+    def __init__(self, shape: Form, schedule: Schedule, spread: Spread) -> None:
+        self.spread = spread
+        super().__init__(_within_rows(shape), schedule)
+
+    # -- sizes and names --
+
+    @cached_property
+    def part(self) -> tuple[int, int]:
+        """Rows and columns of the sum's tile that a warpgroup multiplies: all rows of the tile if there are 64, and a
+        part of the columns."""
+        width = next(r.width for r in self.stills if r.operand == self.spread.values)
+        down = max(1, self.columns // GROUP_ROWS)
+        if self.columns % GROUP_ROWS or self.groups % down:
+            raise Unsupported(f"{self.groups} warpgroups do not share a tile of {self.columns} rows")
+        across = width * down // self.groups
+        if across * self.groups != width * down or (across != width and across % PANEL):
+            raise Unsupported(f"{self.groups} warpgroups do not share a tile {width} wide")
+        return GROUP_ROWS, across
+
+    @property
+    def total(self) -> str:
+        return f"{self.name(self.spread.result.tensor)}_sum"
+
+    @property
+    def number(self) -> Expr:
+        """What multiplies the sum after all."""
+        own = next(x for x in self.shape.sums if x.weights == self.spread.weights)
+        return self.spread.number * self.scaled[1].get(own.state.name, sympy.Integer(1))
+
+    def _check_fit(self) -> None:
+        super()._check_fit()
+        rows, across = self.part
+        tiles = self.stages * self.columns * sum(r.width for r in self.rings) * 2
+        tiles += self.rows * sum(r.width for r in self.stills) * 2 + 2 * self.rows * self.columns * 2
+        tiles += self.groups * rows * across * 4 + self.stages * self.columns * sum(t.size for t in self.tables)
+        if len(self.shares) < len(self.shape.written) or tiles + 1024 > SHARED:
+            raise Unsupported(f"{tiles} bytes of tiles do not fit in {SHARED} bytes of shared memory")
+        registers = len(self.shape.sums) * self.f // 2 + across // 2 + self.columns // 2 + 24
+        if registers > REGISTERS[self.groups]:
+            raise Unsupported(f"a part of {across} columns does not fit in {REGISTERS[self.groups]} registers")
+
+    def _table_layouts(self) -> list[str]:
+        _, across = self.part
+        return [
+            *super()._table_layouts(),
+            "OTHERS = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))",
+            f"PART = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, {across}, 16]))",
+            "PART_TILE = gl.constexpr(gl.NVMMASharedLayout(128, 32, 2))",
+        ]
+
+    def _allocate_tables(self) -> list[str]:
+        dtype = GLUON_DTYPES[self.shape.dtype]
+        block = ", ".join(["1"] * len(self.spread.result.batch) + list(map(str, self.part)))
+        return [
+            *super()._allocate_tables(),
+            f"others = gl.allocate_shared_memory({dtype}, [2 * GROUPS, {GROUP_ROWS}, STEP], OTHERS)",
+            f"part_tile = gl.allocate_shared_memory(gl.float32, [GROUPS, {block}], {self.total}_map.layout)",
+            "others_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())",
+        ]
+
+    def _init_tables(self) -> list[str]:
+        return [
+            *super()._init_tables(),
+            "for turn in gl.static_range(2):",
+            "    mbarrier.init(others_full.index(turn), GROUPS)",
+        ]
+
+    def _shared_by_groups(self) -> list[str]:
+        """What the warpgroups need besides; the values' rows of all of them among it."""
+        ring = next(r for r in self.stills if r.operand == self.spread.values)
+        return [f"{self.total}_map", "others", "others_full", "part_tile", f"{ring.name}_tile"]
+
+    def _compute_arguments(self) -> list[str]:
+        return list(dict.fromkeys([*super()._compute_arguments(), *self._shared_by_groups()]))
+
+    def _step_arguments(self) -> list[str]:
+        listed = ["visits"] if self.listed else []
+        return [*super()._step_arguments(), "i", *listed, *self._shared_by_groups()]
+
+    def _step_constants(self) -> list[str]:
+        return ["group"]
+
+    def _sum_maps(self) -> list[str]:
+        return [f"{self.total}_map"]
+
+    def _map_calls(self) -> list[str]:
+        view = self._seen(self.spread.result)
+        view = self.total + view[len(self.name(self.spread.result.tensor)) :]
+        return [f"tile_map({view}, {self.part[0]}, {self.part[1]})"]
+
+    # -- the iteration --
+
+    def _masked(self) -> str:
+        masked = super()._masked()
+        end = self._scalar_printer().value(self.shape.extent(self.shape.p)).code
+        return masked if masked == "True" else f"({masked}) | (row + {self.rows} > {end})"
+
+    def _issue_products(self, it: Iteration) -> list[str]:
+        """First what the last tile adds to the sum, whose weights everybody has made meanwhile; it is sent off behind
+        the first scores."""
+        lines = ["before = (i + 1) % 2", "mbarrier.wait(others_full.index(before), ((i + 1) // 2 + 1) % 2)"]
+        lines += self._multiply_part("before", it)
+        first, *rest = self.order[1]
+        lines += self._issue_product(first, it)
+        lines.append(self._await(it, "part"))
+        lines += self._send(self._tile_before("i"), "i > 0")
+        return lines + [line for score in rest for line in self._issue_product(score, it)]
+
+    def _tile_before(self, i: str) -> str:
+        return f"gl.load(visits + ({i} - 1)) // 2" if self.listed else "tile + 1"
+
+    def _multiply_part(self, turn: str, it: Iteration) -> list[str]:
+        """This warpgroup's part of the product of all weights of an iteration."""
+        rows, across = self.part
+        ring = next(r for r in self.stills if r.operand == self.spread.values)
+        weights = ".permute([1, 0])"
+        if self.columns > rows:
+            weights = f".slice(group * {rows}, {rows}, 1)" + weights
+        lines = [f"part = gl.full([{rows}, {across}], 0.0, gl.float32, PART)"]
+        for group in range(self.groups):
+            values = self._view(ring, str(group), still=True)
+            if across != ring.width:
+                values += f".slice(group * {across}, {across}, 1)"
+            left = f"others.index({turn} * GROUPS + {group}){weights}"
+            kept = "" if group else "use_acc=False, "
+            lines += [f"values = {values}", f"part = warpgroup_mma({left}, values, part, {kept}is_async=True)"]
+            it.flying.append("part" if group == self.groups - 1 else f"part {group}")
+        return lines
+
+    def _send(self, tile: str, condition: str | None) -> list[str]:
+        """Add the part to the sum in memory, once what was sent before has left its tile."""
+        rows, across = self.part
+        ring = next(r for r in self.stills if r.operand == self.spread.values)
+        down = f" + group * {rows}" if self.columns > rows else ""
+        column = f"group * {across}" if across != ring.width else "0"
+        at = self._coordinates(self.spread.result, f"({tile}) * STEP{down}", column)
+        sent = [f"at = {at}", f"add_tile({self.total}_map, at, part_tile.index(group))"]
+        return [
+            "tma.store_wait(0)",
+            f"part_tile.index(group)._reinterpret(gl.float32, [{rows}, {across}], PART_TILE).store(part)",
+            "fence_async_shared()",
+            *([f"if {condition}:", *("    " + line for line in sent)] if condition else sent),
+        ]
+
+    def _issue_sum(self, x: WeightedSum, printer: Printer, it: Iteration) -> list[str]:
+        lines = super()._issue_sum(x, printer, it)
+        if x.weights != self.spread.weights:
+            return lines
+        *seen, _, product = lines
+        value, weights = printer.names[x.weights].atom(), self.weight_names[x.weights]
+        return [
+            *seen,
+            f"{weights} = {value}.to({GLUON_DTYPES[self.shape.dtype]})",
+            f"others.index(i % 2 * GROUPS + group).store({weights})",
+            "fence_async_shared()",
+            f"{weights} = gl.convert_layout({weights}, WEIGHTS)",
+            product,
+            "mbarrier.arrive(others_full.index(i % 2))",
+        ]
+
+    def _finish(self) -> list[str]:
+        """After the loop: the last tile's part; then nobody reads the operands that stay, through whose tiles results
+        leave."""
+        last = "gl.load(visits + (count - 1)) // 2" if self.listed else "first"
+        count = "count" if self.listed else "(end - first)"
+        it = Iteration()
+        return [
+            f"before = ({count} + 1) % 2",
+            f"mbarrier.wait(others_full.index(before), (({count} + 1) // 2 + 1) % 2)",
+            *self._multiply_part("before", it),
+            self._await(it, "part"),
+            *self._send(last, None),
+            'gl.inline_asm_elementwise("bar.sync 8, '
+            f'{128 * self.groups}; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)',
+        ]
+
+    # -- the host's part --
+
+    @property
+    def added(self) -> tuple[str, ...]:
+        return (self.spread.result.tensor,)
+
+    def launch(self, device: str) -> list[str]:
+        result = self.name(self.spread.result.tensor)
+        number = python(sympy.Float(float(self.number)))
+        return [
+            f"{self.total} = torch.zeros_like({result}, dtype=torch.float32)",
+            *super().launch(device),
+            f"torch.mul({self.total}, {number}, out={result})",
+        ]
