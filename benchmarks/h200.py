@@ -112,15 +112,24 @@ def ours(row: Row, checked: int, device: str) -> dict[str, Any]:
     sites = einscade.report(fast).sites
     kernels = [s.kernel.chosen for s in sites if s.status == "rewritten" and s.kernel is not None]
     found["kernels"] = [c.kind for c in kernels]
-    found["schedules"] = [dict(c.schedule.tiles) | {"stages": c.schedule.stages} for c in kernels]
+    found["schedules"] = [_schedule(c) for c in kernels]
+    tuned = [s.kernel.timings for s in sites if s.kernel is not None]
+    found["candidates_ms"] = [{name: round(1e3 * seconds, 4) for name, seconds in t.items()} for t in tuned]
     if row.backward:
         made = [c for c in prepared() if c not in before and c.program.cascade.name.endswith("_gradient")]
         chosen = [kernel.chosen for c in made for kernel in c.kernels.values()]
         found["kernels"] = [c.kind for c in chosen]
-        found["schedules"] = [dict(c.schedule.tiles) | {"stages": c.schedule.stages} for c in chosen]
+        found["schedules"] = [_schedule(c) for c in chosen]
     if not kernels or len(kernels) < len(sites):
         raise AssertionError(f"{len(kernels)} of {len(sites)} attention sites rewritten")
     return found
+
+
+def _schedule(candidate: Any) -> dict[str, int]:
+    """What a kernel's schedule chose."""
+    schedule = candidate.schedule
+    resident = {"resident": schedule.resident} if schedule.resident else {}
+    return dict(schedule.tiles) | {"stages": schedule.stages} | resident
 
 
 def peer(name: str, row: Row, device: str, autotune: bool) -> float:

@@ -116,7 +116,7 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
         names = self._scalar_printer()
         lines = [
             f"row_tiles = gl.cdiv({names.value(shape.extent(shape.p)).code}, {self.rows})",
-            "program = gl.program_id(0)",
+            *([] if self.resident else ["program = gl.program_id(0)"]),
         ]
         share = self._sharing()
         if share > 1:
@@ -134,7 +134,7 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
         if self.listed:
             lines += self._follow()
             doc = f'"""The program\'s place in the grid, the tiles of {shape.m} it visits, and how many they are."""'
-            places = ", ".join([*shape.batch, "row", *self._ends()])
+            places = ", ".join(self._placed())
             return function("place", self._place_arguments(), [doc, *lines, f"return {places}"])
         lines += [f"first = {names.value(b.first).code}", f"end = {names.value(b.end).code}"]
         lines.append("first = gl.minimum(first, end - 1)")
@@ -145,12 +145,31 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
             if b.lower:
                 full_first = names.value(b.full_first).code
                 lines.append(f"full_first = gl.minimum(gl.maximum({full_first}, first), full_end)")
-        places = ", ".join([*shape.batch, "row", *self._ends()])
+        places = ", ".join(self._placed())
         doc = f'"""The program\'s place in the grid, and the tiles of {shape.m} it visits: `first <= tile < end`."""'
         return function("place", self._place_arguments(), [doc, *lines, f"return {places}"])
 
     def _place_arguments(self) -> list[str]:
-        return [*(["visits", "counts"] if self.listed else []), *self.sizes]
+        program = ["program"] if self.resident else []
+        return [*program, *(["visits", "counts"] if self.listed else []), *self.sizes]
+
+    def _placed(self) -> list[str]:
+        """What `place` says of a program."""
+        return [*self.shape.batch, "row", *self._ends()]
+
+    def _lists(self) -> list[str]:
+        """The lists of all programs, as arguments; of a program that takes several places under another name than the
+        list of one."""
+        return ["lists" if self.resident else "visits", "counts"] if self.listed else []
+
+    def _each_place(self, lines: Sequence[str]) -> list[str]:
+        """The lines for all places that a program takes, one after another."""
+        place = call(self._placed(), "place", ["program", *self._lists(), *self.sizes])
+        head = "for program in range(gl.program_id(0), programs, gl.num_programs(0)):"
+        return [head, *indent(line for x in (place, *lines) for line in x.splitlines())]
+
+    def _next_stage(self) -> list[str]:
+        return ["stage += 1", "if stage == STAGES:", "    stage = 0", "    phase ^= 1"]
 
     def _sharing(self) -> int:
         """How many neighbours along the innermost batch rank read the same keys."""
@@ -169,29 +188,35 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
     def _load(self) -> str:
         early, late = [r for r in self.rings if r.early], [r for r in self.rings if not r.early]
         names = [x.name for x in (*self.stills, *self.rings)]
+        doc = f'"""The loading warp: all of a program\'s tiles of {_listed(names)}, in the order they are read."""'
+        step = [
+            "next_stage = stage + 1",
+            "next_phase = phase",
+            "if next_stage == STAGES:",
+            "    next_stage = 0",
+            "    next_phase = phase ^ 1",
+        ]
+        first = ("next_stage", "next_phase") if self.resident else ("0", None)
         lines = [
-            f'"""The loading warp: all of a program\'s tiles of {_listed(names)}, in the order they are read."""',
+            *(step if self.resident else []),
             *(["tile = gl.load(visits) // 2"] if self.listed else []),
-            *(line for r in early for line in self._copy(r, self._at("tile", "end - 1"), "0")),
+            *(line for r in early for line in self._copy(r, self._at("tile", "end - 1"), *first)),
         ]
         for x in self.stills:
             lines += [
+                *([f"mbarrier.wait({x.name}_empty, still_phase)"] if self.resident else []),
                 f"mbarrier.expect({x.name}_full, GROUPS * {x.name}_map.block_type.nbytes)",
                 "for group in gl.static_range(GROUPS):",
                 f"    at = {self._coordinates(x.operand, f'row + group * {GROUP_ROWS}')}",
                 f"    tma.async_copy_global_to_shared({x.name}_map, at, {x.name}_full, {x.name}_tile.index(group))",
             ]
-        lines += self._copy_tables(self._at("tile", "end - 1"), "0")
+        lines += self._copy_tables(self._at("tile", "end - 1"), *first)
         lines += [
-            "stage = 0",
-            "phase = 1",
+            *(["still_phase ^= 1", "stage = next_stage", "phase = next_phase"] if self.resident else []),
+            *([] if self.resident else ["stage = 0", "phase = 1"]),
             "for visit in range(1, count):" if self.listed else "for tile in range(end - 1 - first):",
             *(["    next_tile = gl.load(visits + visit) // 2"] if self.listed else []),
-            "    next_stage = stage + 1",
-            "    next_phase = phase",
-            "    if next_stage == STAGES:",
-            "        next_stage = 0",
-            "        next_phase = phase ^ 1",
+            *indent(step),
             *indent(
                 line
                 for r in early
@@ -204,7 +229,9 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
             *(["    tile = next_tile"] if self.listed else []),
             *(line for r in late for line in self._copy(r, self._at("tile", "first"), "stage", "phase")),
         ]
-        return function("load", [*self._load_arguments(), *self._table_constants()], lines)
+        if self.resident:  # one before the first stage, none of which has been read
+            lines = ["stage = STAGES - 1", "phase = 0", "still_phase = 1", *self._each_place(lines)]
+        return function("load", [*self._load_arguments(), *self._table_constants()], [doc, *lines])
 
     def _at(self, listed: str, ranged: str) -> str:
         """The row at which a tile begins: of the list, or of the range."""
@@ -222,8 +249,10 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
 
     def _load_arguments(self) -> list[str]:
         maps = [f"{x.name}_map" for x in (*self.stills, *self.rings)] + [f"{t.name}_map" for t in self.tables]
-        ends = self._ends() if self.listed else ["first", "end"]
         rings = [*self._tiles(), *self._barriers(), *self._table_rings()]
+        if self.resident:
+            return [*maps, *rings, "programs", *self._lists(), *self.sizes]
+        ends = self._ends() if self.listed else ["first", "end"]
         return [*maps, *rings, *self.shape.batch, "row", *ends]
 
     def _turns(self) -> tuple[list[str], list[str]]:
@@ -273,10 +302,8 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
             '"""One iteration: the next scores are issued before the last weights meet their values."""',
             "last_stage = stage",
             "last_phase = phase",
-            "stage += 1",
-            "if stage == STAGES:",
-            "    stage = 0",
-            "    phase ^= 1",
+            *self._next_stage(),
+            *self._read_columns_early("MASKED"),
             *(f"mbarrier.wait({r.name}_full.index(stage), phase)" for r in self.rings if r.early),
             *turn,
             *self._multiply(lambda still: f"{still.name}_tile", "stage", "next_"),
@@ -321,53 +348,67 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
         rescales = list(self.rescale_names.values())
         printer = self._printer("")
         p_ = f"{shape.p}_"
-        lines = [f'"""A warpgroup: {GROUP_ROWS} rows of {shape.p}, all of their loop, and what follows it."""']
-        lines.append(f"{p_} = row + group * {GROUP_ROWS} + gl.arange(0, {GROUP_ROWS}, ROW)")
+        doc = f'"""A warpgroup: {GROUP_ROWS} rows of {shape.p}, all of their loop, and what follows it."""'
+        turn, done = self._turns()
+        begun = ["if group == GROUPS - 1:", "    pass_turn(group)  # the first turn is the first warpgroup's"]
+        begun = begun if self.groups > 1 else []
+        stage, phase, still_phase = ("stage", "phase", "still_phase") if self.resident else ("0", "0", "0")
+        lines = [f"{p_} = row + group * {GROUP_ROWS} + gl.arange(0, {GROUP_ROWS}, ROW)"]
         for x in self.loads:
             if x.name is not None:
                 lines.append(f"{x.name} = {self._element(x.access, printer).code}")
         lines += self._initial(printer)
-        turn, done = self._turns()
-        if self.groups > 1:
-            lines += ["if group == GROUPS - 1:", "    pass_turn(group)  # the first turn is the first warpgroup's"]
-        lines += [f"mbarrier.wait({x.name}_full, 0)" for x in self.stills]
+        lines.append("tile = gl.load(visits) // 2" if self.listed else "tile = end - 1")
+        lines += self._read_columns_early("True")
+        lines += self._next_stage() if self.resident else begun
+        lines += [f"mbarrier.wait({x.name}_full, {still_phase})" for x in self.stills]
         lines += [f"{x.name}_rows = {self._view(x, 'group', still=True)}" for x in self.stills]
         lines += [
-            *(f"mbarrier.wait({r.name}_full.index(0), 0)" for r in self.rings if r.early),
+            *(f"mbarrier.wait({r.name}_full.index({stage}), {phase})" for r in self.rings if r.early),
             *turn,
-            *self._multiply(lambda still: f"{still.name}_rows", "0", ""),
+            *self._multiply(lambda still: f"{still.name}_rows", stage, ""),
             *done,
             self._waited(0, scores, scores),
-            *(f"mbarrier.arrive({r.name}_empty.index(0))" for r in self.rings if not r.late),
-            "tile = gl.load(visits) // 2" if self.listed else "tile = end - 1",
-            *self._read_tables("0", "0"),
+            *(f"mbarrier.arrive({r.name}_empty.index({stage}))" for r in self.rings if not r.late),
+            *self._read_tables(stage, phase),
             call(
                 [*states, *rescales, *weights],
                 "weigh",
                 [*scores, *states, "tile * STEP", *self._points(), *self._context(), "True"],
             ),
-            "stage = 0",
-            "phase = 0",
+            *([] if self.resident else ["stage = 0", "phase = 0"]),
         ]
         stills = {f"{x.name}_tile" for x in self.stills}
         passed = [x.removesuffix("_tile") + "_rows" if x in stills else x for x in self._advance_arguments()]
         if self.listed:
-            lines += ["for i in range(1, count):", "    visit = gl.load(visits + i)", "    tile = visit // 2"]
+            lines += [
+                "following = gl.load(visits + gl.minimum(1, count - 1))",
+                "for i in range(1, count):",
+                "    visit = following",
+                "    following = gl.load(visits + gl.minimum(i + 1, count - 1))",
+                "    tile = visit // 2",
+            ]
         else:
             lines += ["for _ in range(end - 1 - first):", "    tile -= 1"]
         passed += [self._edge(), *self._table_flags(), "group"]
         lines += [
             *indent(call(self._running(), "advance", passed).splitlines()),
+            *([f"mbarrier.arrive({x.name}_empty)" for x in self.stills] if self.resident else []),
             *self._accumulate("stage", "phase", ""),
             self._waited(0, [*sums, *weights], [*sums, *weights]),
+            *(f"mbarrier.arrive({r.name}_empty.index(stage))" for r in self.rings if r.late and self.resident),
             *self._settle(),
             *self._after(),
+            *(["tma.store_wait(0)  # of the rows before"] if self.resident and shape.written else []),
         ]
         for written in shape.written:
             lines += self._store(written)
+        if self.resident:
+            lines.append("still_phase ^= 1")
+            lines = [*begun, "stage = STAGES - 1", "phase = 1", "still_phase = 0", *self._each_place(lines)]
         lines.append("tma.store_wait(0)")
         constants = [*self._table_constants(), "group: gl.constexpr"]
-        return function("compute", [*self._compute_arguments(), *constants], lines)
+        return function("compute", [*self._compute_arguments(), *constants], [doc, *lines])
 
     def _initial(self, printer: Printer) -> list[str]:
         """The running values and sums before the first iteration."""
@@ -401,7 +442,7 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
     def _compute_arguments(self) -> list[str]:
         written = [self.name(x.tensor) for x in self.shape.written]
         own = [f"{self.name(x.tensor)}_tile" for x in self.shape.written if x.tensor not in self.shares]
-        places = [*self.shape.batch, "row", *self._ends()]
+        places = ["programs", *self._lists()] if self.resident else self._placed()
         return [
             *(f"{o}_map" for o in written), *self._tiles(), *own, *self._barriers(), *self._table_rings(), *places,
             *self._pointers(), *self.sizes,
@@ -435,14 +476,15 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
             if x.tensor not in self.shares
         ]
         lines += self._allocate_tables()
-        stills, rings = [f"{x.name}_full" for x in self.stills], self._ring_barriers()
+        stills, rings = self._still_barriers(), self._ring_barriers()
         lines += [f"{b} = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())" for b in stills]
         lines += [f"{b} = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())" for b in rings]
-        lines += [f"mbarrier.init({b}, 1)" for b in stills]
+        lines += [f"mbarrier.init({b}, {'1' if b.endswith('_full') else 'GROUPS'})" for b in stills]
         lines.append("for stage in gl.static_range(STAGES):")
         lines += [f"    mbarrier.init({b}.index(stage), {'1' if b.endswith('_full') else 'GROUPS'})" for b in rings]
         lines += self._init_tables()
-        lines.append(call([*shape.batch, "row", *self._ends()], "place", self._place_arguments()))
+        if not self.resident:
+            lines.append(call(self._placed(), "place", self._place_arguments()))
         flags = self._table_flags()
         compute = ", ".join([*self._compute_arguments(), *flags])
         load = ", ".join([*self._load_arguments(), *flags])
@@ -454,9 +496,9 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
         regs = REGISTERS[self.groups]
         warps, registers = [4] * (self.groups - 1) + [1], [regs] * (self.groups - 1) + [24]
         lines += ["    ],", f"    {warps},", f"    {registers},", ")"]
-        decorator = f"@gluon.jit(do_not_specialize={self.sizes!r})"
-        lists = ["visits", "counts"] if self.listed else []
-        arguments = [*maps, *self._pointers(), *lists, *self.sizes, *self._table_constants()]
+        programs = ["programs"] if self.resident else []
+        decorator = f"@gluon.jit(do_not_specialize={[*programs, *self.sizes]!r})"
+        arguments = [*maps, *self._pointers(), *self._lists(), *programs, *self.sizes, *self._table_constants()]
         return function("kernel", arguments, lines, decorator)
 
     def _run(self) -> str:
@@ -491,7 +533,8 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
             lines += indent(self._make_lists(device))
             others += ["visits", "counts"]
         lines += indent(self._prepare_tables())
-        lines.append("    kernel[(programs,)](")
+        others += ["programs"] if self.resident else []
+        lines.append(f"    kernel[({f'min(programs, {self.resident})' if self.resident else 'programs'},)](")
         lines += [f"        {m}," for m in maps]
         if others or self.sizes:
             lines += wrapped(", ".join([*others, *self.sizes]) + ",", 8)

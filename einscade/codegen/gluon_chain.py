@@ -290,9 +290,6 @@ class Chain(Module):
             return ["for i in range(count):", "    visit = gl.load(visits + i)", "    tile = visit // 2"]
         return ["for i in range(end - first):", "    tile = end - 1 - i"]
 
-    def _next_stage(self) -> list[str]:
-        return ["stage += 1", "if stage == STAGES:", "    stage = 0", "    phase ^= 1"]
-
     def _masked(self) -> str:
         """Whether the tile of an iteration is masked."""
         edge = self._edge()

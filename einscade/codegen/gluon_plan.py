@@ -20,7 +20,7 @@ from einscade.codegen.source import Unsupported
 from einscade.codegen.tiles import Statement
 from einscade.ir.expr import Access, Expr, accesses, free_vars, var
 
-__all__ = ["GROUP_ROWS", "REGISTERS", "Load", "Plan", "Ring", "Table", "factor_of"]
+__all__ = ["COLUMN_DTYPES", "GROUP_ROWS", "REGISTERS", "Column", "Load", "Plan", "Ring", "Table", "factor_of"]
 
 GROUP_ROWS = 64
 """Rows of a warpgroup: those of one warpgroup_mma instruction."""
@@ -32,12 +32,18 @@ REGISTERS = {1: 240, 2: 240, 3: 160}
 TABLE_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "bool": 1}
 """The dtypes of tables that the copy engine brings, and their sizes."""
 
+COLUMN_DTYPES = {"bf16": "gl.bfloat16", "f16": "gl.float16", "f32": "gl.float32", "i32": "gl.int32", "bool": "gl.int1"}
+"""The dtypes of columns that are read early."""
+
+MOST_EARLY = 64
+"""Columns of a tile up to which reads of them are issued early: a quarter as many registers for each read."""
+
 RESERVED = frozenset({
     "gl", "gluon", "torch", "tma", "mbarrier", "run", "kernel", "load", "weigh", "advance", "compute", "group", "tile",
     "stage", "phase", "first", "end", "full_first", "full_end", "weights", "keep", "programs", "row", "finite", "tanh",
     "reciprocal", "row_max", "row_min", "row_sum", "row_parts", "tile_map", "MASKED", "ROWS", "COLUMNS",
     "visit", "visits", "count", "counts", "listed", "lists", "list_tiles", "add", "at", "some", "whole", "add_tile",
-    "others", "others_full", "part", "part_tile", "before", "values",
+    "others", "others_full", "part", "part_tile", "before", "values", "program", "still_phase", "following",
 })  # fmt: skip
 
 
@@ -75,6 +81,16 @@ class Table:
     size: int
 
 
+@dataclass(frozen=True)
+class Column:
+    """A read `X[.., m]`, one value for each column of a tile, that is issued before the products of its iteration.
+    `masks`: only masks read it."""
+
+    name: str
+    access: Access
+    masks: bool
+
+
 class Plan:
     """A form under a schedule."""
 
@@ -90,7 +106,7 @@ class Plan:
         columns = int(step) if step.is_Integer else schedule.tile(str(step))
         if columns not in (32, 64, 128, 256):
             raise Unsupported(f"a tile of {columns} along {shape.m}: 32, 64, 128 or 256 are what the kernel takes")
-        self.columns, self.stages = columns, max(1, schedule.stages)
+        self.columns, self.stages, self.resident = columns, max(1, schedule.stages), schedule.resident
         self.f = max(padded(x.values.width) for x in shape.sums)
         self.statements, self.scores, self.epilogue, self.rescales = self._in_base2()
         self.factors = {s.name: factor_of(s, x.e) for s, x in zip(self.scores, shape.products, strict=True)}
@@ -98,6 +114,7 @@ class Plan:
         self.used: set[str] = set()
         self.loads = self._loads()
         self.tables = self._tables_of(self.loads)
+        self.early_columns = self._columns_of(self.loads)
         self._check_fit()
         self.sizes = self._sizes()
 
@@ -149,7 +166,10 @@ class Plan:
 
     @cached_property
     def shares(self) -> dict[str, str]:
-        """The outputs that leave through the tile of an operand that stays, by its name."""
+        """The outputs that leave through the tile of an operand that stays, by its name. Where the next rows' operand
+        comes while these rows' results leave, there is none."""
+        if self.resident:
+            return {}
         free = {r.name: r.width for r in self.stills}
         found = {}
         for x in self.shape.written:
@@ -258,6 +278,22 @@ class Plan:
             found.append(Table(name, a, operand, TABLE_BYTES[self.dtype(a.tensor)]))
         return tuple(found)
 
+    def _columns_of(self, loads: Sequence[Load]) -> tuple[Column, ...]:
+        """The reads by address that move with the loop alone and end where it does, so that all of a tile may be read;
+        none where a tile has more columns than there are registers to keep them in."""
+        if self.columns > MOST_EARLY:
+            return ()
+        m, limit = self.shape.m, self.shape.loop.limit
+        read = {a for s in (*self.statements, *self.scores) for a in accesses(s.expr)}
+        found: list[Column] = []
+        for a in (x.access for x in loads if x.name is None):
+            ranks = self.cascade.tensors[a.tensor].ranks
+            plain = all(x == var(m) or not ({m, self.shape.p} & free_vars(x) or x.has(Access)) for x in a.index)
+            ends = {self.shape.extent(r) for r, x in zip(ranks, a.index, strict=True) if x == var(m)}
+            if plain and ends == {limit} and self.dtype(a.tensor) in COLUMN_DTYPES:
+                found.append(Column(f"{self.name(a.tensor)}_columns{len(found) or ''}", a, a not in read))
+        return tuple(found)
+
     def _pointers(self) -> list[str]:
         """Arguments for tensors read or written by address: the pointer and a stride for each dimension."""
         read = [a for t in dict.fromkeys(x.access.tensor for x in self.loads) for a in self._pointer(t, self.name(t))]
@@ -337,7 +373,11 @@ class Plan:
         return {x: "weights" if i == 0 else f"weights{i + 1}" for i, x in enumerate(distinct)}
 
     def _barriers(self) -> list[str]:
-        return [f"{x.name}_full" for x in self.stills] + self._ring_barriers()
+        return self._still_barriers() + self._ring_barriers()
+
+    def _still_barriers(self) -> list[str]:
+        empty = [f"{x.name}_empty" for x in self.stills] if self.resident else []
+        return [f"{x.name}_full" for x in self.stills] + empty
 
     def _ring_barriers(self) -> list[str]:
         return [b for x in self.rings for b in (f"{x.name}_full", f"{x.name}_empty")]

@@ -13,7 +13,7 @@ import sympy
 from sympy.logic.boolalg import Boolean
 
 from einscade.codegen.gluon_form import Operand
-from einscade.codegen.gluon_plan import GROUP_ROWS, Plan
+from einscade.codegen.gluon_plan import COLUMN_DTYPES, GROUP_ROWS, Plan
 from einscade.codegen.gluon_text import function, indent
 from einscade.codegen.gluon_values import Printer, Value
 from einscade.codegen.source import Unsupported
@@ -64,6 +64,9 @@ class Points(Plan):
         for t in self.tables:
             if t.access == access and f"{t.name}_points" in printer.names:
                 return printer.names[f"{t.name}_points"]
+        for c in self.early_columns:
+            if c.access == access and c.name in printer.names:
+                return printer.names[c.name]
         code, ranks = self._address(access, printer), self._ranks(access, printer)
         dtype = self.dtype(access.tensor)
         if dtype == "bool":
@@ -105,8 +108,13 @@ class Points(Plan):
         shape = self.shape
         masked = self._printer("finite")
         full = self._printer("finite" if shape.always_guard or not self._is_static() else "")
-        self._name_hoisted(masked)
-        self._name_hoisted(full)
+        for printer in (masked, full):
+            self._name_hoisted(printer)
+            for c in self.early_columns:
+                dtype = self.dtype(c.access.tensor)
+                kind = "b" if dtype == "bool" else "i" if dtype[0] in "iu" else "f"
+                code = {"b": f"{c.name} != 0", "i": c.name, "f": f"{c.name}.to(gl.float32)"}[kind]
+                printer.names[c.name] = Value(code, (shape.m,), kind)
         lines = [
             '"""From a tile of scores to weights; the running values before it to those after it."""',
         ]
@@ -134,8 +142,23 @@ class Points(Plan):
         return function("weigh", [*arguments, self._masked_argument()], lines)
 
     def _points(self) -> list[str]:
-        """The tiles of tables that have been read."""
-        return [f"{t.name}_points" for t in self.tables]
+        """The tiles of tables, and the columns, that have been read."""
+        return [f"{t.name}_points" for t in self.tables] + [c.name for c in self.early_columns]
+
+    def _read_columns_early(self, masked: str) -> list[str]:
+        """The reads of a tile's columns, as early as the tile is known."""
+        m = self.shape.m
+        printer = Printer((m,), {}, {m: Value(f"{m}_", (m,), "i")}, self._element, used=self.used)
+        always, masks = ([c for c in self.early_columns if c.masks is x] for x in (False, True))
+        lines = [f"{m}_ = tile * STEP + gl.arange(0, STEP, COLUMN)"] if self.early_columns else []
+        lines += [f"{c.name} = {self._address(c.access, printer)}" for c in always]
+        if not masks or masked == "True":
+            return lines + [f"{c.name} = {self._address(c.access, printer)}" for c in masks]
+        nothing = [
+            f"{c.name} = gl.full([STEP], 0, {COLUMN_DTYPES[self.dtype(c.access.tensor)]}, COLUMN)" for c in masks
+        ]
+        read = [f"{c.name} = {self._address(c.access, printer)}" for c in masks]
+        return [*lines, f"if {masked}:", *indent(read), "else:", *indent(nothing)]
 
     def _name_hoisted(self, printer: Printer) -> None:
         for t in self.tables:

@@ -8,6 +8,7 @@ of the device idle: few rows are for emitters with smaller tiles, or for loops i
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from math import ceil
 
 import sympy
@@ -19,7 +20,7 @@ from einscade.codegen.gluon_tables import Tables
 from einscade.codegen.schedule import Schedule
 from einscade.codegen.source import Unsupported
 from einscade.ir.device import Device
-from einscade.ir.expr import free_vars
+from einscade.ir.expr import Expr, free_vars
 
 __all__ = ["SPACE", "schedules"]
 
@@ -34,22 +35,40 @@ SLOWER = {128: 1.0, 64: 1.15, 32: 1.5}
 TURNS = {1: 1.3, 2: 1.0, 3: 0.88}
 """Time of a row by the number of warpgroups that take turns; three fit where both widths are at most 64."""
 
+STARTS = {False: 6.5, True: 2.0}
+"""What a tile of rows takes besides its loop, in the time of 64 rows by 128 columns: a program of its own, and one tile
+of a resident program, whose loads run ahead. Estimated from packed documents."""
+
+UNEVEN = 1.1
+"""What it costs resident programs that tiles of rows have loops of different lengths: nothing evens them out."""
+
 LEAST_ROWS = 32
 """With fewer rows a warpgroup computes mostly padding."""
 
 MOST = 4
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A point of the space that fits. `iterations`: how many tiles of the loop the middle tile of rows visits, as an
+    expression; None where data decides. `uneven`: whether other tiles of rows visit more or fewer."""
+
+    groups: int
+    columns: int
+    schedule: Schedule
+    iterations: Expr | None
+    uneven: bool
+
+
 def schedules(
     shape: Form, device: Device | None = None, sizes: Mapping[str, int] | None = None
 ) -> tuple[Schedule, ...]:
     """At most `MOST` schedules. Raises `Unsupported` where none fits, or where at these sizes none is worth trying."""
-    found = [(choice, schedule) for choice in SPACE if (schedule := _fitting(shape, *choice)) is not None]
+    found = _distinct([c for point in SPACE if (c := _fitting(shape, *point)) is not None])
     if not found:
         raise Unsupported("no tile of the kernel fits on chip")
     if device is None or sizes is None:
-        several = [(c, s) for c, s in found if c[0] > 1]
-        return tuple(s for _, s in _distinct(several or found))
+        return tuple(c.schedule for c in [c for c in found if c.groups > 1] or found)[:MOST]
     lengths = Lengths(shape.cascade, sizes)
     rows, batch = lengths.rank(shape.p), 1
     for r in shape.batch:
@@ -59,19 +78,31 @@ def schedules(
     if batch * ceil(rows / GROUP_ROWS) < device.processors // 2:
         raise Unsupported(f"{batch * ceil(rows / GROUP_ROWS)} warpgroups for {device.processors} processors")
 
-    def cost(choice: tuple[int, int, int]) -> float:
-        groups, columns, _ = choice
-        programs = batch * ceil(rows / (groups * GROUP_ROWS))
-        waves = programs / device.processors
+    def programs(choice: Choice) -> int:
+        return int(batch) * ceil(rows / (choice.groups * GROUP_ROWS))
+
+    def cost(choice: Choice) -> float:
+        waves = programs(choice) / device.processors
         waves = waves if waves > 4 else ceil(waves)
-        return waves * groups * SLOWER[columns] * TURNS[groups]
+        longest = lengths.number(shape.loop.limit or sympy.Integer(0), {}) / choice.columns
+        visited = longest / 4
+        if choice.iterations is not None:
+            visited = lengths.number(choice.iterations, {"row": rows // 2})
+        resident = bool(choice.schedule.resident)
+        loop = choice.groups * visited * choice.columns / 128 * SLOWER[choice.columns] * TURNS[choice.groups]
+        return waves * (loop + STARTS[resident]) * (UNEVEN if resident and choice.uneven else 1.0)
 
-    ordered = sorted(_distinct(found), key=lambda pair: cost(pair[0]))
-    return tuple(s for _, s in ordered)
+    resident = [
+        replace(c, schedule=alternative)
+        for c in found
+        if c.groups == 2 and programs(c) > device.processors
+        if _plan(shape, alternative := replace(c.schedule, resident=device.processors)) is not None
+    ]
+    return tuple(c.schedule for c in sorted([*found, *resident], key=cost)[:MOST])
 
 
-def _fitting(shape: Form, groups: int, columns: int, stages: int) -> Schedule | None:
-    """A choice of the space as a schedule, if the kernel fits."""
+def _fitting(shape: Form, groups: int, columns: int, stages: int) -> Choice | None:
+    """A point of the space as a choice, if the kernel fits."""
     tiles = {shape.p: groups * GROUP_ROWS}
     step = shape.loop.step
     if isinstance(step, sympy.Symbol):
@@ -79,11 +110,20 @@ def _fitting(shape: Form, groups: int, columns: int, stages: int) -> Schedule | 
     elif step != columns:
         return None
     schedule = Schedule(tuple(sorted(tiles.items())), 4, stages, (), "cuda:90", True)
+    plan = _plan(shape, schedule)
+    if plan is None:
+        return None
+    iterations = None if plan.listed else plan.bounds.end - plan.bounds.first
+    return Choice(groups, columns, schedule, iterations, iterations is None or "row" in free_vars(iterations))
+
+
+def _plan(shape: Form, schedule: Schedule) -> Tables | None:
+    """The kernel under a schedule, if it fits on chip."""
     try:
         plan = Tables(shape, schedule)
     except Unsupported:
         return None
-    return schedule if _has_registers(plan) else None
+    return plan if _has_registers(plan) else None
 
 
 def _has_registers(plan: Tables) -> bool:
@@ -103,14 +143,11 @@ def _has_registers(plan: Tables) -> bool:
     return plan.columns == 64 or (plan.columns == 128 and not (addressed or wide))
 
 
-Choice = tuple[tuple[int, int, int], Schedule]
-
-
 def _distinct(found: list[Choice]) -> list[Choice]:
-    """For each number of warpgroups the two longest tiles, each with its deepest ring; at most `MOST`."""
+    """For each number of warpgroups the two longest tiles, each with its deepest ring."""
     kept: list[Choice] = []
-    for choice, schedule in found:
-        same = [c for c, _ in kept if c[0] == choice[0]]
-        if len(same) < 2 and choice[1] not in {c[1] for c in same}:
-            kept.append((choice, schedule))
-    return kept[:MOST]
+    for choice in found:
+        same = [c for c in kept if c.groups == choice.groups]
+        if len(same) < 2 and choice.columns not in {c.columns for c in same}:
+            kept.append(choice)
+    return kept

@@ -45,6 +45,7 @@ class Schedule:
         `run` computes it by at every call.
     summaries: compute beforehand what data along a loop says of its tiles (`codegen.summaries`), to skip them.
     unordered: programs add to a sum in memory in whatever order they come (`codegen.gluon_spread`): not deterministic.
+    resident: so many programs at most, each of which takes one tile of rows after another; 0: a program for each.
     """
 
     tiles: tuple[tuple[str, int], ...] = ()
@@ -56,6 +57,7 @@ class Schedule:
     launch: tuple[tuple[str, str], ...] = ()
     summaries: bool = False
     unordered: bool = False
+    resident: int = 0
 
     def tile(self, name: str) -> int | None:
         return dict(self.tiles).get(name)

@@ -57,13 +57,17 @@ def _compiled(kernel: Any, launched: _Recorder) -> tuple[int, str]:
     }  # fmt: skip
     signature = dict.fromkeys(launched.constants, "constexpr")
     places = [n for n in kernel.arg_names if n not in signature]
+    constants = dict(launched.constants)
+    free = {p.name for p in kernel.params if p.do_not_specialize}
     for name, x in zip(places, launched.arguments, strict=True):
-        if isinstance(x, TensorDescriptor):
+        if type(x) is int and x == 1 and name not in free:  # a stride of 1 is a constant, as it is to the JIT
+            signature[name], constants[name] = "constexpr", 1
+        elif isinstance(x, TensorDescriptor):
             signature[name] = f"tensordesc<{names[x.base.dtype]}{list(x.block_shape)},{x.layout!r}>"
         else:
             signature[name] = f"*{names[x.dtype]}" if isinstance(x, Tensor) else "i32"
-    constants = {(kernel.arg_names.index(name),): value for name, value in launched.constants.items()}
-    source = GluonASTSource(kernel, {n: signature[n] for n in kernel.arg_names}, constants)
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = GluonASTSource(kernel, {n: signature[n] for n in kernel.arg_names}, values)
     result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     if not (tools / "ptxas").exists() or not (tools / "nvdisasm").exists():

@@ -412,6 +412,7 @@ class Simulator:
                    "SwizzledSharedLayout")  # fmt: skip
         return {
             **{name: getattr(torch, name) for name in DTYPES},
+            "int1": torch.bool,
             **{name: layout(name) for name in layouts},
             **{name: getattr(torch, name) for name in UNARY},
             "constexpr": lambda x: ConstInt(x) if isinstance(x, int) else x,

@@ -195,6 +195,7 @@ def compute(O_map, Q_tile, K_tiles, V_tiles, Q_full, K_full, K_empty, V_full, V_
     G = gl.full([64], float("-inf"), gl.float32, ROW)
     Z = row_parts(zero)
     N = gl.full([64, 128], 0.0, gl.float32, RESULT)
+    tile = end - 1
     if group == GROUPS - 1:
         pass_turn(group)  # the first turn is the first warpgroup's
     mbarrier.wait(Q_full, 0)
@@ -206,7 +207,6 @@ def compute(O_map, Q_tile, K_tiles, V_tiles, Q_full, K_full, K_empty, V_full, V_
     pass_turn(group)
     S = warpgroup_mma_wait(0, deps=[S])
     mbarrier.arrive(K_empty.index(0))
-    tile = end - 1
     G, Z, rescale, weights = weigh(S, G, Z, tile * STEP, p_, b, h, B, M, P, True)
     stage = 0
     phase = 0

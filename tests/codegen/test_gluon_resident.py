@@ -1,0 +1,115 @@
+"""Resident programs, which take one tile of rows after another: right in any order of events, within a Hopper GPU's
+resources, and chosen where loops are short."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from einscade.codegen.gluon import emit, schedules
+from einscade.codegen.loops import LoopProgram, plan
+from einscade.codegen.schedule import Schedule
+from einscade.ir.cascade import Cascade
+from einscade.ir.device import H200
+from einscade.ir.interpret import interpret
+from einscade.ir.text import parse_cascade
+from tests.codegen import test_gluon_operands, test_gluon_visits
+from tests.codegen.cascades import CASES, cascade, inputs, relative_error
+from tests.codegen.generated import module
+from tests.codegen.gluon_offline import assert_fits
+from tests.codegen.gluon_simulator import Simulator
+
+BY_NAME = {c.name: c for c in CASES}
+NARROW = {"dtype": "bf16", "h": 4, "g": 2, "e": 64, "f": 64}
+WIDE = {"dtype": "bf16", "h": 4, "g": 2, "e": 128, "f": 128}
+TEXTS = ["two sums", "two softmaxes", "one tensor", "a bias", "biases of rows and of columns", "a mask"]
+
+
+def resident(loops: LoopProgram, programs: int = 3) -> list[Schedule]:
+    return [replace(s, resident=programs) for s in schedules(loops) if s.tile("p") == 128]
+
+
+def right(plain: Cascade, loops: LoopProgram, given: list[torch.Tensor], sizes: dict[str, int], seed: int) -> None:
+    exact = interpret(plain, dict(zip((t.name for t in plain.inputs), given, strict=True)), {})
+    passed = {s: sizes[s] for s in loops.cascade.symbols if s in sizes}
+    for schedule in resident(loops):
+        found = Simulator(seed).load(emit(loops, schedule).text).run(*given, **passed)
+        for out, name in zip(found, plain.outputs, strict=True):
+            assert relative_error(out, exact[name]) <= 3 * relative_error(exact[name].to(out.dtype), exact[name])
+
+
+@pytest.mark.parametrize("lengths", [(300, 304), (500, 77), (1, 1)], ids=str)
+@pytest.mark.parametrize("name", TEXTS)
+def test_right(name: str, lengths: tuple[int, int]) -> None:
+    text, sizes = test_gluon_operands.TEXTS[name], {"B": 2, "P": lengths[0], "M": lengths[1]}
+    given = test_gluon_operands.inputs(text, sizes)
+    right(parse_cascade(text), test_gluon_operands.program(text), given, sizes, len(name))
+
+
+@pytest.mark.parametrize("name", ["causal", "window", "slopes", "sink", "softcap"])
+def test_cases_are_right(name: str) -> None:
+    plain, rewritten = cascade(BY_NAME[name], **NARROW)  # type: ignore[arg-type]
+    sizes = {"B": 1, "P": 300, "M": 333}
+    right(plain, plan(rewritten), list(inputs(plain, BY_NAME[name], sizes).values()), sizes, len(name))
+
+
+@pytest.mark.parametrize("name", ["causal documents", "padding", "a window and a sink"])
+def test_lists_are_followed(name: str) -> None:
+    plain, loops = test_gluon_visits.textbook(name), test_gluon_visits.program(name)
+    right(plain, loops, test_gluon_visits.made(name, ordered=False), test_gluon_visits.SIZES, len(name))
+
+
+# -- which are chosen -------------------------------------------------------------------------------------------------
+
+
+def test_chosen_where_loops_are_short() -> None:
+    def first(name: str, length: int) -> Schedule:
+        loops = plan(cascade(BY_NAME[name], **WIDE)[1])  # type: ignore[arg-type]
+        return schedules(loops, H200, {"B": 16, "P": length, "M": length})[0]
+
+    assert first("window", 8192).resident == H200.processors
+    assert first("full", 512).resident == H200.processors
+    assert not first("causal", 16384).resident
+    assert not first("causal", 256).resident  # all tiles of rows at once
+
+
+# -- compiled without a GPU -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["causal", "window", "documents", "softcap"])
+def test_compiles(name: str) -> None:
+    plain, rewritten = cascade(BY_NAME[name], **WIDE)  # type: ignore[arg-type]
+    loops, sizes = plan(rewritten), {"B": 2, "P": 300, "M": 304}
+    given = list(inputs(plain, BY_NAME[name], sizes).values())
+    assert_fits(module(emit(loops, resident(loops)[0])), given, sizes)
+
+
+@pytest.mark.parametrize("name", ["two softmaxes", "a bias", "biases of rows and of columns"])
+def test_texts_compile(name: str) -> None:
+    text, sizes = test_gluon_operands.TEXTS[name], {"B": 2, "P": 300, "M": 304}
+    loops = test_gluon_operands.program(text)
+    passed = {s: sizes[s] for s in loops.cascade.symbols if s in sizes}
+    schedule = resident(loops)[-1]
+    assert_fits(module(emit(loops, schedule)), test_gluon_operands.inputs(text, sizes), passed)
+
+
+# -- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+@pytest.mark.parametrize("lengths", [(300, 77), (1000, 1000)], ids=str)
+@pytest.mark.parametrize("shape", [NARROW, WIDE], ids=["64", "128"])
+@pytest.mark.parametrize("name", ["full", "causal", "window", "documents", "slopes", "additive"])
+def test_right_on_a_gpu(name: str, shape: dict[str, int], lengths: tuple[int, int]) -> None:
+    plain, rewritten = cascade(BY_NAME[name], **shape)  # type: ignore[arg-type]
+    loops, sizes = plan(rewritten), {"B": 2, "P": lengths[0], "M": lengths[1]}
+    given = inputs(plain, BY_NAME[name], sizes, "cuda")
+    exact = interpret(plain, {n: x.cpu() for n, x in given.items()}, {})["O"]
+    for schedule in resident(loops, 7):
+        (out,) = module(emit(loops, schedule)).run(*given.values(), **sizes)
+        assert relative_error(out.cpu(), exact) <= 3 * relative_error(exact.bfloat16(), exact), schedule
