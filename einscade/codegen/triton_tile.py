@@ -279,6 +279,7 @@ class TileWriter:
             or width * _BYTES[t.dtype] % 16
             or len(access.index) > 5
             or len(ranks) != 2
+            or not all(self.is_like(access, other) for other in self.reads_of(access.tensor))
         ):
             return False
         starts, block, order = [], [], []
@@ -306,6 +307,17 @@ class TileWriter:
         self.here(f"if {access.tensor}_TMA:")
         self.here(f"    {name} = {access.tensor}.load([{', '.join(starts)}]).reshape({shape})")
         return True
+
+    def reads_of(self, tensor: str) -> set[Access]:
+        loop = self.loop
+        return {a for s in (*loop.prologue, *loop.body, *loop.epilogue) for a in s.reads if a.tensor == tensor}
+
+    def is_like(self, a: Access, b: Access) -> bool:
+        """Whether two reads of a tensor take boxes that differ in where they begin alone, and not along a width: then a
+        descriptor serves both."""
+        blocks = {*self.scope.blocks}
+        pairs = zip(a.index, b.index, strict=True)
+        return all(x == y or not (free_vars(x) & {*self.widths} or free_vars(x - y) & blocks) for x, y in pairs)
 
     # -- statements --
 

@@ -19,7 +19,8 @@ from tests.codegen import test_gluon_operands, test_gluon_visits
 from tests.codegen.cascades import CASES, cascade, inputs, relative_error
 from tests.codegen.generated import module
 from tests.codegen.gluon_offline import assert_fits
-from tests.codegen.gluon_simulator import Simulator
+from tests.codegen.gluon_simulator import Misuse, Simulator
+from tests.codegen.test_gluon_simulated import SYNCHRONISES, without
 
 BY_NAME = {c.name: c for c in CASES}
 NARROW = {"dtype": "bf16", "h": 4, "g": 2, "e": 64, "f": 64}
@@ -59,6 +60,30 @@ def test_cases_are_right(name: str) -> None:
 def test_lists_are_followed(name: str) -> None:
     plain, loops = test_gluon_visits.textbook(name), test_gluon_visits.program(name)
     right(plain, loops, test_gluon_visits.made(name, ordered=False), test_gluon_visits.SIZES, len(name))
+
+
+def test_every_synchronisation_is_missed() -> None:
+    """Of the lines of a resident kernel that synchronise, none can go, where one tensor is keys and values. (Values of
+    their own are waited for before the next keys are loaded, and that says enough of the keys. Turns guard no data.)"""
+    text, sizes = test_gluon_operands.TEXTS["one tensor"], {"B": 2, "M": 300}
+    given, plain = test_gluon_operands.inputs(text, sizes), parse_cascade(text)
+    loops = test_gluon_operands.program(text)
+    exact = interpret(plain, dict(zip((t.name for t in plain.inputs), given, strict=True)), {})["O"]
+    passed = {s: sizes[s] for s in loops.cascade.symbols if s in sizes}
+    source = emit(loops, resident(loops, 2)[-1]).text
+
+    def holds(changed: str, seed: int) -> bool:
+        try:
+            (out,) = Simulator(seed).load(changed).run(*given, **passed)
+        except (Misuse, TypeError):
+            return False
+        return relative_error(out, exact) <= 3 * relative_error(exact.bfloat16(), exact)
+
+    assert all(holds(source, seed) for seed in range(8))
+    lines = [i for i, line in enumerate(source.split("\n")) if SYNCHRONISES.match(line) and "_turn(" not in line]
+    assert len(lines) > 12
+    for line in lines:
+        assert not all(holds(without(source, line), seed) for seed in range(60)), source.split("\n")[line]
 
 
 # -- which are chosen -------------------------------------------------------------------------------------------------

@@ -16,7 +16,10 @@ from einscade.codegen.source import Unsupported
 from einscade.codegen.tiled_torch import emit as emit_torch
 from einscade.codegen.triton_emit import emit
 from einscade.ir.device import A100, H200, MI300X, Device
+from einscade.ir.text import parse_cascade
+from einscade.passes.pipeline import run
 from tests.codegen.cascades import CASES, cascade
+from tests.codegen.test_gluon_operands import HALVES
 
 GOLDEN = Path(__file__).parent / "golden"
 CAUSAL = next(c for c in CASES if c.name == "causal")
@@ -68,6 +71,14 @@ def test_compiles_for_widths(width: int, dtype: str) -> None:
     for found in compile_offline(loops, schedule, "cuda:90", True):
         assert found.shared <= SHARED_LIMITS["cuda:90"]
         assert found.spilled == 0 or not promises_no_spills(loops)
+
+
+def test_one_tensor_read_in_two_ways() -> None:
+    """The half of a tensor's width that a descriptor could bring is read by address, as the other half is."""
+    loops = plan(run(parse_cascade(HALVES), "exact").cascade)
+    schedule = candidates(loops, H200, SIZES)[0]
+    for found in compile_offline(loops, schedule, "cuda:90", True):
+        assert found.shared <= SHARED_LIMITS["cuda:90"]
 
 
 def test_what_is_promised() -> None:
