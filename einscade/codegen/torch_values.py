@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import sympy
 from sympy.logic.boolalg import And, BooleanFalse, BooleanTrue, Not, Or
 
+from einscade.codegen.base2 import Exp2
 from einscade.codegen.source import Unsupported
 from einscade.codegen.tiles import Finite
 from einscade.ir.expr import Access, Expr, FloorDiv, Mod, Round, Trunc, Where, free_vars
@@ -227,7 +228,7 @@ _FUNCTIONS = {
     sympy.Abs: "abs", sympy.sign: "sign", sympy.floor: "floor", sympy.ceiling: "ceil", sympy.sinh: "sinh",
     sympy.cosh: "cosh", sympy.tan: "tan", sympy.atan: "atan", sympy.asin: "asin", sympy.acos: "acos",
     sympy.asinh: "asinh", sympy.acosh: "acosh", sympy.atanh: "atanh", sympy.erfc: "erfc", sympy.loggamma: "lgamma",
-    Round: "round", Trunc: "trunc",
+    Round: "round", Trunc: "trunc", Exp2: "exp2",
 }  # fmt: skip
 
 
