@@ -152,10 +152,14 @@ hopper = pytest.mark.skipif(
 @pytest.mark.gpu
 @hopper
 @pytest.mark.parametrize("name", BY_NAME)
-@pytest.mark.parametrize("shape", [NARROW, WIDE, {"dtype": "f16", "e": 96, "f": 80}])
-@pytest.mark.parametrize("lengths", [(1, 1), (129, 129), (300, 77), (77, 300), (1000, 1000)])
+@pytest.mark.parametrize(
+    ("shape", "lengths"),
+    [(NARROW, (1, 1)), (NARROW, (300, 77)), (WIDE, (333, 333)), ({"dtype": "f16", "e": 96, "f": 80}, (129, 129))],
+    ids=["64-one", "64", "128", "96x80"],
+)
 def test_right(name: str, shape: dict[str, Any], lengths: tuple[int, int]) -> None:
-    """Error against float64 at most three times that of rounding the exact result: weights are rounded, too."""
+    """Error against float64 at most three times that of rounding the exact result: weights are rounded, too. At one
+    length every schedule's kernel, else the first one's."""
     sizes = {"B": 2, "P": lengths[0], "M": lengths[1]}
     plain, _ = cascade(BY_NAME[name], **shape)
     given = inputs(plain, BY_NAME[name], sizes, "cuda")
@@ -163,7 +167,7 @@ def test_right(name: str, shape: dict[str, Any], lengths: tuple[int, int]) -> No
     exact = interpret(plain, {n: x.cpu() for n, x in given.items()}, {})["O"]
     dtype = {"bf16": torch.bfloat16, "f16": torch.float16}[shape["dtype"]]
     rounding = relative_error(exact.to(dtype), exact)
-    for schedule in schedules(loops):
+    for schedule in schedules(loops) if lengths == (333, 333) else schedules(loops)[:1]:
         poison = torch.full((1 << 24,), float("nan"), device="cuda")
         del poison
         (out,) = module(emit(loops, schedule)).run(*given.values(), **sizes)
