@@ -122,6 +122,8 @@ def _within_rows(form: Form) -> Form:
 class SpreadChain(Chain):
     """The kernel of a form with a sum of its programs. The tensor of that sum has the result's name and `_sum`."""
 
+    spilled = 16
+
     def __init__(self, shape: Form, schedule: Schedule, spread: Spread) -> None:
         self.spread = spread
         super().__init__(_within_rows(shape), schedule)
@@ -221,14 +223,20 @@ class SpreadChain(Chain):
 
     def _issue_products(self, it: Iteration) -> list[str]:
         """First what the last tile adds to the sum, whose weights everybody has made meanwhile; it is sent off behind
-        the first scores."""
+        the first scores. Products that the first sum does not need wait for its weights, which leaves registers."""
         lines = ["before = (i + 1) % 2", "mbarrier.wait(others_full.index(before), ((i + 1) // 2 + 1) % 2)"]
         lines += self._multiply_part("before", it)
-        first, *rest = self.order[1]
+        first, *rest = [s for s in self.order[1] if s not in self.late]
         lines += self._issue_product(first, it)
         lines.append(self._await(it, "part"))
         lines += self._send(self._tile_before("i"), "i > 0")
         return lines + [line for score in rest for line in self._issue_product(score, it)]
+
+    @cached_property
+    def late(self) -> tuple[str, ...]:
+        """The products that are issued with the first sum."""
+        needed = self._needed(self.order[0][0].weights)
+        return tuple(s for s in self.order[1] if s not in needed)
 
     def _tile_before(self, i: str) -> str:
         return f"gl.load(visits + ({i} - 1)) // 2" if self.listed else "tile + 1"
@@ -267,17 +275,19 @@ class SpreadChain(Chain):
         ]
 
     def _issue_sum(self, x: WeightedSum, printer: Printer, it: Iteration) -> list[str]:
-        lines = super()._issue_sum(x, printer, it)
+        late = self.late if x == self.order[0][0] else ()
+        products = [line for score in late for line in self._issue_product(score, it)]
+        *lines, product = super()._issue_sum(x, printer, it)
         if x.weights != self.spread.weights:
-            return lines
-        *seen, _, product = lines
+            return [*lines, *products, product]
         value, weights = printer.names[x.weights].atom(), self.weight_names[x.weights]
         return [
-            *seen,
+            *lines[:-1],
             f"{weights} = {value}.to({GLUON_DTYPES[self.shape.dtype]})",
             f"others.index(i % 2 * GROUPS + group).store({weights})",
             "fence_async_shared()",
             f"{weights} = gl.convert_layout({weights}, WEIGHTS)",
+            *products,
             product,
             "mbarrier.arrive(others_full.index(i % 2))",
         ]

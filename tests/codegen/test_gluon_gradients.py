@@ -107,14 +107,17 @@ def test_compiles(name: str, shape: dict[str, Any]) -> None:
         assert int(re.search(r"(\d+) bytes spill stores", report)[1]) <= 8, report  # type: ignore[index]
 
 
-@pytest.mark.parametrize("name", ["full", "causal", "documents", "slopes"])
-def test_a_sum_over_programs_compiles(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("full", WIDE), ("causal", WIDE), ("documents", WIDE), ("slopes", WIDE), ("full", NARROW), ("causal", NARROW)],
+)
+def test_a_sum_over_programs_compiles(name: str, shape: dict[str, Any]) -> None:
     """As above; what is spilled is read again in every iteration, but nearly all of it written before the loops."""
-    gradient, loops = program(name, tuple(WIDE.items()))
+    gradient, loops = program(name, tuple(shape.items()))
     sizes = {"B": 1, "P": 300, "M": 300}
     used = {n: s for n, s in sizes.items() if n in loops.cascade.symbols}
     made = module(emit(loops, next(s for s in schedules(loops) if s.unordered)))
-    for shared, report in compiled(made, example(gradient, name, WIDE, sizes), used).values():
+    for shared, report in compiled(made, example(gradient, name, shape, sizes), used).values():
         assert shared <= 227 << 10
         assert "serialized" not in report
         assert int(re.search(r"(\d+) bytes spill stores", report)[1]) <= 512, report  # type: ignore[index]
