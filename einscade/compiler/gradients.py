@@ -66,7 +66,8 @@ class Gradient:
         sizes: Sequence[Any],
         shapes: Sequence[tuple[Sequence[Any], torch.dtype]],
     ) -> list[Tensor | None]:
-        """The gradient of every input, None where not needed or zero. `shapes` are those of the forward's results."""
+        """The gradient of every input, None where not needed: zeros where it does not depend on the input (a single
+        key has weight 1, whatever the query). `shapes` are those of the forward's results."""
         if self.backward is None:
             found = iter(torch.ops.einscade.cascade_backward(inputs, gradients, needed, sizes, self.forward))
             return [next(found) if wanted else None for wanted in needed]
@@ -82,7 +83,10 @@ class Gradient:
             [values[t.name] for t in backward.inputs], [known[s] for s in backward.symbols], self.backward.text
         )
         made = dict(zip(self.wrt, results, strict=True))
-        return [made.get(i) if wanted else None for i, wanted in enumerate(needed)]
+        return [
+            None if not wanted else made[i] if i in made else torch.zeros_like(inputs[i])
+            for i, wanted in enumerate(needed)
+        ]
 
 
 def scan_free(cascade: Cascade, recipe: str) -> Cascade:

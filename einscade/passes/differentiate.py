@@ -6,7 +6,8 @@ inputs, the outputs' gradients and the *saved* tensors of the forward cascade to
 What is saved and what is computed again is a decision on structure: a reduction over a rank that other statements have
 too (a row's maximum, its normaliser) costs a traversal of everything and is small, so it is saved; all else, whatever
 has two long ranks included, is computed again from the inputs. An output stands in for a saved tensor where it gives
-it back (O = N / Z: N = O * Z). What only a row's saved values enter is computed and saved in their place
+it back (O = N / Z: N = O * Z), as it was before it was rounded to half precision: the gradient subtracts a row's mean,
+sum(f) O * dO, from what may be close to it. What only a row's saved values enter is computed and saved in their place
 (`row_factors`). The result is scan-free, so the passes that make loops apply to it as to any cascade.
 
 A piece of an input is a tensor of its own meanwhile (`pieces`): its gradient is made over the piece, then put in place.
@@ -16,7 +17,7 @@ Maxima that only shift what they normalise have no gradient: `invariance` shows 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import sympy
@@ -28,7 +29,7 @@ from einscade.passes.pieces import apart, together
 from einscade.passes.rewrite import NotApplicable
 from einscade.passes.row_factors import positive, row_factors
 from einscade.passes.statements import Names, without_unused
-from einscade.passes.terms import conjoin, conjuncts, depends, ordered, variables
+from einscade.passes.terms import conjoin, conjuncts, depends, fold, ordered, variables
 
 __all__ = ["Gradient", "differentiate"]
 
@@ -83,6 +84,8 @@ class _Reverse:
         self.wide = "f64" if any(t.dtype == "f64" for t in cascade.inputs) else "f32"
         self.along = frozenset(r for s in cascade.body if s.name in self.summaries and s.reduce for r in s.reduce.ranks)
         self.seeds: frozenset[str] = frozenset()
+        self.shifts: dict[str, Change] = {}  # what no output sees move: when others are looked at, it may as well stay
+        self.unrounded: dict[str, Einsum] = {}  # of outputs in half precision, what is saved instead
 
     def run(self) -> Gradient:
         c = self.forward
@@ -94,6 +97,8 @@ class _Reverse:
         for statement in reversed(c.body):
             if statement.name in self.active and self._close(statement.output):
                 self._backward(statement)
+            elif statement.name not in c.outputs:
+                self.shifts[statement.name] = UNCHANGED
         gradients = {}
         for name in self.wrt:
             if self._close(c.tensors[name]):
@@ -101,20 +106,29 @@ class _Reverse:
         if not gradients:
             raise NotApplicable(f"no output of {c.name} depends on {', '.join(self.wrt) or 'a floating input'}")
         again, saved = self._recomputed()
-        kept = tuple(c.tensors[n] for n in saved)
+        kept = tuple(dict.fromkeys(self._saved(n).output for n in (*saved, *self.unrounded)))
         everything = (*c.inputs, *kept, *seeds)
         body = ordered([*again, *self.made.values()], [t.name for t in everything])
         result = Cascade(f"{c.name}_gradient", tuple(self.ranks), everything, tuple(gradients.values()), body)
-        result = row_factors(without_unused(result), self.names, positive(c), self.wide)
+        half = any(t.dtype in FLOATS and t.dtype != self.wide for t in c.inputs)
+        result = row_factors(without_unused(result), self.names, positive(c) if half else (), self.wide)
         rows = self._of_forward(result, frozenset(saved))
         everything = (*c.inputs, *kept, *(s.output for s in rows), *seeds)
         body = ordered([s for s in result.body if s not in rows], [t.name for t in everything])
         result = without_unused(result.replace(inputs=everything, body=body))
         read = {a.tensor for s in result.body for a in s.reads}
         result = result.replace(inputs=tuple(t for t in result.inputs if t.name in read or t in seeds))
-        found = tuple(n for n in (*saved, *(s.name for s in rows)) if n in read)
-        augmented = c.replace(outputs=tuple(dict.fromkeys((*c.outputs, *found))), body=(*c.body, *rows))
+        found = tuple(n for n in (*(t.name for t in kept), *(s.name for s in rows)) if n in read)
+        body = (*(part for s in c.body for part in self._saving(s, found)), *rows)
+        augmented = c.replace(outputs=tuple(dict.fromkeys((*c.outputs, *found))), body=body)
         return Gradient(result, found, without_unused(augmented), cotangents, gradients)
+
+    def _saving(self, s: Einsum, saved: Collection[str]) -> tuple[Einsum, ...]:
+        """A statement of the forward cascade as it is where something is saved of it: unrounded."""
+        kept = self._saved(s.name)
+        if kept.name not in saved or kept == s:
+            return (s,)
+        return (kept,) if kept.name == s.name else (kept, Einsum(s.output, kept.output()))
 
     def _of_forward(self, gradient: Cascade, saved: frozenset[str]) -> tuple[Einsum, ...]:
         """Statements of the gradient that only saved tensors enter: the forward pass makes them, and saves them."""
@@ -198,7 +212,7 @@ class _Reverse:
         if s.scan is not None:
             raise NotApplicable(f"{s.name} is a scan: differentiate before loops are made")
         monoid = s.reduce.monoid if s.reduce else "sum"
-        if monoid in ("max", "min") and self._only_shifts(s):
+        if (monoid in ("max", "min") or isinstance(s.expr, (sympy.Max, sympy.Min))) and self._only_shifts(s):
             return
         if monoid not in ("sum", "max", "min"):
             raise NotApplicable(f"{s.name} is a {monoid}: no derivative rule")
@@ -206,11 +220,11 @@ class _Reverse:
         for access in _outer_accesses(s.expr):
             if access.tensor not in self.active:
                 continue
-            slope = _derivative(s, access)
+            slope = _derivative(s, access, self._value(s))
             if slope == 0:
                 continue
             slope = self._available(s, slope)
-            expr = self.adjoint[s.name]() * slope * weight
+            expr = fold(self.adjoint[s.name]() * slope * weight)
             domain = self._where(s, expr)
             self.parts.setdefault(access.tensor, []).append(self._scatter(s, access, expr, domain))
 
@@ -218,10 +232,13 @@ class _Reverse:
         """Whether no output sees this statement move: then its gradient is zero, whatever its formula gives."""
         shift = sympy.Symbol("shift", real=True)
         try:
-            changes = propagate(self.forward, {s.name: Change(shift=shift)})
+            changes = propagate(self.forward, {**self.shifts, s.name: Change(shift=shift)})
         except NotApplicable:
             return False
-        return all(changes[o] == UNCHANGED for o in self.forward.outputs)
+        if any(changes[o] != UNCHANGED for o in self.forward.outputs):
+            return False
+        self.shifts[s.name] = UNCHANGED
+        return True
 
     def _chosen(self, s: Einsum) -> Expr:
         """The gradient of an extreme goes in equal parts to the points that attain it (as torch.amax has it)."""
@@ -238,8 +255,23 @@ class _Reverse:
             if access.tensor in self.summaries and access.tensor not in self.forward.outputs:
                 rest = s.expr / access
                 if not rest.has(access) and s.output.ranks == self.forward.tensors[access.tensor].ranks:
-                    slope = slope.xreplace({access: s.output() / rest})
+                    slope = slope.xreplace({access: self._value(s) / rest})
         return slope
+
+    def _value(self, s: Einsum) -> Access:
+        """A statement's own value, where a gradient reads it: of an output, what can be saved of it."""
+        return (self._saved(s.name).output if s.name in self.forward.outputs else s.output)()
+
+    def _saved(self, name: str) -> Einsum:
+        """What can be saved of a statement: its value in the wide dtype, under another name if it is an output."""
+        s = self.forward.definitions[name]
+        if s.output.dtype not in FLOATS or s.output.dtype == self.wide:
+            return s
+        if name not in self.forward.outputs:
+            return s.replace(output=replace(s.output, dtype=self.wide))
+        if name not in self.unrounded:
+            self.unrounded[name] = s.replace(output=replace(s.output, name=self.names(f"{name}w"), dtype=self.wide))
+        return self.unrounded[name]
 
     def _where(self, s: Einsum, expr: Expr) -> Boolean:
         """The domain of a contribution: where the statement has points, less what the reads in `expr` imply."""
@@ -252,7 +284,7 @@ class _Reverse:
     # -- existence: the conditions under which points are there --
 
     def _exists(self, name: str) -> tuple[Boolean, ...]:
-        s = self.made.get(name) or self.forward.definitions.get(name)
+        s = self._definition(name)
         if s is None or name in self.summaries:
             return ()  # given as an input, complete
         reduced = s.reduce.ranks if s.reduce else ()
@@ -260,13 +292,17 @@ class _Reverse:
         found |= dict.fromkeys(self._existence(s.expr))
         return tuple(c for c in found if not depends(c, reduced))
 
+    def _definition(self, name: str) -> Einsum | None:
+        unrounded = {s.name: s for s in self.unrounded.values()}
+        return self.made.get(name) or self.forward.definitions.get(name) or unrounded.get(name)
+
     def _part_exists(self, part: _Part) -> tuple[Boolean, ...]:
         reduced = part.reduce.ranks if part.reduce else ()
         found = dict.fromkeys((*conjuncts(part.domain), *sorted(self._existence(part.expr), key=str)))
         return tuple(c for c in found if not depends(c, reduced))
 
     def _exists_at(self, access: Access) -> tuple[Boolean, ...]:
-        s = self.made.get(access.tensor) or self.forward.definitions.get(access.tensor)
+        s = self._definition(access.tensor)
         if s is None:
             return ()
         here = dict(zip(map(var, s.output.ranks), access.index, strict=True))
@@ -414,11 +450,28 @@ def _unconditional(expr: Expr) -> tuple[Access, ...]:
     return tuple(a for arg in args for a in _unconditional(arg))
 
 
-def _derivative(s: Einsum, access: Access) -> Expr:
+def _derivative(s: Einsum, access: Access, value: Access) -> Expr:
     """d expr / d access, written with the statement's own value where that occurs in it (exp' = exp)."""
-    slope = _smooth(s.expr).diff(access)
+    slope = _bounded(_smooth(s.expr).diff(access))
     if s.reduce is None and s.expr.args and not variables(s.expr).isdisjoint(s.output.ranks):
-        slope = slope.xreplace({s.expr: s.output()})
+        slope = slope.xreplace({s.expr: value})
+    return slope
+
+
+def _bounded(slope: Expr) -> Expr:
+    """The slope without an exponential over a power of a sum that has it: both overflow where the quotient does not.
+    exp(a) / (c + exp(a))**n = 1 / ((c + exp(a))**(n - 1) * (1 + c*exp(-a)))."""
+    if isinstance(slope, (sympy.Add, Where)):
+        return slope.func(*(_bounded(a) for a in slope.args))
+    if not isinstance(slope, sympy.Mul):
+        return slope
+    for power in slope.args:
+        if not isinstance(power, sympy.Pow) or not isinstance(power.base, sympy.Add) or not power.exp.is_negative:
+            continue
+        number, term = power.base.as_coeff_Add()
+        if term in slope.args and isinstance(term, sympy.exp) and number.is_positive and power.exp.is_Integer:
+            rest = slope / (power * term)
+            return rest * power * power.base / (1 + number * sympy.exp(-term.args[0]))
     return slope
 
 

@@ -49,7 +49,8 @@ def propagate(cascade: Cascade, changes: Mapping[str, Change]) -> dict[str, Chan
 
 def _change_of(statement: Einsum, cascade: Cascade, changes: Mapping[str, Change]) -> Change:
     touched = [a for a in accesses(statement.expr) if changes[a.tensor] != UNCHANGED]
-    if any(not _same_zeros(part, changes) for part in conjuncts(statement.domain)):
+    in_domain = {a: _changed(a, cascade, changes) for a in accesses(statement.domain) if changes[a.tensor] != UNCHANGED}
+    if not all(_same_zeros(part, in_domain) for part in conjuncts(statement.domain)):
         raise NotApplicable(f"the domain of {statement.name} reads a tensor that would change")
     if not touched:
         return UNCHANGED
@@ -57,7 +58,7 @@ def _change_of(statement: Einsum, cascade: Cascade, changes: Mapping[str, Change
         raise NotApplicable(f"{statement.name} scans a tensor that would change")
     if any(_inside_index(access, statement.expr) for access in touched):
         raise NotApplicable(f"{statement.name} indexes by a tensor that would change")
-    changed = statement.expr.xreplace({a: _changed(a, cascade, changes) for a in touched})
+    changed = _rewritten(statement.expr, {a: _changed(a, cascade, changes) for a in touched})
     known = {a.tensor for a in touched}
     reduced = set(statement.reduce.ranks) if statement.reduce else set()
     monoid = statement.reduce.monoid if statement.reduce else None
@@ -99,14 +100,25 @@ def _holds_for_fiber(change: Expr, tensors: set[str], reduced: set[str]) -> bool
     return not reads & tensors and not reads and not free_vars(change) & reduced
 
 
-def _same_zeros(condition: Boolean, changes: Mapping[str, Change]) -> bool:
+def _rewritten(expr: Expr, values: Mapping[Access, Expr]) -> Expr:
+    """The expression over the changed values; a choice whose condition they do not alter keeps it."""
+    if isinstance(expr, Where) and _same_zeros(expr.args[0], values):
+        return Where(expr.args[0], *(_rewritten(a, values) for a in expr.args[1:]))
+    if isinstance(expr, (sympy.Add, sympy.Mul)) and expr.has(Where):
+        return expr.func(*(_rewritten(a, values) for a in expr.args))
+    return expr.xreplace(dict(values))
+
+
+def _same_zeros(condition: Boolean, values: Mapping[Access, Expr]) -> bool:
     """Whether a condition holds as before: nothing it reads changes, or it asks if something only scaled is zero."""
-    changed = [a for a in accesses(condition) if changes[a.tensor] != UNCHANGED]
-    if not changed:
+    if not any(a in values for a in accesses(condition)):
         return True
-    zero_test = isinstance(condition, (sympy.Ne, sympy.Eq)) and set(condition.args) == {changed[0], sympy.Integer(0)}
-    change = changes[changed[0].tensor]
-    return zero_test and change.shift == 0 and bool(change.scale.is_nonzero)
+    if not isinstance(condition, (sympy.Ne, sympy.Eq)) or condition.args[1] != 0:
+        return False
+    value = condition.args[0]
+    changed = sympy.expand(value.xreplace(dict(values)), power_exp=True)
+    scale = sympy.cancel(changed / sympy.expand(value, power_exp=True))
+    return not scale.has(Access) and bool(scale.is_nonzero)
 
 
 def _inside_index(access: Access, expr: Expr) -> bool:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from einscade.ir import Access, Cascade, Einsum, Where, accesses, var
 from einscade.ir.interpret import interpret
+from einscade.passes.bounded import Bounded
 from einscade.passes.canonicalise import Canonicalise
 from einscade.passes.defer import Defer
 from einscade.passes.online import Loops, Online
@@ -51,7 +52,9 @@ def test_exact_on_dependent_reductions(case: Case, tile: int) -> None:
 
 @settings(RELAXED, max_examples=30)
 @given(case=cascades(), tile=st.integers(1, 5))
-@pytest.mark.parametrize("rewrite", [Canonicalise(), Restrict(), Defer(), Online(), Loops()], ids=lambda r: r.name)
+@pytest.mark.parametrize(
+    "rewrite", [Canonicalise(), Restrict(), Defer(), Bounded(), Online(), Loops()], ids=lambda r: r.name
+)
 def test_each_rewrite_alone(rewrite: Canonicalise, case: Case, tile: int) -> None:
     try:
         after = rewrite.apply(case.cascade)

@@ -1,0 +1,236 @@
+"""How exact kernels are: forward and gradients of attention written in plain PyTorch, on inputs hard on its numbers.
+
+The bound is DESIGN.md's: error against float64 at most 1.5 times that of PyTorch's math attention on the same inputs
+in the same dtype (which computes in float32 and rounds its results), or of rounding the exact result where math
+attention happens to be exact; and no NaN or infinity where it has none. A gradient whose terms cancel is known to what
+its terms are: weights that are made again from scores, to eps of float32 times the scores' size; on tensor cores, which
+read them rounded, to the rounding of the inputs' dtype.
+
+Each emitter stands alone here: kernels of the others are taken out, and one that fails is an error. On a CPU that is
+tiled torch; Triton's under its interpreter (in a process of its own) and Gluon's in the simulator, on fewer inputs.
+With a GPU all of them run there.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+import einscade
+from einscade.codegen.source import Source
+from einscade.ir.device import H200, Device
+from einscade.runtime import candidates, kernels
+from tests.accuracy import variants
+from tests.accuracy.variants import HOSTILE, VARIANTS, Variant
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+FACTOR = 1.5
+EPS = 2.0**-24
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+HALVES = ("f16", "bf16")
+HEADS = 4
+DRAWS = 3
+LARGE = ("large", "overflowing")
+LENGTHS = ((1, 1), (1, 37), (37, 1), (33, 70))
+cpu = pytest.mark.skipif(INTERPRETING or torch.cuda.is_available(), reason="kernels of the other kinds are tested here")
+
+
+@dataclass
+class Emitter:
+    """One emitter, for everything that is built while it is installed."""
+
+    kind: str
+    patch: pytest.MonkeyPatch
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self.patch.setenv("EINSCADE_CACHE_DIR", str(self.folder))
+        self.patch.setenv("EINSCADE_AUTOTUNE", "0")
+        self.patch.setattr(candidates, "_emitters", lambda device: (self.kind,))
+        self.patch.setattr(candidates, "_library_calls", lambda program, steps: [])
+        self.patch.setattr(candidates, "_last_resorts", lambda cascade, schedule: [])
+        kernels._build.cache_clear()
+        from einscade.runtime import call
+
+        call._calls.clear()
+        if self.kind != "tiled_torch" and not torch.cuda.is_available():
+            self.patch.setattr(Device, "of", staticmethod(lambda device: H200))
+        if self.kind == "gluon" and not torch.cuda.is_available():
+            from tests.codegen.gluon_simulator import Simulator
+
+            def load(source: Source, name: str) -> Any:
+                return Simulator(1).load(source.text).run
+
+            self.patch.setattr(kernels, "load", load)
+
+    def used(self) -> set[str]:
+        from einscade.runtime.call import prepared
+
+        return {k.candidate for call in prepared() for k in call.kernels.values()}
+
+
+@pytest.fixture
+def emitter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Emitter:
+    return Emitter(request.param, monkeypatch, tmp_path)
+
+
+def inputs(variant: Variant, hostile: str, dtype: torch.dtype, lengths: tuple[int, int], width: int) -> list[Tensor]:
+    p, m = lengths
+    q, k, v = (torch.randn(2, HEADS, n, width, dtype=torch.float64) for n in (p, m, m))
+    tensors = variant.tensors(HEADS, p, m)
+    made = [*HOSTILE[hostile](q, k, v), *tensors]
+    return [t.to(dtype) if t.is_floating_point() else t for t in made]
+
+
+def outcome(
+    function: Any, given: Sequence[Tensor], cotangent: Tensor, backward: bool, dtype: torch.dtype
+) -> list[Tensor]:
+    """The result and the gradients of all floating inputs, in `dtype`."""
+    given = [t.detach().clone().requires_grad_(backward) if t.is_floating_point() else t for t in given]
+    out = function(*given)
+    if not backward:
+        return [out.to(dtype)]
+    out.backward(cotangent.to(out.dtype))
+    return [x.detach().to(dtype) for x in (out, *(t.grad for t in given if t.is_floating_point()))]
+
+
+def errors(
+    fast: Any, variant: Variant, given: list[Tensor], backward: bool, device: str, tensor_cores: bool
+) -> list[dict[str, float]]:
+    """Of the output and each gradient: squared norms of our error, math attention's, the exact values, and what
+    scores made again are known to (see the top of this file)."""
+    dtype = given[0].dtype
+    wide, single = ([t.to(d) if t.is_floating_point() else t for t in given] for d in (torch.float64, torch.float32))
+    cotangent = torch.randn(variant(*wide).shape, dtype=torch.float64).to(dtype)
+    exact = outcome(variant, wide, cotangent, backward, torch.float64)
+    math = outcome(variant, single, cotangent, backward, dtype)
+    with mock.patch.object(variants, "softmax", variants.unsubtracted):
+        terms = outcome(variant, wide, cotangent, backward, torch.float64)
+    again = EPS * (8 + float(variants.scores(wide[0], wide[1][:, : wide[0].shape[1]]).abs().max()))
+    if tensor_cores:
+        again = max(again, torch.finfo(dtype).eps / 2)
+    ours = outcome(fast, [t.to(device) for t in given], cotangent.to(device), backward, dtype)
+    found = []
+    for i, (o, m, e, t) in enumerate(zip(ours, math, exact, terms, strict=True)):
+        o, m = o.cpu().double(), m.double()
+        known = e.isfinite() & m.isfinite()
+        parts = {"ours": o - e, "math": m - e, "size": e, "again": again * (t.abs() + e.abs()) if i else 0 * e}
+        found.append({part: float(x[known].square().sum()) for part, x in parts.items()})
+    return found
+
+
+def assert_exact(
+    fast: Any, name: str, dtype: str, lengths: tuple[int, int], hostile: str = "normal", width: int = 16,
+    backward: bool = True, device: str = "cpu", tensor_cores: bool = False,
+) -> None:  # fmt: skip
+    """The bound, on the errors of several draws together: one draw is luck where few elements decide."""
+    variant, of = VARIANTS[name], DTYPES[dtype]
+    draws = []
+    for seed in range(DRAWS):
+        torch.manual_seed(seed)
+        given = inputs(variant, hostile, of, lengths, width)
+        draws.append(errors(fast, variant, given, backward, device, tensor_cores))
+    wrong = []
+    for i, parts in enumerate(zip(*draws, strict=True)):
+        total = {key: sum(part[key] for part in parts) ** 0.5 for key in parts[0]}
+        bound = max(FACTOR * total["math"], torch.finfo(of).eps / 2 * total["size"], total["again"])
+        if not total["ours"] <= bound:  # NaN neither
+            figures = ", ".join(f"{key} {value:.2e}" for key, value in total.items())
+            wrong.append(f"{f'gradient {i - 1}' if i else 'output'} of {hostile} inputs: {figures}; bound {bound:.2e}")
+    assert not wrong, "\n".join(wrong)
+
+
+# -- on the CPU -------------------------------------------------------------------------------------------------------
+
+
+@cpu
+@pytest.mark.parametrize("emitter", ["tiled_torch"], indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_tiled_torch(name: str, dtype: str, emitter: Emitter) -> None:
+    fast = einscade.optimize(VARIANTS[name].module(), inner="eager")
+    for hostile in HOSTILE:
+        if dtype != "f32" or hostile not in LARGE:
+            assert_exact(fast, name, dtype, (67, 67), hostile)
+    assert emitter.used() == {"tiled_torch"}
+
+
+@cpu
+@pytest.mark.xfail(reason="scores in base 2 are rounded once more: the output is off by up to 3 times math's error")
+@pytest.mark.parametrize("emitter", ["tiled_torch"], indirect=True)
+@pytest.mark.parametrize("name", ["causal", "sigmoid"])
+def test_large_scores_in_float32(name: str, emitter: Emitter) -> None:
+    fast = einscade.optimize(VARIANTS[name].module(), inner="eager")
+    for hostile in LARGE:
+        assert_exact(fast, name, "f32", (67, 67), hostile, backward=False)
+
+
+@cpu
+@pytest.mark.parametrize("emitter", ["tiled_torch"], indirect=True)
+@pytest.mark.parametrize("name", ["full", "masked", "bias", "differential"])
+def test_lengths(name: str, emitter: Emitter) -> None:
+    fast = einscade.optimize(VARIANTS[name].module(), inner="eager", dynamic=True)
+    for lengths in LENGTHS:
+        assert_exact(fast, name, "f32", lengths, backward=lengths != (1, 37))
+    assert emitter.used() == {"tiled_torch"}
+
+
+@cpu
+@pytest.mark.parametrize("emitter", ["gluon"], indirect=True)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("causal", "f16"), ("masked", "bf16"), ("window", "f16"), ("softcap", "bf16")]
+)
+def test_gluon_in_the_simulator(name: str, dtype: str, emitter: Emitter) -> None:
+    """Forward: the simulator has gradients' kernels in `tests/codegen/test_gluon_gradients`."""
+    fast = einscade.optimize(VARIANTS[name].module(), inner="eager")
+    for hostile in HOSTILE:
+        assert_exact(fast, name, dtype, (67, 67), hostile, width=64, backward=False)
+    assert emitter.used() == {"gluon"}
+
+
+@cpu
+def test_triton_under_the_interpreter() -> None:
+    """In a process of its own: Triton decides when it is imported whether it interprets."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="runs in the process that test_triton_under_the_interpreter starts")
+@pytest.mark.parametrize("emitter", ["triton"], indirect=True)
+@pytest.mark.parametrize(("name", "dtype"), [("sink", "f32")])
+def test_triton(name: str, dtype: str, emitter: Emitter) -> None:
+    fast = einscade.optimize(VARIANTS[name].module(), inner="eager")
+    for hostile in ("dominant", "denormal", "offset"):
+        assert_exact(fast, name, dtype, (37, 37), hostile, width=16, tensor_cores=True)
+    assert emitter.used() == {"triton"}
+
+
+# -- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("emitter", ["gluon", "triton"], indirect=True)
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_on_a_gpu(name: str, dtype: str, emitter: Emitter) -> None:
+    if emitter.kind == "gluon" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    fast = einscade.optimize(VARIANTS[name].module(), inner="eager")
+    for hostile in HOSTILE:
+        assert_exact(fast, name, dtype, (333, 333), hostile, width=64, device="cuda", tensor_cores=True)
+    assert emitter.used() == {emitter.kind}
