@@ -39,7 +39,7 @@ from einscade.compiler.direct import direct
 from einscade.compiler.written_out import WRITTEN_OUT
 from einscade.runtime.messages import first_line
 
-__all__ = ["CaptureError", "Captured", "fake_inputs", "made_fake", "nested_graphs", "to_aten"]
+__all__ = ["CaptureError", "Captured", "fake_inputs", "made_fake", "nested_graphs", "operations_of", "to_aten"]
 
 aten = torch.ops.aten
 
@@ -82,6 +82,21 @@ def to_aten(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     except Exception as error:
         raise CaptureError(first_line(error)) from error
     return Captured(graph_module, _uses_autocast(gm))
+
+
+def operations_of(run: Callable[..., Any], values: Sequence[Any]) -> fx.Graph | None:
+    """The ATen operations of a function without side effects, for values like these (fake tensors of one mode, SymInts,
+    numbers): a placeholder for each value, what it returns as the output. None where they are not the same for all
+    sizes that the SymInts stand for."""
+    mode = _mode_of(values)
+    env = mode.shape_env
+    known = 0 if env is None else len(env.guards)
+    with torch.no_grad(), torch._C._DisableAutocast(), mode, _KeepWhole(), _kernels_for(values):
+        try:
+            graph = make_fx(run, _allow_non_fake_inputs=True)(*values).graph
+        except Exception:  # control flow over what is not known yet
+            return None
+    return graph if env is None or len(env.guards) == known else None
 
 
 def fake_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any] | None, dynamic: bool = False) -> list[Any]:

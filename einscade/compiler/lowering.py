@@ -5,12 +5,16 @@ Comes in: a functional ATen graph and its `Region`s. Goes out: the graph, change
 
 The operator stores each output in the memory order in which the graph reads it, so that the permutation and the reshape
 that follow it are views.
+
+Where a kernel is a call of torch's library and there is nothing to choose, that call itself is put into the graph
+(`_written_in`): nothing of ours runs then, and what the call needs (a mask) the inner compiler sees, and makes once for
+all layers.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -18,6 +22,7 @@ import torch
 from torch import fx
 
 from einscade.compiler import operators
+from einscade.compiler.capture import operations_of
 from einscade.compiler.regions import Output, Region
 from einscade.runtime import device as machine
 from einscade.runtime.program import DTYPES, MemoryOrder, Program
@@ -37,9 +42,13 @@ def program_of(region: Region, recipe: str) -> Program:
     return Program(recipe, region.cascade, _memory_order(region))
 
 
-def lower(gm: fx.GraphModule, region: Region, program: Program) -> fx.Node:
-    """Puts the operator for `region` into the graph and takes the region out; the operator's node.
+def lower(
+    gm: fx.GraphModule, region: Region, program: Program, written: Callable[..., Any] | None = None
+) -> list[fx.Node]:
+    """Puts the operator for `region` into the graph and takes the region out; the nodes that stand for its outputs.
 
+    written: the `run` of a generated module in torch operations, to be written into the graph instead of the operator
+        where its operations do not depend on sizes.
     The caller recompiles the graph module when all regions are in. Raises Unlowerable, what the graph computes
     unchanged.
     """
@@ -51,21 +60,25 @@ def lower(gm: fx.GraphModule, region: Region, program: Program) -> fx.Node:
     try:
         with gm.graph.inserting_before(before):
             symbols = [sizes.of(region.sizes[s]) for s in region.cascade.symbols]
-            node = gm.graph.call_function(operators.cascade, (list(region.inputs), symbols, program.text))
-            made.append(node)
-            results = [_output(gm, node, i, output, region, sizes, made) for i, output in enumerate(region.outputs)]
+            values = None if written is None else _written_in(before, region, symbols, written, made)
+            if values is None:
+                node = gm.graph.call_function(operators.cascade, (list(region.inputs), symbols, program.text))
+                made.append(node)
+                values = [gm.graph.call_function(operator.getitem, (node, i)) for i in range(len(region.outputs))]
+                made += values
+            results = [_output(gm, v, i, region, sizes, made) for i, v in enumerate(values)]
     except Unlowerable:
         for n in reversed(made):
             gm.graph.erase_node(n)
         raise
-    _describe(node, made, region)
+    _describe(made, region)
     inside = set(region.nodes)  # what of it others still need (another region may share it) stays as it was
     for output, result in zip(region.outputs, results, strict=True):
         output.node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in inside)
     for n in sorted(region.nodes, key=position.__getitem__, reverse=True):
         if not n.users:
             gm.graph.erase_node(n)
-    return node
+    return values
 
 
 def _memory_order(region: Region) -> MemoryOrder:
@@ -138,12 +151,55 @@ def _writes(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
+def _written_in(
+    before: fx.Node, region: Region, sizes: Sequence[Any], run: Callable[..., Any], made: list[fx.Node]
+) -> list[fx.Node] | None:
+    """The operations of a generated `run` as nodes before `before`, and which of them are its results; None where they
+    depend on sizes, or on how inputs lie in memory. A call that the graph has already is not made again."""
+    assert region.cascade is not None
+    count, symbols = len(region.inputs), region.cascade.symbols
+    given = [*region.inputs, *sizes]
+
+    def flat(*values: Any) -> Any:
+        return run(*values[:count], **dict(zip(symbols, values[count:], strict=True)))
+
+    traced = operations_of(flat, [n.meta["val"] if isinstance(n, fx.Node) else n for n in given])
+    if traced is None or any(n.op == "get_attr" or n.target is aten.as_strided.default for n in traced.nodes):
+        return None
+    here: dict[fx.Node, Any] = dict(zip(traced.find_nodes(op="placeholder"), given, strict=True))
+    for node in traced.nodes:
+        if node.op != "call_function":
+            continue
+        arguments: Any = fx.node.map_arg((node.args, node.kwargs), here.__getitem__)
+        args, kwargs = arguments
+        new = before.graph.call_function(node.target, args, kwargs)
+        new.meta["val"] = node.meta["val"]
+        present = _earlier(new)
+        if present is None:
+            made.append(new)
+        else:
+            before.graph.erase_node(new)
+        here[node] = present or new
+    returned: Any = traced.output_node().args[0]
+    return [here[n] for n in returned]
+
+
+def _earlier(node: fx.Node) -> fx.Node | None:
+    """A node that makes the same call before this one."""
+    inputs = node.all_input_nodes
+    alike = inputs[0].users if inputs else node.graph.find_nodes(op="call_function", target=node.target)
+    for n in alike:
+        if n < node and (n.target, n.args, n.kwargs) == (node.target, node.args, node.kwargs):
+            return n
+    return None
+
+
 def _output(
-    gm: fx.GraphModule, node: fx.Node, index: int, output: Output, region: Region, sizes: _Sizes, made: list[fx.Node]
+    gm: fx.GraphModule, result: fx.Node, index: int, region: Region, sizes: _Sizes, made: list[fx.Node]
 ) -> fx.Node:
+    """What stands for an output of the region, from the cascade's output."""
+    output = region.outputs[index]
     value = output.node.meta["val"]
-    result = gm.graph.call_function(operator.getitem, (node, index))
-    made.append(result)
     if tuple(output.permute) != tuple(range(len(output.permute))):
         result = gm.graph.call_function(aten.permute.default, (result, list(output.permute)))
         made.append(result)
@@ -168,7 +224,7 @@ def _same_extents(region: Region, index: int, output: Output, value: torch.Tenso
     return True
 
 
-def _describe(node: fx.Node, made: Sequence[fx.Node], region: Region) -> None:
+def _describe(made: Sequence[fx.Node], region: Region) -> None:
     """The new nodes say where they come from as the old ones did; fake values are theirs."""
     source = region.outputs[0].node
     for n in made:

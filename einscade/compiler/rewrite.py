@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from einscade.compiler import operators
 from einscade.compiler.capture import nested_graphs
 from einscade.compiler.lowering import Unlowerable, check, lower, program_of
 from einscade.compiler.regions import Region, find, is_weight
@@ -54,14 +53,15 @@ def rewrite(
         found += [(graph, region) for region in find(graph, constants if graph is gm else {}, weights[graph])]
     relied_on = {n.target for graph, region in found for n in _absorbed(region) if graph is gm}
     needed = {graph: _differentiable(graph) for graph in graphs}
-    sites = []
+    sites: list[Site] = []
+    placed: set[fx.Node] = set()
     for done, (graph, region) in enumerate(found):
         progress.step(done, len(found), region.module_path)
-        sites.append(_site(graph, region, recipe, needed[graph], within))
+        sites.append(_site(graph, region, recipe, needed[graph], within, placed))
     if found:
         progress.step(len(found), len(found), "")
     for graph in graphs:
-        _without_stride_assumptions(graph)
+        _without_stride_assumptions(graph, placed)
         graph.graph.eliminate_dead_code()
         graph.graph.lint()
         graph.recompile()
@@ -90,12 +90,12 @@ def _weights(gm: fx.GraphModule, parameters: Collection[str]) -> dict[fx.GraphMo
     return found
 
 
-def _without_stride_assumptions(gm: fx.GraphModule) -> None:
-    """An operator's results lie in memory as it wrote them. A view of what is computed from them was one by the
-    original's strides, and becomes a reshape: a view where that is possible, a copy where it is not."""
+def _without_stride_assumptions(gm: fx.GraphModule, placed: Collection[fx.Node]) -> None:
+    """What was `placed` for regions lies in memory as kernels write it. A view of what is computed from it was one by
+    the original's strides, and becomes a reshape: a view where that is possible, a copy where it is not."""
     moved: set[fx.Node] = set()
     for node in gm.graph.nodes:
-        if node.target is operators.cascade or any(n in moved for n in node.all_input_nodes):
+        if node in placed or any(n in moved for n in node.all_input_nodes):
             moved.add(node)
             if node.target is aten.view.default:
                 node.target = aten.reshape.default
@@ -136,7 +136,15 @@ def _differentiable(gm: fx.GraphModule) -> set[fx.Node]:
     return found
 
 
-def _site(gm: fx.GraphModule, region: Region, recipe: str, differentiable: Collection[fx.Node], within: str) -> Site:
+def _site(
+    gm: fx.GraphModule,
+    region: Region,
+    recipe: str,
+    differentiable: Collection[fx.Node],
+    within: str,
+    placed: set[fx.Node],
+) -> Site:
+    """The site of a region, which is lowered; `placed` gets the nodes that stand for its outputs."""
     where = (".".join(filter(None, (within, region.module_path))), region.source)
     frame = _frame()
     if region.cascade is None:
@@ -148,8 +156,9 @@ def _site(gm: fx.GraphModule, region: Region, recipe: str, differentiable: Colle
     site = Site(*where, REWRITTEN, None, program, device, sizes, needed, frame)
     try:
         check(region)
-        site.kernel  # noqa: B018  (built here, where progress is shown, rather than in the first call)
-        lower(gm, region, program)
+        kernel = site.kernel  # built here, where progress is shown, rather than in the first call
+        written = None if kernel is None or any(needed) else kernel.library_call
+        placed.update(lower(gm, region, program, written))
     except Unlowerable as stop:
         site.status, site.reason = UNCHANGED, str(stop)
     except Exception as error:  # a site that we fail on costs that site, never the model

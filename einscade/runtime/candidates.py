@@ -64,12 +64,16 @@ def candidates(
     """Every way to run the program, the cost model's choice first, the last resorts last; none stands twice.
 
     On a GPU generated kernels come before library calls, on a CPU after them: torch's own kernel is compiled code
-    there, ours is a loop of torch operations. `deterministic`: only those whose results do not depend on the order in
-    which a device's processors come.
+    there, ours is a loop of torch operations, which for a single query has nothing to gain. `deterministic`: only
+    those whose results do not depend on the order in which a device's processors come.
     """
+    form = _library_form(program, steps)
+    calls = [] if form is None else [Candidate("library:sdpa", library_call.emit(form), Schedule(), form.symbols)]
+    last = _last_resorts(program.cascade, Schedule(target=target_of(device)))
+    if device.kind == "cpu" and form is not None and library_call.one_query(form):
+        return [*calls, *last]
     loops = plan(rewritten)
     orders = _renamed_orders(program, rewritten)
-    calls = _library_calls(program, steps)
     kinds = _emitters(device)
     if device.kind != "cpu" and few_rows(loops, Lengths(rewritten, sizes)) is not None:
         kinds = tuple(sorted(kinds, key=lambda kind: kind != "triton"))  # it packs the heads of a group into a tile
@@ -79,8 +83,7 @@ def candidates(
     if not generated:
         generated = _generated("tiled_torch", loops, orders, device, sizes)
     found = [*calls, *generated] if device.kind == "cpu" else [*generated, *calls]
-    found += _last_resorts(program.cascade, Schedule(target=target_of(device)))
-    return [c for c in dict.fromkeys(found) if not (deterministic and c.schedule.unordered)]
+    return [c for c in dict.fromkeys([*found, *last]) if not (deterministic and c.schedule.unordered)]
 
 
 def _in_parts(program: Program, loops: LoopProgram, device: Device, sizes: Mapping[str, int]) -> list[Candidate]:
@@ -140,20 +143,20 @@ def _generated(
     return found
 
 
-def _library_calls(program: Program, steps: Sequence[StepRecord]) -> list[Candidate]:
-    """The library call that computes the program, if one does: recognised on the raised cascade or on a later form, the
-    first that needs no mask tensor if there is one. A triangle spelled as a bias is a mask for the library, whose every
-    tile it computes; once canonicalised it is a domain, whose empty tiles it skips."""
-    masked: list[Candidate] = []
+def _library_form(program: Program, steps: Sequence[StepRecord]) -> Cascade | None:
+    """The form of the program that a library call computes, if one does: the raised cascade or a later form, the first
+    that needs no mask tensor if there is one. A triangle spelled as a bias is a mask for the library, whose every tile
+    it computes; once canonicalised it is a domain, whose empty tiles it skips."""
+    masked: list[Cascade] = []
     for cascade in [program.cascade, *(parse_cascade(s.after) for s in steps if s.changed)]:
         try:
-            call = Candidate("library:sdpa", library_call.emit(cascade), Schedule(), cascade.symbols)
+            library_call.emit(cascade)
             if not library_call.needs_mask(cascade):
-                return [call]
+                return cascade
         except NotInLibrary:
             continue
-        masked.append(call)
-    return masked[:1]
+        masked.append(cascade)
+    return masked[0] if masked else None
 
 
 def _renamed_orders(program: Program, rewritten: Cascade) -> MemoryOrder:

@@ -28,7 +28,7 @@ from einscade.passes.pipeline import run
 from einscade.passes.recipes import RECIPES
 from einscade.runtime import cache, progress, tuning
 from einscade.runtime import device as machine
-from einscade.runtime.candidates import Candidate, candidates
+from einscade.runtime.candidates import LAST_RESORTS, Candidate, candidates
 from einscade.runtime.messages import first_line, warn_once
 from einscade.runtime.modules import load
 from einscade.runtime.program import MemoryOrder, Program, parse_program
@@ -72,6 +72,13 @@ class Kernel:
     @property
     def schedule(self) -> Schedule:
         return self.chosen.schedule
+
+    @property
+    def library_call(self) -> Callable[..., tuple[Tensor, ...]] | None:
+        """The entry of the generated module that calls torch's library, where there is nothing else to choose from."""
+        if self.candidate != "library:sdpa" or any(c.kind not in LAST_RESORTS for c in self.candidates[1:]):
+            return None
+        return load(self.chosen.source, self.program.cascade.name)
 
     def __call__(self, inputs: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, ...]:
         if not self.tuned and not _capturing(inputs[0].device):

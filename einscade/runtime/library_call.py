@@ -17,7 +17,7 @@ from einscade.ir.expr import Access, Expr, FloorDiv, Mod, Where, free_vars, var
 from einscade.runtime.library import Attention, NotInLibrary, View, recognise
 from einscade.runtime.program import DTYPES
 
-__all__ = ["emit", "needs_mask"]
+__all__ = ["emit", "needs_mask", "one_query"]
 
 
 def emit(cascade: Cascade) -> Source:
@@ -33,6 +33,11 @@ def needs_mask(cascade: Cascade) -> bool:
     """Whether the call for a recognised cascade makes a mask tensor at every length. Raises NotInLibrary."""
     a = recognise(cascade)
     return bool(a.bias) or (bool(a.domain) and _Writer(cascade, a).causal_offset() is None)
+
+
+def one_query(cascade: Cascade) -> bool:
+    """Whether a recognised cascade has a single query position, whatever the sizes. Raises NotInLibrary."""
+    return bool(cascade.extent(recognise(cascade).p) == 1)
 
 
 class _Writer:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 import einscade
-from einscade.compiler.capture import fake_inputs, to_aten
+from einscade.compiler import operators
+from einscade.compiler.capture import fake_inputs, made_fake, to_aten
 from einscade.compiler.rewrite import rewrite
+
+aten = torch.ops.aten
 
 
 class Calls(nn.Module):
@@ -68,3 +77,89 @@ def test_a_view_that_the_originals_strides_allowed() -> None:
         return (out + 1).transpose(1, 2).view(8, 5, 8)
 
     assert_rewritten(function, *qkv())
+
+
+def moving_lengths(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Fake tensors whose dimension before the last has a symbol, unless it is 1."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    sizes = [DimDynamic.STATIC, DimDynamic.STATIC, DimDynamic.DUCK, DimDynamic.STATIC]
+    return [
+        mode.from_tensor(x, symbolic_context=StatelessSymbolicContext(sizes), source=ConstantSource(f"input_{i}"))
+        for i, x in enumerate(tensors)
+    ]
+
+
+def rewritten_graph(function: object, *args: Tensor, dynamic: bool = False) -> fx.GraphModule:
+    gm = fx.symbolic_trace(Calls(function))
+    captured = to_aten(gm, moving_lengths(args) if dynamic else made_fake(args)).gm
+    assert {s.status for s in rewrite(captured, "exact", {}, ()).sites} == {"rewritten"}
+    return captured
+
+
+def calls_of(gm: fx.GraphModule, target: object) -> int:
+    return len(gm.graph.find_nodes(op="call_function", target=target))
+
+
+def single_query(keys: int = 7) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, n, 8, generator=generator) for heads, n in ((4, 1), (2, keys), (2, keys)))
+    return q, k, v
+
+
+def decoding(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One query over all keys, spelled with a causal mask and repeated heads, twice."""
+    k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+    length = k.shape[2]
+    for _ in range(2):
+        visible = torch.arange(length)[None, :] <= torch.arange(length - 1, length)[:, None]
+        scores = (q @ k.mT * 0.3).masked_fill(~visible, float("-inf"))
+        q = scores.softmax(-1) @ v
+    return q
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_single_query_is_torchs_own_call_in_the_graph(dynamic: bool) -> None:
+    """Nothing of ours is called for it, no mask is made and no head repeated; lengths may move."""
+    q, k, v = single_query()
+    with torch.no_grad():
+        gm = rewritten_graph(decoding, q, k, v, dynamic=dynamic)
+    assert calls_of(gm, operators.cascade) == 0
+    assert calls_of(gm, aten.scaled_dot_product_attention.default) == 2
+    for name in ("arange", "where", "masked_fill", "clone", "bmm"):
+        assert not any(name in str(n.target) for n in gm.graph.nodes), name
+    for keys in (7, 300) if dynamic else (7,):
+        q, k, v = single_query(keys)
+        torch.testing.assert_close(gm(q, k, v), decoding(q, k, v), rtol=1e-5, atol=1e-6)
+
+
+def test_calls_in_the_graph_share_what_they_need() -> None:
+    """Two sites with the same mask by data: one mask is made."""
+    keep = torch.rand(2, 7, generator=torch.Generator().manual_seed(1)) > 0.3
+
+    def function(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        hidden = ~keep[:, None, None, :]
+        for _ in range(2):
+            q = (q @ k.mT).masked_fill(hidden, float("-inf")).softmax(-1) @ v
+        return q
+
+    class Masked(Calls):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> object:  # type: ignore[override]
+            return function(q, k, v, keep)
+
+    q, k, v = single_query()
+    k, v = k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1)
+    gm = fx.symbolic_trace(Masked(None))
+    with torch.no_grad():
+        captured = to_aten(gm, made_fake((q, k, v, keep))).gm
+        assert [s.status for s in rewrite(captured, "exact", {}, ()).sites] == ["rewritten"] * 2
+    first, second = captured.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
+    masks = [n.args[3] if len(n.args) > 3 else n.kwargs["attn_mask"] for n in (first, second)]
+    assert isinstance(masks[0], fx.Node)
+    assert masks[0] is masks[1]
+    torch.testing.assert_close(captured(q, k, v, keep), function(q, k, v, keep), rtol=1e-5, atol=1e-6)
+
+
+def test_a_single_query_that_is_trained_keeps_the_operator() -> None:
+    """Its gradient comes from the cascade."""
+    q, k, v = (x.requires_grad_() for x in single_query())
+    assert calls_of(rewritten_graph(decoding, q, k, v), operators.cascade) == 2

@@ -16,7 +16,7 @@ import torch
 from einscade.codegen.source import Source
 from einscade.compiler.gradients import scan_free
 from einscade.ir.interpret import interpret
-from einscade.ir.text import parse_cascade
+from einscade.ir.text import parse_cascade, print_cascade
 from einscade.passes.differentiate import differentiate
 from einscade.runtime import call, kernels, library_call, tuning
 from einscade.runtime.cache import DiskCache
@@ -115,7 +115,7 @@ def test_a_second_process_starts_from_the_disk() -> None:
     first = build(ATTENTION, "exact", CPU, sizes)
     code = f"""
 import torch
-from einscade.ir.text import parse_cascade
+from einscade.ir.text import parse_cascade, print_cascade
 from einscade.runtime import kernels
 def forbidden(*args): raise AssertionError("compiled again")
 kernels._make = forbidden
@@ -234,6 +234,18 @@ def test_a_measurement_within_the_noise_does_not_overrule_the_model(monkeypatch:
     kernel = build(ATTENTION, "exact", CPU, sizes)
     _check(_run(kernel, inputs, sizes), inputs)
     assert (kernel.candidate, kernel.tuned) == ("library:sdpa", True)
+
+
+def test_a_single_query_leaves_nothing_to_choose() -> None:
+    """One query makes the library's call the only candidate on a CPU; of more there is a choice."""
+    single = parse_cascade(print_cascade(ATTENTION).replace("p < P", "p < 1").replace(" if m <= p", ""))
+    kernel = build(single, "exact", CPU, {"B": 2, "M": 9})
+    assert [c.kind for c in kernel.candidates] == ["library:sdpa", "flat", "interpreter"]
+    assert kernel.library_call is not None
+    (q, k, v), _ = _inputs(p=1)
+    (actual,) = kernel.library_call(q, k, v, B=2, M=9)
+    torch.testing.assert_close(actual.double(), interpret(single, {"Q": q, "K": k, "V": v})["O"], rtol=1e-5, atol=1e-6)
+    assert build(ATTENTION, "exact", CPU, _inputs(p=1)[1]).library_call is None
 
 
 def test_no_candidate_stands_twice() -> None:
