@@ -156,8 +156,8 @@ def _compare(row: Row, made: Tiny, inner: str, dynamic: bool) -> None:
 
 
 def _inside(path: str, modules: Iterable[str]) -> bool:
-    """Whether a site's module is one of `modules`, or a part of one."""
-    return any(f"{path}.".startswith(f"{m}.") for m in modules)
+    """Whether a site's module is one of `modules`, or a part of one, or has one as its softmax."""
+    return any(f"{path}.".startswith(f"{m}.") or path == m.rpartition(".")[0] for m in modules)
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:

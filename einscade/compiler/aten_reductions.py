@@ -18,12 +18,12 @@ from einscade.compiler.aten_facts import Unraisable, arguments, is_tensor, op_na
 from einscade.compiler.aten_pointwise import NUMERIC, as_number, as_predicate
 from einscade.compiler.aten_views import broadcast
 from einscade.compiler.raising_index import Index
-from einscade.ir.expr import Access, Expr
+from einscade.ir.expr import Access, Expr, Where
 
 if TYPE_CHECKING:
     from einscade.compiler.raising import Raiser
 
-__all__ = ["CONTRACTIONS", "REDUCTIONS", "SOFTMAX", "reduction"]
+__all__ = ["CHANNELS", "CONTRACTIONS", "DISTANCES", "REDUCTIONS", "SOFTMAX", "reduction"]
 
 Rule = Callable[["Raiser", Node, SimpleNamespace, Index], Expr]
 _ZERO, _ONE = sympy.Integer(0), sympy.Integer(1)
@@ -250,6 +250,34 @@ def _add_product(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Exp
     return scalar(a.beta) * added + scalar(a.alpha) * product
 
 
+def _convolution(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
+    """Only where it mixes channels point by point: kernels of one point, nothing padded, every point kept."""
+    size, kernel = shape(a.input), shape(a.weight)
+    plain = all(n == 1 for n in (*kernel[2:], *a.stride, a.groups)) and not any((*a.padding, a.transposed))
+    if not plain or len(size) != len(kernel):
+        raise Unraisable(f"{node.target} over more than one point")
+    points = (_ZERO,) * (len(kernel) - 2)
+    product = contract(r, node, a.input, a.weight, index, lambda i, k: (i[0], k, *i[2:]),
+                       lambda i, k: (i[1], k, *points), kernel[1])  # fmt: skip
+    return product if a.bias is None else product + r.read(a.bias, (index[1],))
+
+
+def _distance(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
+    """`sqrt(sum(e) (x1 - x2)**2)`. Where both are one point the distance is the number 0, and has no slope, as torch
+    differentiates it; the root has an infinite one."""
+    if a.p != 2:
+        raise Unraisable(f"{node.target} of order {a.p}")
+    batch = shape(node)[:-2]
+
+    def squared(i: Index) -> Expr:
+        points = zip((a.x1, a.x2), i[-3:-1], strict=True)
+        x1, x2 = (r.operand(x, (*broadcast(i[:-3], batch, shape(x)[:-2]), at, i[-1])) for x, at in points)
+        return (x1 - x2) ** 2
+
+    total = r.reduce((node, "contract"), node, "sum", [shape(a.x1)[-1]], squared, index, shape(node))
+    return Where(sympy.Ne(total, 0), sympy.sqrt(total), _ZERO)
+
+
 def _linear(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
     product = contract(r, node, a.input, a.weight, index, lambda i, k: (*i[:-1], k), lambda i, k: (i[-1], k),
                        shape(a.input)[-1])  # fmt: skip
@@ -266,6 +294,8 @@ CONTRACTIONS: Mapping[str, Rule] = {
     "aten::baddbmm": _add_product,
     "aten::linear": _linear,
 }
+"""Matrix products, which `regions_scan` takes apart into their operands."""
+
 
 REDUCTIONS: Mapping[str, Rule] = {
     "aten::sum": reduction("sum"),
@@ -280,6 +310,10 @@ REDUCTIONS: Mapping[str, Rule] = {
     "aten::linalg_vector_norm": _norm,
     "aten::logsumexp": _logsumexp,
 }
+
+DISTANCES: Mapping[str, Rule] = {"aten::_cdist_forward": _distance}
+CHANNELS: Mapping[str, Rule] = {"aten::convolution": _convolution}
+"""Products of channels with weights, at every point of an image."""
 
 SOFTMAX: Mapping[str, Rule] = {
     "aten::_softmax": _softmax,

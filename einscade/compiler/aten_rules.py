@@ -17,7 +17,7 @@ from torch.fx import Node
 from einscade.compiler.aten_attention import SCALED_DOT_PRODUCT, scaled_dot_product
 from einscade.compiler.aten_facts import Unraisable, arguments, is_tensor, op_name, scalar, shape, torch_dtype
 from einscade.compiler.aten_pointwise import LOGICAL, NUMERIC, as_number, as_predicate, choose
-from einscade.compiler.aten_reductions import CONTRACTIONS, REDUCTIONS, SOFTMAX, reduction
+from einscade.compiler.aten_reductions import CHANNELS, CONTRACTIONS, DISTANCES, REDUCTIONS, SOFTMAX, reduction
 from einscade.compiler.aten_views import broadcast, slice_start
 from einscade.compiler.raising_index import Index, at_least, bounds
 from einscade.ir.expr import Access, Expr, Trunc, Where, const
@@ -159,6 +159,12 @@ def _dropout(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
     if a.p and a.train is not False:
         raise Unraisable(f"dropout of {a.p} in training draws random numbers")
     return r.read(a.input, index)
+
+
+def _detach(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
+    """A value that gradients stop at has a statement of its own (`raise_region` asks whether anything feels that); what
+    the region reads is read behind it."""
+    return r.define((node, "detached"), node, index, shape(node), lambda own: (r.read(a.self, own), None))
 
 
 def _bernoulli(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
@@ -401,6 +407,8 @@ def _attention(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
 
 RULES: Mapping[str, Rule] = {
     **CONTRACTIONS,
+    **CHANNELS,
+    **DISTANCES,
     **REDUCTIONS,
     **SOFTMAX,
     **dict.fromkeys(SCALED_DOT_PRODUCT, _attention),
@@ -412,6 +420,7 @@ RULES: Mapping[str, Rule] = {
     "aten::dropout": _dropout,
     "aten::native_dropout": _dropout,
     "aten::bernoulli": _bernoulli,
+    "aten::detach": _detach,
     "aten::full": _full,
     "aten::zeros": _full,
     "aten::ones": _full,

@@ -60,8 +60,8 @@ def is_copy(node: Node) -> bool:
     return after.is_floating_point or not before.is_floating_point
 
 
-_COPIES = {"aten::clone", "aten::contiguous", "aten::alias", "aten::detach", "aten::lift_fresh",
-           "aten::lift_fresh_copy", "aten::positive"}  # fmt: skip
+_COPIES = {"aten::clone", "aten::contiguous", "aten::alias", "aten::lift_fresh", "aten::lift_fresh_copy",
+           "aten::positive"}  # fmt: skip
 _CASTS = {"aten::_to_copy", "aten::to", "prims::convert_element_type", "aten::type_as"}
 
 

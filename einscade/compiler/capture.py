@@ -190,7 +190,7 @@ def _trace(gm: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> f
 
     with tracer.contexts(), _kernels_for(inputs):
         traced = make_fx(run, _allow_non_fake_inputs=True)(*fakes, *inputs)
-    return _put_back(gm, traced, list(owned), inputs)
+    return _put_back(gm, traced, list(owned), inputs, mode)
 
 
 def _kernels_for(inputs: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
@@ -224,7 +224,7 @@ def _attribute(root: torch.nn.Module, path: str) -> Any:
 
 
 def _put_back(
-    gm: fx.GraphModule, traced: fx.GraphModule, owned: Sequence[str], inputs: Sequence[Any]
+    gm: fx.GraphModule, traced: fx.GraphModule, owned: Sequence[str], inputs: Sequence[Any], mode: FakeTensorMode
 ) -> fx.GraphModule:
     """The traced graph over `gm`'s own attributes: lifted placeholders become get_attr again, names are restored."""
     graph = traced.graph
@@ -254,6 +254,8 @@ def _put_back(
             while node.target in owned:
                 node.target += "_made"
             attributes[node.target] = value
+            if isinstance(value, torch.Tensor):
+                node.meta["val"] = _fake_parameter(mode, value)
     if first is not None:  # placeholders come first in a graph
         for node in reversed(graph.find_nodes(op="placeholder")):
             node_first = next(iter(graph.nodes))
@@ -456,10 +458,38 @@ def _functionalise(gm: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMo
         traced = make_fx(torch.func.functionalize(run, remove="mutations"), _allow_non_fake_inputs=True)(
             *fakes, *inputs
         )
-    result = _put_back(gm, traced, list(owned), inputs)
+    result = _put_back(gm, traced, list(owned), inputs, mode)
+    _without_copies(result)
     result.graph.eliminate_dead_code()
     result.recompile()
     return result
+
+
+def _without_copies(gm: fx.GraphModule) -> None:
+    """What functionalisation makes of `x[i] = y`, without `copy`: autograd has no derivative for that."""
+    for node in gm.graph.find_nodes(op="call_function", target=aten.copy.default):
+        target, source = node.args[0].meta["val"], node.args[1].meta["val"]
+        with gm.graph.inserting_before(node), source.fake_mode, torch.no_grad():
+            result = node.args[1]
+            if source.dtype != target.dtype or source.device != target.device:
+                kind = {"dtype": target.dtype, "device": target.device}
+                result = gm.graph.call_function(aten._to_copy.default, (result,), kind)
+                result.meta = {**node.meta, "val": aten._to_copy(source, **kind)}
+            if source.shape != target.shape:
+                sizes = [_size(gm, node.args[0], d, n) for d, n in enumerate(target.shape)]
+                result = gm.graph.call_function(aten.expand.default, (result, sizes))
+                result.meta = node.meta
+        node.replace_all_uses_with(result)
+        gm.graph.erase_node(node)
+
+
+def _size(gm: fx.GraphModule, node: fx.Node, dim: int, size: Any) -> Any:
+    """A size as an argument of a node."""
+    if not isinstance(size, torch.SymInt):
+        return size
+    read = gm.graph.call_function(aten.sym_size.int, (node, dim))
+    read.meta["val"] = size
+    return read
 
 
 class _Functional(fx.Interpreter):

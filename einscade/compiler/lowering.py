@@ -55,8 +55,9 @@ def lower(
     assert region.cascade is not None
     before = _place(region)
     position = {n: i for i, n in enumerate(gm.graph.nodes)}
+    inside = set(region.nodes)  # what of it others still need (another region may share it) stays as it was
     made: list[fx.Node] = []
-    sizes = _Sizes(gm, before, position, made)
+    sizes = _Sizes(gm, [n for n in position if position[n] < position[before] and n not in inside], made)
     try:
         with gm.graph.inserting_before(before):
             symbols = [sizes.of(region.sizes[s]) for s in region.cascade.symbols]
@@ -72,7 +73,6 @@ def lower(
             gm.graph.erase_node(n)
         raise
     _describe(made, region)
-    inside = set(region.nodes)  # what of it others still need (another region may share it) stays as it was
     for output, result in zip(region.outputs, results, strict=True):
         output.node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in inside)
     for n in sorted(region.nodes, key=position.__getitem__, reverse=True):
@@ -240,13 +240,11 @@ def _describe(made: Sequence[fx.Node], region: Region) -> None:
 
 
 class _Sizes:
-    """Sizes as arguments of nodes: numbers stay, symbols become the node that holds them, or are read off a tensor."""
+    """Sizes as arguments of nodes: numbers stay, symbols become the node that holds them, or are read off a tensor.
+    `earlier` are the nodes that may be read: those before the operator that stay in the graph."""
 
-    def __init__(
-        self, gm: fx.GraphModule, before: fx.Node, position: Mapping[fx.Node, int], made: list[fx.Node]
-    ) -> None:
-        self.gm, self.made = gm, made
-        self.earlier = [n for n in position if position[n] < position[before]]
+    def __init__(self, gm: fx.GraphModule, earlier: Sequence[fx.Node], made: list[fx.Node]) -> None:
+        self.gm, self.earlier, self.made = gm, earlier, made
         self.known: dict[sympy.Expr, fx.Node] = {}
 
     def of(self, size: int | torch.SymInt | fx.Node) -> int | fx.Node:
@@ -297,5 +295,5 @@ class _Sizes:
 
 _ARITHMETIC = {
     "Add": operator.add, "Mul": operator.mul, "FloorDiv": operator.floordiv, "Mod": operator.mod,
-    "PythonMod": operator.mod, "Max": torch.sym_max, "Min": torch.sym_min,
+    "PythonMod": operator.mod, "Pow": operator.pow, "Max": torch.sym_max, "Min": torch.sym_min,
 }  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import sympy
 from torch import Tensor as TorchTensor
 from torch.fx import Node
 
@@ -18,7 +19,9 @@ from einscade.compiler.raising_index import Index, is_one
 from einscade.compiler.raising_memo import Correspondence, Memo, Request
 from einscade.compiler.raising_names import named
 from einscade.ir.cascade import Cascade, Einsum, Tensor
-from einscade.ir.expr import Access, Expr, free_vars
+from einscade.ir.expr import Access, Expr, free_vars, var
+from einscade.passes.invariance import UNCHANGED, Change, propagate
+from einscade.passes.rewrite import NotApplicable
 
 __all__ = ["Output", "Raised", "raise_region"]
 
@@ -36,13 +39,14 @@ class Output:
 @dataclass(frozen=True)
 class Raised:
     """`inputs` in the order of `cascade.inputs`; `symbols` from the cascade's symbols to the graph's; `known` are the
-    graph inputs whose values the cascade has in it."""
+    graph inputs whose values the cascade has in it; `detached` is a statement that gradients must not pass, if any."""
 
     cascade: Cascade
     inputs: tuple[Node, ...]
     outputs: tuple[Output, ...]
     symbols: Mapping[str, str]
     known: frozenset[Node]
+    detached: str | None
 
     def moved(self, nodes: Correspondence) -> Raised:
         """The same for the region whose nodes correspond to this one's."""
@@ -65,9 +69,26 @@ def raise_region(request: Request, memo: Memo, name: str) -> Raised:
     found = named(r, name, [statement for statement, _ in roots], request.scores, request.values)
     cascade, permutes = _ordered(found.cascade, [[found.ranks[v] for v in ranks] for _, ranks in roots], request.roots)
     outputs = tuple(Output(node, permute) for node, permute in zip(request.roots, permutes, strict=True))
-    result = Raised(cascade, found.inputs, outputs, found.symbols, frozenset(r.known))
+    stops = {statement for key, (statement, _) in r.defined.items() if key[1] == "detached"}
+    pairs = zip(r.body, found.cascade.body, strict=True)
+    detached = _felt(cascade, [made.name for e, made in pairs if e.name in stops])
+    result = Raised(cascade, found.inputs, outputs, found.symbols, frozenset(r.known), detached)
     memo.add(request, r.touched, result)
     return result
+
+
+def _felt(cascade: Cascade, detached: Sequence[str]) -> str | None:
+    """The first of the statements whose values matter: where it moves, an output moves. A maximum that only shifts what
+    is normalised does not, and the gradient through it is zero, whether it is stopped or not."""
+    for name in detached:
+        ranks = map(var, cascade.tensors[name].ranks)
+        try:
+            changes = propagate(cascade, {name: Change(shift=sympy.Function("shift", real=True)(*ranks))})
+        except NotApplicable:
+            return name
+        if any(changes[output] != UNCHANGED for output in cascade.outputs):
+            return name
+    return None
 
 
 def _raised(request: Request, constants: Mapping[str, TorchTensor]) -> tuple[Raiser, list[tuple[str, tuple[str, ...]]]]:

@@ -35,7 +35,7 @@ class Region:
 
     `inputs` are in the order of `cascade.inputs`; `sizes` maps the cascade's symbols to an int, a SymInt, or the node
     that holds it; `nodes` are the region's own nodes, in graph order, which the outputs replace; `known` are the inputs
-    of the graph whose values became part of the cascade.
+    of the graph whose values became part of the cascade; `detached` says that gradients stop inside, at a statement.
     """
 
     cascade: Cascade | None
@@ -47,6 +47,7 @@ class Region:
     source: str
     reason: str | None = None
     known: frozenset[Node] = frozenset()
+    detached: bool = False
 
 
 def find(gm: GraphModule, constants: Mapping[str, torch.Tensor] | None = None,
@@ -131,7 +132,8 @@ class _Finder:
         except (CascadeError, RecursionError) as error:
             return Region(None, (), {}, (), nodes, *where, reason=f"raising failed: {error}")
         sizes = {new: self._sizes[old] for new, old in used.items()}
-        return Region(raised.cascade, raised.inputs, sizes, raised.outputs, nodes, *where, known=raised.known)
+        return Region(raised.cascade, raised.inputs, sizes, raised.outputs, nodes, *where, known=raised.known,
+                      detached=raised.detached is not None)  # fmt: skip
 
     def _between(self, candidate: Candidate) -> set[Node]:
         """The nodes on the paths from what makes the intermediate to what consumes it."""

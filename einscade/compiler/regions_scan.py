@@ -18,11 +18,12 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+import torch
 from torch.fx import GraphModule, Node
 
 from einscade.compiler.aten_attention import SCALED_DOT_PRODUCT
 from einscade.compiler.aten_facts import Unraisable, arguments, is_tensor, op_name, shape, tensor_inputs
-from einscade.compiler.aten_reductions import CONTRACTIONS, REDUCTIONS, SOFTMAX
+from einscade.compiler.aten_reductions import CONTRACTIONS, DISTANCES, REDUCTIONS, SOFTMAX
 from einscade.compiler.aten_rules import has_rule
 from einscade.compiler.aten_views import VIEWS, is_copy
 from einscade.compiler.raising_index import groups
@@ -47,10 +48,12 @@ class Candidate:
 
 @dataclass
 class _Pair:
-    """What is known of one contraction's intermediate: which of its sides come from weights alone, whether anything
-    but scaling happened to it, and along which sides it was exponentiated and summed."""
+    """What is known of one intermediate: which of its sides come from weights alone, whether anything but scaling
+    happened to it, and along which sides it was exponentiated and summed. One that is `no_product` of two sides with
+    ranks of their own is attention only if a softmax shows it."""
 
     static: tuple[bool, bool]
+    no_product: bool = False
     touched: bool = False
     exponential: bool = False
     reduced: set[int] = field(default_factory=set)
@@ -95,7 +98,7 @@ class _Scan:
 
     def node(self, node: Node) -> None:
         inputs = list(tensor_inputs(node))
-        if not any(n not in self.static for n in node.all_input_nodes):
+        if all(n in self.static for n in node.all_input_nodes if not _is_size(n)):
             self.static.add(node)
         name = op_name(node)
         if name in _PICKS and node.args[0] in self.parameters:
@@ -108,7 +111,8 @@ class _Scan:
         if sides := sides_of(node):
             self.contraction(node, *sides)
             return
-        if not any(self.of(n) for n in inputs) and not _is_item(node):
+        spread = len(inputs) == 2 and shape(inputs[0]) != shape(inputs[1])
+        if not spread and not any(self.of(n) for n in inputs) and not _is_item(node):
             return
         if name == "getitem":
             self.item(node)
@@ -197,7 +201,27 @@ class _Scan:
             if short in _LINEAR and self.linear(node, source, inputs):
                 continue
             self.touch(source, name, arguments(node).dim if name in SOFTMAX else None)
+        for at, more in self.spread(node, inputs, tuple(result)).items():
+            result[at] = result[at] | more
         self.store(node, tuple(result))
+
+    def spread(self, node: Node, inputs: Sequence[Node], marks: Marks) -> dict[int, frozenset[Mark]]:
+        """The marks of an operation that spreads two operands over each other's positions and keeps what they share: a
+        difference of queries and keys, an additive network's sum. Where a product has those positions already, what is
+        added is a bias."""
+        if len(inputs) != 2 or not has_rule(op_name(node)) or any(n in self.static for n in inputs):
+            return {}
+        if not all(n.meta["val"].is_floating_point() for n in (node, *inputs)):
+            return {}
+        size = shape(node)
+        left, right = (_varying(n, len(size), size) for n in inputs)
+        if not left - right or not right - left or not left & right:
+            return {}
+        one, other = (_NONE.union(*(marks[d] for d in own)) for own in (left - right, right - left))
+        if any((maker, 1 - side) in other for maker, side in one):
+            return {}
+        self.pairs[node] = _Pair((False, False), no_product=True, touched=True)
+        return {d: frozenset({(node, side)}) for side, own in enumerate((left - right, right - left)) for d in own}
 
     def linear(self, node: Node, source: Node, inputs: Sequence[Node]) -> bool:
         """Whether the value stays a plain product of its sides: something is added, or its rows or columns scaled."""
@@ -265,11 +289,28 @@ class _Scan:
                 if marks:
                     dims[to] |= {m for m in marks[d] if m[0] not in consumed}
         if left.free and right.free:
-            self.pairs[node] = _Pair((left.node in self.static, right.node in self.static))
+            far = op_name(node) in DISTANCES
+            static = (left.node in self.static, right.node in self.static)
+            self.pairs[node] = _Pair(static, no_product=far, touched=far)
             for number, side in enumerate((left, right)):
                 for d in side.free:
                     dims[side.dims[d]].add((node, number))
+        elif left.free or right.free:
+            self.one_sided(node, left, right, dims)
         self.store(node, tuple(frozenset(d) for d in dims))
+
+    def one_sided(self, node: Node, left: _Side, right: _Side, dims: list[set[Mark]]) -> None:
+        """A product in which only one operand has positions of its own: one query for each of what both have, as a
+        decoder's step or a neighbourhood has it."""
+        many, one = (left, right) if left.free else (right, left)
+        shared = set(many.dims.values()) & set(one.dims.values()) - {many.dims[d] for d in many.free}
+        if not shared or left.node in self.static or right.node in self.static:
+            return
+        self.pairs[node] = _Pair((False, False), no_product=True, touched=True)
+        for d in shared:
+            dims[d].add((node, 0))
+        for d in many.free:
+            dims[many.dims[d]].add((node, 1))
 
     def counts(self, reduced: Mark, other: Node) -> bool:
         """Whether reducing this mark against `other` is attention, and no MLP, projection or plain product."""
@@ -277,12 +318,14 @@ class _Scan:
         pair = self.pairs[maker]
         if not pair.touched or pair.static[side]:
             return False
+        if pair.no_product:
+            return pair.exponential and side in pair.reduced and other not in self.static
         if pair.static[1 - side] or other in self.static:
             return pair.exponential and side in pair.reduced
         return True
 
 
-_LINEAR = {"add", "sub", "rsub", "mul", "div", "neg"}
+_LINEAR = {"add", "sub", "rsub", "mul", "div", "neg", "detach"}
 _WITH_INDICES = {"aten::max", "aten::min", "aten::sort", "aten::topk", "aten::kthvalue", "aten::mode"}
 _GATHERS = {"aten::index", "aten::gather", "aten::index_select", "aten::index_put", "aten::scatter"}
 _PICKS = {"aten::index", "aten::index_select"}
@@ -316,6 +359,8 @@ def sides_of(node: Node) -> tuple[_Side, _Side] | None:
     name = op_name(node)
     if name in CONTRACTIONS:
         return _matrix_sides(node, name)
+    if name in DISTANCES:
+        return _distance_sides(node)
     if name in ("aten::sum", "aten::mean"):
         return _product_sides(node)
     return None
@@ -342,6 +387,17 @@ def _matrix_sides(node: Node, name: str) -> tuple[_Side, _Side] | None:
     right = _Side(second, (n - 2 if column else 0,), (n - 1,) if column else (),
                   {**batches(n), **({n - 1: result - 1} if column else {})})  # fmt: skip
     return left, right
+
+
+def _distance_sides(node: Node) -> tuple[_Side, _Side]:
+    """Two lists of points with a batch of dimensions in front, which broadcast."""
+    a, result = arguments(node), len(shape(node))
+    sides = []
+    for x, place in ((a.x1, result - 2), (a.x2, result - 1)):
+        rank = len(shape(x))
+        dims = {d: d + result - rank for d in range(rank - 2)} | {rank - 2: place}
+        sides.append(_Side(x, (rank - 1,), (rank - 2,), dims))
+    return sides[0], sides[1]
 
 
 def _product_sides(node: Node) -> tuple[_Side, _Side] | None:
@@ -394,7 +450,7 @@ def _varying(x: Node, rank: int, size: Sequence[Expr]) -> set[int]:
 
 def products_of(node: Node) -> tuple[Node, ...]:
     """The nodes between a `sum(a * b)` and its operands: the product, and casts on the way."""
-    if op_name(node) in CONTRACTIONS or sides_of(node) is None:
+    if op_name(node) in CONTRACTIONS or op_name(node) in DISTANCES or sides_of(node) is None:
         return ()
     found = []
     product = node.args[0]
@@ -404,6 +460,11 @@ def products_of(node: Node) -> tuple[Node, ...]:
             break
         product = product.args[0]
     return tuple(found)
+
+
+def _is_size(node: Node) -> bool:
+    """A length: a slice of a weight is a weight, however long it is."""
+    return isinstance(node.meta.get("val"), torch.SymInt)
 
 
 def _is_item(node: Node) -> bool:

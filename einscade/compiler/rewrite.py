@@ -48,15 +48,19 @@ def rewrite(
     """
     found: list[tuple[fx.GraphModule, Region]] = []
     graphs = list(nested_graphs(gm))
+    needed = {graph: _differentiable(graph) for graph in graphs}
+    for graph in graphs:
+        _without_idle_detaches(graph, needed[graph])
     weights = _weights(gm, parameters)
     for graph in graphs:
         found += [(graph, region) for region in find(graph, constants if graph is gm else {}, weights[graph])]
-    relied_on = {n.target for graph, region in found for n in _absorbed(region) if graph is gm}
-    needed = {graph: _differentiable(graph) for graph in graphs}
+    relied_on = {n.target for graph, region in found for n in region.known if graph is gm}
     sites: list[Site] = []
     placed: set[fx.Node] = set()
     for done, (graph, region) in enumerate(found):
         progress.step(done, len(found), region.module_path)
+        if region.outputs and not any(o.node.users for o in region.outputs):
+            continue  # a step of a region that was put back before
         sites.append(_site(graph, region, recipe, needed[graph], within, placed))
     if found:
         progress.step(len(found), len(found), "")
@@ -101,21 +105,12 @@ def _without_stride_assumptions(gm: fx.GraphModule, placed: Collection[fx.Node])
                 node.target = aten.reshape.default
 
 
-def _absorbed(region: Region) -> set[fx.Node]:
-    """Placeholders and attributes that are part of the cascade rather than read by it: what it was specialised on."""
-    if region.cascade is None:
-        return set()
-    found: set[fx.Node] = set()
-    stack, seen = list(region.nodes), set(region.inputs)
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node.op in ("placeholder", "get_attr") and isinstance(node.meta.get("val"), torch.Tensor):
-            found.add(node)
-        stack.extend(node.all_input_nodes)
-    return found
+def _without_idle_detaches(gm: fx.GraphModule, differentiable: Collection[fx.Node]) -> None:
+    """Only a detach that stops a gradient is one; the others (masks made under no_grad) are what they are made of."""
+    for node in gm.graph.find_nodes(op="call_function", target=aten.detach.default):
+        source = node.args[0]
+        if source not in differentiable:
+            node.replace_all_uses_with(source, delete_user_cb=lambda user: user.op != "output")
 
 
 def _differentiable(gm: fx.GraphModule) -> set[fx.Node]:
@@ -125,7 +120,8 @@ def _differentiable(gm: fx.GraphModule) -> set[fx.Node]:
         return found
     for node in gm.graph.nodes:
         value = node.meta.get("val")
-        if not isinstance(value, torch.Tensor) or not (value.is_floating_point() or value.is_complex()):
+        parts = value if isinstance(value, (list, tuple)) else (value,)
+        if not any(isinstance(v, torch.Tensor) and (v.is_floating_point() or v.is_complex()) for v in parts):
             continue
         if node.op in ("placeholder", "get_attr"):
             wanted = node.meta.get("requires_grad", False)
@@ -155,6 +151,8 @@ def _site(
     needed = tuple(n in differentiable for n in region.inputs)
     site = Site(*where, REWRITTEN, None, program, device, sizes, needed, frame)
     try:
+        if region.detached and any(needed):
+            raise Unlowerable("its gradient stops at a detach() inside, which a cascade cannot say")
         check(region)
         kernel = site.kernel  # built here, where progress is shown, rather than in the first call
         written = None if kernel is None or any(needed) else kernel.library_call

@@ -57,8 +57,9 @@ def _written_out(s: Einsum, written: Mapping[str, Einsum], cascade: Cascade) -> 
     expr = normal(s.expr.xreplace(values) if values else s.expr)
     in_domain = {}
     for a in accesses(s.domain):
-        if a.tensor in written and written[a.tensor].domain == sympy.true:
-            in_domain[a] = written[a.tensor].expr.xreplace(at(written[a.tensor], a))
+        if (made := written.get(a.tensor)) is not None:
+            in_domain[a] = made.expr.xreplace(at(made, a))
+            domain.extend(c.xreplace(at(made, a)) for c in conjuncts(made.domain))
     parts = [p for c in domain for p in conjuncts(predicate(c.xreplace(in_domain)))]
     return s.replace(expr=expr, domain=conjoin(parts))
 

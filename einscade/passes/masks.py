@@ -93,7 +93,7 @@ def _ignored(s: Einsum, identity: Expr, cascade: Cascade) -> tuple[Boolean, Expr
         for kept, taken, other in ((condition, 1, 2), (predicate(sympy.Not(condition)), 2, 1)):
             failing = {}
             for w in group:
-                fills = _fills(w.args[other], s, kept, cascade)
+                fills = _fills(w, w.args[other], s, kept, cascade)
                 failing[w] = w.args[other].xreplace(dict.fromkeys(fills, -sympy.oo))
             if limit(s.expr.xreplace(failing)) == identity:
                 holding = {v: v.args[taken] for v in same[condition]}
@@ -102,19 +102,31 @@ def _ignored(s: Einsum, identity: Expr, cascade: Cascade) -> tuple[Boolean, Expr
     return None
 
 
-def _fills(branch: Expr, s: Einsum, kept: Boolean, cascade: Cascade) -> tuple[Expr, ...]:
-    """The numbers in a branch that count as -oo here."""
+def _fills(choice: Expr, branch: Expr, s: Einsum, kept: Boolean, cascade: Cascade) -> tuple[Expr, ...]:
+    """The numbers in a branch of a choice that count as -oo here."""
     assert s.reduce is not None
     numbers = [n for n in branch.atoms(sympy.Number) if n.is_finite and n <= MODERATE]
     if s.reduce.monoid != "sum" or not numbers:
         return ()
     conditions = [*conjuncts(s.domain), *conjuncts(kept)]
-    if _keeps_a_point(conditions, s.reduce.ranks, cascade):
+    along = _normalised(choice, s)
+    if _keeps_a_point(conditions, along, cascade):
         return tuple(numbers)
-    queries = _query_ranks(s.reduce.ranks, cascade)
+    queries = _query_ranks(along, cascade)
     if any(depends(a, queries) for a in accesses(kept)):
         return ()
     return tuple(n for n in numbers if n <= LOWEST)
+
+
+def _normalised(choice: Expr, s: Einsum) -> tuple[str, ...]:
+    """The ranks whose points share a maximum with the choice: those that the shift in its exponent lacks. A gradient
+    sums over the rows too, which says nothing of what a row keeps; without a shift, the ranks that are reduced."""
+    assert s.reduce is not None
+    exponents = [e.args[0] for e in s.expr.atoms(sympy.exp) if e.has(choice)]
+    every = frozenset().union(*map(variables, exponents))
+    shifts = [-t for e in exponents for t in sympy.Add.make_args(e) if isinstance(-t, Access)]
+    rows = [variables(t) for t in shifts if variables(t) < every]
+    return tuple(sorted(variables(choice) - frozenset().union(*rows))) if rows else s.reduce.ranks
 
 
 def _query_ranks(reduced: tuple[str, ...], cascade: Cascade) -> frozenset[str]:

@@ -12,9 +12,8 @@ from collections.abc import Iterator
 import sympy
 
 from einscade.ir import Access, Cascade, Einsum, Rank, Reduction, Scan, Tensor, accesses, var
-from einscade.ir.expr import FUNCTIONS
-from einscade.ir.verify import WORDS
 from einscade.passes.fusion import inner_ranks
+from einscade.passes.statements import RESERVED
 from einscade.passes.terms import variables
 
 __all__ = ["named"]
@@ -55,7 +54,7 @@ def named(cascade: Cascade) -> Cascade:
 
 
 def _reserved(cascade: Cascade) -> set[str]:
-    return {*cascade.symbols, *WORDS, *FUNCTIONS, cascade.name}
+    return {*cascade.symbols, *RESERVED, cascade.name}
 
 
 def _fresh(prefix: str, taken: set[str]) -> str:

@@ -8,7 +8,9 @@ out: an equal cascade whose contractions read inputs themselves:
   Where its domain has no row, the factor is 0: what it multiplies is summed or not there at all.
 * `exp(S[p,m] - G[p]) * r[p] = exp(S[p,m] - L[p])` with `L = G - log r`, where every use of the exponential has the
   factor and it is positive: the multiplication at every point joins the exponent. `L` is rounded where it is large
-  (by 6e-5 at a thousand, in float32): less than half precision rounds the weights, but more than float32 does.
+  (by 6e-5 at a thousand, in float32): less than half precision rounds the weights, but more than float32 does. And it
+  has to hold both numbers: a row that a finite fill masks whole has G = -1e9, in which log r is lost. Where S may hold
+  large numbers, or tensors added point by point that do, the exponential takes the factor in as it is.
 """
 
 from __future__ import annotations
@@ -170,15 +172,36 @@ def _joined(cascade: Cascade, s: Einsum, row: Einsum, positive: frozenset[str], 
         return cascade
     argument = s.expr.args[0]
     own = [t for t in sympy.Add.make_args(argument) if variables(t) <= set(row.output.ranks)]
-    level = Einsum(
-        Tensor(names("L"), row.output.ranks, row.output.dtype),
-        Where(there, sympy.log(inverse) - sympy.Add(*own), sympy.oo),
-    )
-    weights = s.replace(expr=sympy.exp(argument - sympy.Add(*own) - level.output()))
+    made: tuple[Einsum, ...] = (s.replace(expr=s.expr * row.output()),)
+    if _is_moderate(sympy.Add(argument, *(-t for t in own)), cascade):
+        level = Einsum(
+            Tensor(names("L"), row.output.ranks, row.output.dtype),
+            Where(there, sympy.log(inverse) - sympy.Add(*own), sympy.oo),
+        )
+        made = (level, s.replace(expr=sympy.exp(argument - sympy.Add(*own) - level.output())))
     body: list[Einsum] = []
     for x in cascade.body:
         if x.name == s.name:
-            body += [level, weights]
+            body += made
         else:
             body.append(changed.get(x.name, x))
     return cascade.replace(body=tuple(body))
+
+
+_LARGE = 1000
+
+
+def _is_moderate(expr: Expr, cascade: Cascade) -> bool:
+    """Whether scores are of the size of a contraction: no finite fill in them, no tensor added that could hold one.
+    What is infinite is no point that a row's maximum is taken at."""
+    if expr.is_number:
+        return bool(expr.is_infinite or abs(expr) <= _LARGE)
+    if isinstance(expr, Access):
+        made = cascade.definitions.get(expr.tensor)
+        return made is not None and (made.reduce is not None or _is_moderate(made.expr, cascade))
+    if isinstance(expr, sympy.Mul):
+        numbers = [x for x in expr.args if x.is_number]
+        factors = [x for x in expr.args if not x.is_number]  # a slope times a distance, scores times a temperature
+        return all(_is_moderate(x, cascade) for x in numbers) and any(_is_moderate(x, cascade) for x in factors)
+    branches = expr.args[1:] if isinstance(expr, Where) else expr.args
+    return all(_is_moderate(x, cascade) for x in branches)

@@ -5,6 +5,7 @@ Everything here is a pure function of frozen data; nothing decides what to rewri
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Callable, Iterable
 
 import sympy
@@ -14,6 +15,7 @@ from einscade.ir.expr import FUNCTIONS
 from einscade.ir.verify import WORDS
 
 __all__ = [
+    "RESERVED",
     "Names",
     "factors",
     "inlined",
@@ -26,6 +28,10 @@ __all__ = [
 ]
 
 
+RESERVED = frozenset({*WORDS, *FUNCTIONS, *keyword.kwlist})
+"""What no rank and no tensor can be called."""
+
+
 class Names:
     """Gives out names that no tensor, rank or symbol of a cascade has, each once."""
 
@@ -35,7 +41,7 @@ class Names:
 
     def __call__(self, prefix: str) -> str:
         cascade = self._cascade
-        taken = {*cascade.tensors, *cascade.rank_table, *cascade.symbols, *self._given, *WORDS, *FUNCTIONS}
+        taken = {*cascade.tensors, *cascade.rank_table, *cascade.symbols, *self._given, *RESERVED}
         name = prefix
         for number in range(1, len(taken) + 2):
             if name not in taken:

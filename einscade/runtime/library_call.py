@@ -82,7 +82,9 @@ class _Writer:
         """The tensor as [batch, head, row, column]: dimensions in the call's order, made four."""
         view = View.of(access)
         divided = any(i.has(FloorDiv) for i in access.index)
-        if view.is_plain and len(view.steps) == len(access.index):  # else a dimension of 1 is read at 0
+        extent, own = self.cascade.extent, self.cascade.tensors[access.tensor].ranks
+        whole = all(not i.is_Symbol or extent(i.name) == extent(r) for i, r in zip(access.index, own, strict=True))
+        if view.is_plain and whole and len(view.steps) == len(access.index):  # else a dimension of 1 is read at 0
             dims = {steps[0][0]: rank for rank, steps in view.steps}
             code = self.aligned(access.tensor, [dims[d] for d in sorted(dims)], ranks)
         else:
