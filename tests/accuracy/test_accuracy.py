@@ -59,7 +59,7 @@ class Emitter:
         self.patch.setenv("EINSCADE_CACHE_DIR", str(self.folder))
         self.patch.setenv("EINSCADE_AUTOTUNE", "0")
         self.patch.setattr(candidates, "_emitters", lambda device: (self.kind,))
-        self.patch.setattr(candidates, "_library_calls", lambda program, steps: [])
+        self.patch.setattr(candidates, "_library_form", lambda program, steps: None)
         self.patch.setattr(candidates, "_last_resorts", lambda cascade, schedule: [])
         kernels._build.cache_clear()
         from einscade.runtime import call
