@@ -229,8 +229,9 @@ class _Reverse:
             self.parts.setdefault(access.tensor, []).append(self._scatter(s, access, expr, domain))
 
     def _only_shifts(self, s: Einsum) -> bool:
-        """Whether no output sees this statement move: then its gradient is zero, whatever its formula gives."""
-        shift = sympy.Symbol("shift", real=True)
+        """Whether no output sees this statement move, at each of its points by an amount of its own: then its gradient
+        is zero, whatever its formula gives."""
+        shift = sympy.Function("shift", real=True)(*map(var, s.output.ranks))
         try:
             changes = propagate(self.forward, {**self.shifts, s.name: Change(shift=shift)})
         except NotApplicable:

@@ -47,6 +47,7 @@ CASES = {
     "textbook": attention(tail=TEXTBOOK),
     "causal with empty rows": attention(domain="  if m <= p & m > 1"),
     "softcap": attention(scores="  C[b,h,p,m] = 2.0 * tanh(S[b,h,p,m] / 2.0)\n", s="C[b,h,p,m]"),
+    "rectified scores": attention(scores="  C[b,h,p,m] = Max(S[b,h,p,m], 0.1)\n", s="C[b,h,p,m]"),
     "alibi slopes": attention(more=", A[h]", scores="  C[b,h,p,m] = S[b,h,p,m] + A[h] * (m - p)\n", s="C[b,h,p,m]"),
     "relative table": attention(
         more=", A[h,n]", ranks=", n < 10", scores="  C[b,h,p,m] = S[b,h,p,m] + A[h,m - p + 4]\n", s="C[b,h,p,m]"
