@@ -52,11 +52,6 @@ class Lines:
         return "\n".join(self.lines)
 
 
-def within(index: Expr, v: Value, extent: str) -> str:
-    """That an index is inside a dimension, as code."""
-    return f"{v.code} < {extent}" if index.is_nonnegative else f"(({v.code}) >= 0) & (({v.code}) < {extent})"
-
-
 def _power(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
@@ -205,7 +200,7 @@ class TileWriter:
             if len(v.ranks) == 1 and v.ranks[0] in self.loop.coordinates and moving:
                 inside = Value(self.edge(i, v, extent), v.ranks)
             elif not isinstance(i, sympy.Symbol):
-                inside = Value(within(i, v, extent), v.ranks, prec=4)
+                inside = Value(v.within(extent, i), v.ranks, prec=4)
             elif (limit := self.scope.blocks[i.name].limit) is not None:
                 inside = Value(f"{v.code} < {limit}", v.ranks, prec=4)
             else:
@@ -248,7 +243,7 @@ class TileWriter:
         key = (index, extent)
         if key not in self.edge_names:
             name = f"{self.loop.coordinate}_there" + (str(len(self.edge_names)) if self.edge_names else "")
-            inside = within(index, v, extent)
+            inside = v.within(extent, index)
             line = f"{name} = ({inside}) if MASKED else tl.full([{self.step_size}], True, tl.int1)"
             if isinstance(index, sympy.Symbol):
                 self.edge_lines.append(f"    {line}")
@@ -289,10 +284,10 @@ class TileWriter:
             if len(moving) > 1 or free_vars(rest) & {*self.scope.blocks}:
                 return False
             if not moving:
-                starts.append(value(rest, self.scope).code)
+                starts.append(self.start(rest))
                 block.append(1)
             elif moving[0].name in self.loop.coordinates:
-                starts.append(value(rest + var(f"{self.loop.coordinate}_lo"), self.scope).code)
+                starts.append(self.start(rest + var(f"{self.loop.coordinate}_lo")))
                 block.append(self.step_size)
             elif moving[0].name in self.widths and rest == 0:
                 starts.append("0")
@@ -307,6 +302,12 @@ class TileWriter:
         self.here(f"if {access.tensor}_TMA:")
         self.here(f"    {name} = {access.tensor}.load([{', '.join(starts)}]).reshape({shape})")
         return True
+
+    def start(self, index: Expr) -> str:
+        """Where a box begins along a dimension: in 32 bits, also where a table's entries have 64."""
+        code = self.index_names.get((True, index)) or value(index, self.scope).code
+        wide = any(self.cascade.tensors[a.tensor].dtype == "i64" for a in accesses(index))
+        return f"tl.cast({code}, tl.int32)" if wide else code
 
     def reads_of(self, tensor: str) -> set[Access]:
         loop = self.loop

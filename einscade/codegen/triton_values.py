@@ -38,6 +38,11 @@ class Value:
     def tight(self, prec: int = ATOM) -> str:
         return self.code if self.prec <= prec else f"({self.code})"
 
+    def within(self, extent: str, index: Expr) -> str:
+        """That `index`, whose value this is, is inside a dimension, as code."""
+        below = f"({self.code}) < {extent}"
+        return f"{self.code} < {extent}" if index.is_nonnegative else f"(({self.code}) >= 0) & ({below})"
+
 
 @dataclass(frozen=True)
 class Block:

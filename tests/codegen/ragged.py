@@ -40,10 +40,10 @@ class Case:
     page: int | None = None
 
 
-def paged(size: int) -> Case:
-    """Keys in pages of this many, found through a table."""
+def paged(size: int, table: str = "i32") -> Case:
+    """Keys in pages of this many, found through a table of integers of that dtype."""
     return Case(
-        f"pages_of_{size}", "m < len[b]", (("T[b,n]: i32", "pages"), ("len[b]: i64", "lengths")),
+        f"pages_of_{size}", "m < len[b]", ((f"T[b,n]: {table}", "pages"), ("len[b]: i64", "lengths")),
         f"T[b,m // {size}],m % {size},{{h}}", "c,s,g", f", m < N*{size}, c < C, s < {size}, n < N", page=size,
     )  # fmt: skip
 
@@ -65,7 +65,7 @@ CASES = (
          score="X[b,h,p,m] + A[h] * (m - len[b])"),
     Case("slots", "m < len[b]", (("T[b,m]: i64", "slots"), ("len[b]: i32", "lengths")), "T[b,m],{h}", "c,g",
          ", m < M, c < C"),
-    paged(8), paged(16), paged(32),
+    paged(8), paged(16), paged(32, "i64"),
 )  # fmt: skip
 
 

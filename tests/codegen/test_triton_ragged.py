@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,17 @@ def test_decoding_compiles_for_every_target(name: str, target: str) -> None:
     boxes = "cp.async.bulk.tensor" in parts.assembly
     assert boxes == (target == "cuda:90" and name != "pages_of_16"), "a page that a tile does not fit is no box"
     assert "cp.async.bulk.tensor" not in merge.assembly
+
+
+@pytest.mark.parametrize("table", ["i32", "i64"])
+@pytest.mark.parametrize(("page", "step"), [(16, 16), (64, 64), (128, 128), (128, 32), (16, 64)])
+def test_pages_compile(page: int, step: int, table: str) -> None:
+    """A box begins in 32 bits, whatever the table's entries have; a tile is one where it fits into a page."""
+    loops = program(textbook(paged(page, table), "bf16", (32, 8), 128), parts=True)
+    chosen = replace(schedule(loops, {"h": 4, "p": 1, "MS0": 16}, step, f"{step} * Max(4, N)"), stages=3)
+    parts, merge = compile_offline(loops, chosen, "cuda:90", descriptors=True)
+    assert max(parts.shared, merge.shared) <= SHARED_LIMITS["cuda:90"]
+    assert ("cp.async.bulk.tensor" in parts.assembly) == (page % step == 0)
 
 
 @pytest.mark.parametrize("target", TARGETS)
