@@ -1,4 +1,4 @@
-"""Exponentials in base 2, with their factors folded: what GPUs compute in one instruction, and CPUs in fewer.
+"""Exponentials in base 2, with their factors folded: what GPUs compute in one instruction.
 
 Comes in: a `TileLoop`. Goes out: an equal one in which `exp(S - G)` is `Exp2(S*c - G*c)`. The identity is
 `exp(x) = 2**(x log2 e)` together with `max(u x) = u max(x)` for u > 0: values that meet only in maxima and in
@@ -8,7 +8,6 @@ scale of the scores costs no operation of its own: it joins `log2 e` in the mult
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -17,7 +16,7 @@ import sympy
 from einscade.codegen.tiles import Finite, State, Statement, TileLoop
 from einscade.ir.expr import Access, Expr
 
-__all__ = ["Exp2", "base2", "in_base2"]
+__all__ = ["Exp2", "base2"]
 
 
 class Exp2(sympy.Function):
@@ -52,13 +51,6 @@ def base2(loop: TileLoop, unit: Expr | None = None) -> TileLoop:
         body=tuple(map(statement, loop.body)),
         epilogue=tuple(map(statement, loop.epilogue)),
     )
-
-
-def in_base2(loop: TileLoop) -> TileLoop:
-    """The loop with scores in units of log 2, so that `exp(S - G)` is `Exp2(S - G)`: for code in which every operation
-    is a pass over the tile. The unit joins the factor that the scores have, mostly that of a contraction, which costs
-    nothing. Unchanged where no exponent has scores of its own."""
-    return base2(loop, sympy.Float(math.log(2))) if _chain(loop) else loop
 
 
 def _reads(s: Statement) -> set[str]:

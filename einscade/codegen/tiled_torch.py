@@ -13,7 +13,6 @@ from collections.abc import Mapping
 
 import sympy
 
-from einscade.codegen.base2 import in_base2
 from einscade.codegen.grouping import Group, split_groups
 from einscade.codegen.loops import FlatNest, LoopProgram, SerialNest, flat, plan
 from einscade.codegen.schedule import Schedule
@@ -139,7 +138,7 @@ class TorchModule:
 
     def nest(self, nest: SerialNest | FlatNest) -> None:
         if isinstance(nest, SerialNest):
-            SerialWriter(self, in_base2(tile_loop(self.cascade, nest))).write()
+            SerialWriter(self, tile_loop(self.cascade, nest)).write()
         else:
             FlatWriter(self, nest).write()
 

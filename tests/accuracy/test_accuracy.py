@@ -42,7 +42,6 @@ DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 HALVES = ("f16", "bf16")
 HEADS = 4
 DRAWS = 3
-LARGE = ("large", "overflowing")
 LENGTHS = ((1, 1), (1, 37), (37, 1), (33, 70))
 cpu = pytest.mark.skipif(INTERPRETING or torch.cuda.is_available(), reason="kernels of the other kinds are tested here")
 
@@ -162,19 +161,8 @@ def assert_exact(
 def test_tiled_torch(name: str, dtype: str, emitter: Emitter) -> None:
     fast = einscade.optimize(VARIANTS[name].module(), inner="eager")
     for hostile in HOSTILE:
-        if dtype != "f32" or hostile not in LARGE:
-            assert_exact(fast, name, dtype, (67, 67), hostile)
+        assert_exact(fast, name, dtype, (67, 67), hostile)
     assert emitter.used() == {"tiled_torch"}
-
-
-@cpu
-@pytest.mark.xfail(reason="scores in base 2 are rounded once more: the output is off by up to 3 times math's error")
-@pytest.mark.parametrize("emitter", ["tiled_torch"], indirect=True)
-@pytest.mark.parametrize("name", ["causal", "sigmoid"])
-def test_large_scores_in_float32(name: str, emitter: Emitter) -> None:
-    fast = einscade.optimize(VARIANTS[name].module(), inner="eager")
-    for hostile in LARGE:
-        assert_exact(fast, name, "f32", (67, 67), hostile, backward=False)
 
 
 @cpu

@@ -24,7 +24,7 @@ def run(Q, K, V, *, B, M, P) -> tuple[torch.Tensor, ...]:
         G = torch.full((B, 8, 4, p_hi - p_lo), -torch.inf, dtype=torch.float32, device=Q.device)
         Z = torch.full((B, 8, 4, p_hi - p_lo), 0, dtype=torch.float32, device=Q.device)
         N = torch.full((B, 8, 4, p_hi - p_lo, 128), 0, dtype=torch.float32, device=Q.device)
-        Q_tile = (Q[:, :, :, p_lo:p_hi].float() * 0.12751743082459804).flatten(2, 3)
+        Q_tile = (Q[:, :, :, p_lo:p_hi].float() * 0.088388347648318).flatten(2, 3)
         p_ = torch.arange(p_lo, p_hi, device=Q.device)
         m_end = min(M, p_hi)
         for m_lo in range(0, m_end, 64):
@@ -43,10 +43,10 @@ def run(Q, K, V, *, B, M, P) -> tuple[torch.Tensor, ...]:
             G_new = torch.maximum(GL, G)
             G_ref = G_new.masked_fill(G_new.isinf(), 0)
             # W[b,hg,hr,p,m1,m0] = exp(S[b,hg,hr,p,m1,m0] - G[b,hg,hr,p,m1])
-            W = S.mul_(1.0).sub_((G_ref * 1.0)[..., None]).exp2_()
+            W = S.sub_(G_ref[..., None]).mul_(1.4426950408889634).exp2_()
             # ZL[b,hg,hr,p,m1] = sum(m0) W[b,hg,hr,p,m1,m0]
             ZL = W.sum(-1)
-            C = (G * 1.0).sub_(G_ref.mul_(1.0)).exp2_()
+            C = (G - G_ref).mul_(1.4426950408889634).exp2_()
             # Z[b,hg,hr,p,m1] = Z[b,hg,hr,p,m1 - 1] * exp(G[b,hg,hr,p,m1 - 1] - G[b,hg,hr,p,m1]) + ZL[b,hg,hr,p,m1]
             #   along m1 from 0
             Z = Z.mul_(C).add_(ZL)
