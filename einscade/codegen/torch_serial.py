@@ -19,7 +19,7 @@ from einscade.codegen.tiles import (
     Statement,
     TileLoop,
 )
-from einscade.codegen.torch_values import Range, Value, align, number, python, value
+from einscade.codegen.torch_values import Range, Value, align, exact_factor, number, python, value
 from einscade.codegen.torch_writer import Lines, Writer
 from einscade.ir.expr import Expr, accesses, free_vars, var
 
@@ -256,7 +256,8 @@ class SerialWriter(Writer):
         self.made_ranks = {r: v for r, v in self.made_ranks.items() if r in made or r not in self.loop.coordinates}
 
     def contract(self, c: Contraction, s: Statement) -> Value:
-        """A contraction whose operand does not change in the loop has it prepared before."""
+        """A contraction whose operand does not change in the loop has it prepared before, and multiplied by the factor
+        of the contraction where that rounds nothing."""
         if s.mask_operand or self.hoisted is None:
             return super().contract(c, s)
         outer, codes = c.outer, []
@@ -267,7 +268,7 @@ class SerialWriter(Writer):
                 continue
             here, self.out = self.out, self.hoisted
             v = c.left(self.scope) if expr is c.left_expr else c.right(self.scope)
-            if outer != 1 and outer.is_number:
+            if outer != 1 and exact_factor(outer):
                 v = Value(f"{v.tight(1)} * {number(outer)}", v.ranks, "f", True, 1)
                 outer = sympy.Integer(1)
             text = prepare(v).code

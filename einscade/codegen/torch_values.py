@@ -18,7 +18,7 @@ from einscade.codegen.source import Unsupported
 from einscade.codegen.tiles import Finite
 from einscade.ir.expr import Access, Expr, FloorDiv, Mod, Round, Trunc, Where, free_vars
 
-__all__ = ["ATOM", "COMPARISON", "Name", "Range", "Scope", "Value", "number", "python", "value"]
+__all__ = ["ATOM", "COMPARISON", "Name", "Range", "Scope", "Value", "exact_factor", "number", "python", "value"]
 
 ATOM, PRODUCT, SUM, COMPARISON = 0, 1, 2, 3
 LOG2_E = repr(math.log2(math.e))
@@ -163,6 +163,11 @@ def _compared(expr: sympy.core.relational.Relational, names: Mapping[str, str]) 
     left = sympy.Add(*(t for t in sympy.Add.make_args(difference) if not t.could_extract_minus_sign()))
     right = left - difference
     return f"{python(left, names)} {expr.rel_op} {python(right, names)}"
+
+
+def exact_factor(expr: Expr) -> bool:
+    """Whether multiplying by it rounds nothing: a power of two."""
+    return bool(expr.is_number) and abs(math.frexp(float(expr))[0]) == 0.5
 
 
 # -- tensors ----------------------------------------------------------------------------------------------------------

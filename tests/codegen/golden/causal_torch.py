@@ -24,7 +24,7 @@ def run(Q, K, V, *, B, M, P) -> tuple[torch.Tensor, ...]:
         G = torch.full((B, 8, 4, p_hi - p_lo), -torch.inf, dtype=torch.float32, device=Q.device)
         Z = torch.full((B, 8, 4, p_hi - p_lo), 0, dtype=torch.float32, device=Q.device)
         N = torch.full((B, 8, 4, p_hi - p_lo, 128), 0, dtype=torch.float32, device=Q.device)
-        Q_tile = (Q[:, :, :, p_lo:p_hi].float() * 0.088388347648318).flatten(2, 3)
+        Q_tile = Q[:, :, :, p_lo:p_hi].float().flatten(2, 3)
         p_ = torch.arange(p_lo, p_hi, device=Q.device)
         m_end = min(M, p_hi)
         for m_lo in range(0, m_end, 64):
@@ -32,7 +32,7 @@ def run(Q, K, V, *, B, M, P) -> tuple[torch.Tensor, ...]:
             partial = not (p_lo + 1 >= m_hi)
             # S[b,hg,hr,p,m1,m0] = sum(e) 0.088388347648318 * K[b,hg,m1*M0 + m0,e] * Q[b,hg,hr,p,e]   if m0 + m1*M0 <
             #   M & m0 + m1*M0 <= p
-            S = torch.matmul(Q_tile, K[:, :, m_lo:m_hi].float().mT).unflatten(2, (4, p_hi - p_lo))
+            S = torch.matmul(Q_tile, K[:, :, m_lo:m_hi].float().mT).unflatten(2, (4, p_hi - p_lo)).mul_(0.088388347648318)
             if partial:
                 m_ = torch.arange(m_lo, m_hi, device=Q.device)
                 keep = m_ <= p_[:, None]
