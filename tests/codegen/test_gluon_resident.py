@@ -11,6 +11,7 @@ import torch
 from einscade.codegen.gluon import emit, schedules
 from einscade.codegen.loops import LoopProgram, plan
 from einscade.codegen.schedule import Schedule
+from einscade.codegen.source import Unsupported
 from einscade.ir.cascade import Cascade
 from einscade.ir.device import H200
 from einscade.ir.interpret import interpret
@@ -29,13 +30,25 @@ TEXTS = ["two sums", "two softmaxes", "one tensor", "a bias", "biases of rows an
 
 
 def resident(loops: LoopProgram, programs: int = 3) -> list[Schedule]:
-    return [replace(s, resident=programs) for s in schedules(loops) if s.tile("p") == 128]
+    """The schedules of two warpgroups with resident programs, where those fit on chip: results have a tile of their
+    own there."""
+    return [s for x in schedules(loops) if x.tile("p") == 128 and fits(loops, s := replace(x, resident=programs))]
+
+
+def fits(loops: LoopProgram, schedule: Schedule) -> bool:
+    try:
+        emit(loops, schedule)
+    except Unsupported as reason:
+        return "do not fit" not in str(reason)  # any other reason fails the test that asks
+    return True
 
 
 def right(plain: Cascade, loops: LoopProgram, given: list[torch.Tensor], sizes: dict[str, int], seed: int) -> None:
     exact = interpret(plain, dict(zip((t.name for t in plain.inputs), given, strict=True)), {})
     passed = {s: sizes[s] for s in loops.cascade.symbols if s in sizes}
-    for schedule in resident(loops):
+    tried = resident(loops)
+    assert tried
+    for schedule in tried:
         found = Simulator(seed).load(emit(loops, schedule).text).run(*given, **passed)
         for out, name in zip(found, plain.outputs, strict=True):
             assert relative_error(out, exact[name]) <= 3 * relative_error(exact[name].to(out.dtype), exact[name])
@@ -100,6 +113,23 @@ def test_chosen_where_loops_are_short() -> None:
     assert not first("causal", 256).resident  # all tiles of rows at once
 
 
+@pytest.mark.parametrize("shape", [NARROW, WIDE], ids=["64", "128"])
+@pytest.mark.parametrize("name", BY_NAME)
+def test_what_is_offered_fits(name: str, shape: dict[str, int]) -> None:
+    """Also where a ring of a table leaves results no tile of their own, as dense biases do at width 128."""
+    loops = plan(cascade(BY_NAME[name], **shape)[1])  # type: ignore[arg-type]
+    for length in (512, 8192):
+        for schedule in schedules(loops, H200, {"B": 16, "P": length, "M": length}):
+            emit(loops, schedule)
+
+
+def test_some_do_not_fit() -> None:
+    loops = plan(cascade(BY_NAME["additive"], **WIDE)[1])  # type: ignore[arg-type]
+    assert [s.tile("M0") for s in schedules(loops) if s.tile("p") == 128] == [64]
+    assert not resident(loops)
+    assert not any(s.resident for s in schedules(loops, H200, {"B": 16, "P": 8192, "M": 8192}))
+
+
 # -- compiled without a GPU -------------------------------------------------------------------------------------------
 
 
@@ -134,6 +164,9 @@ def test_right_on_a_gpu(name: str, shape: dict[str, int], lengths: tuple[int, in
     loops, sizes = plan(rewritten), {"B": 2, "P": lengths[0], "M": lengths[1]}
     given = inputs(plain, BY_NAME[name], sizes, "cuda")
     exact = interpret(plain, {n: x.cpu() for n, x in given.items()}, {})["O"]
-    for schedule in resident(loops, 7):
+    tried = resident(loops, 7)
+    if not tried:
+        pytest.skip("no schedule with resident programs fits on chip")
+    for schedule in tried:
         (out,) = module(emit(loops, schedule)).run(*given.values(), **sizes)
         assert relative_error(out.cpu(), exact) <= 3 * relative_error(exact.bfloat16(), exact), schedule
