@@ -87,7 +87,20 @@ def plan(cascade: Cascade) -> LoopProgram:
         for e in nest.einsums:
             owner.setdefault(e.name, []).append(len(nests))
         nests.append(nest)
-    return LoopProgram(cascade, _order(cascade, nests, owner))
+    return LoopProgram(cascade, _order(cascade, _stored_once(cascade, nests), owner))
+
+
+def _stored_once(cascade: Cascade, nests: list[SerialNest]) -> list[SerialNest]:
+    """The nests with only those outputs that someone reads who does not make them again, each from the first maker."""
+    made = {e.name for nest in nests for e in nest.einsums}
+    wanted = {*cascade.outputs, *_reads(e for e in cascade.body if e.name not in made)}
+    wanted |= {name for nest in nests for name in nest.inputs}
+    result: list[SerialNest] = []
+    for nest in nests:
+        outputs = tuple(name for name in nest.outputs if name in wanted)
+        wanted -= {*outputs}
+        result.append(replace(nest, outputs=outputs))
+    return result
 
 
 def flat(cascade: Cascade) -> LoopProgram:
@@ -140,7 +153,9 @@ def _loops(cascade: Cascade) -> list[tuple[str, frozenset[str]]]:
     """Every loop as its serial rank and the names of its body's Einsums, in the order of their first scan.
 
     Scans along one rank and of one level share a loop where they have the same independent ranks, or where one reads
-    another; so two softmaxes over the same keys are one loop, and unrelated traversals stay apart.
+    another, or where both need a statement that is made for each of the ranks that both have (the weights, for the
+    gradients of keys and values, whose widths differ); so two softmaxes over the same keys are one loop, and unrelated
+    traversals stay apart.
     """
     loops: list[tuple[str, frozenset[str]]] = []
     for serial in _serial_ranks(cascade):
@@ -154,7 +169,10 @@ def _loops(cascade: Cascade) -> list[tuple[str, frozenset[str]]]:
             for i, a in enumerate(members):
                 for b in members[i + 1 :]:
                     shared = bodies[a] & bodies[b]
-                    if shared & set(members) or _independent(cascade, a, serial) == _independent(cascade, b, serial):
+                    rows = _independent(cascade, a, serial) & _independent(cascade, b, serial)
+                    alike = rows == _independent(cascade, a, serial) | _independent(cascade, b, serial)
+                    common = rows and any(rows <= set(cascade.tensors[name].ranks) for name in shared)
+                    if alike or common or shared & set(members):
                         graph.add_edge(a, b)
             for component in nx.connected_components(graph):
                 loops.append((serial, frozenset().union(*(bodies[name] for name in component))))

@@ -208,7 +208,8 @@ class SerialWriter(Writer):
             if output and not read_later:
                 self.store(s.name, v, s.row)
                 continue
-            self.define(s.name, v, s.ranks)
+            # The tile of an output is a variable beside the memory that it is stored in.
+            self.define(s.name, v, s.ranks, f"{self.module.code(s.name)}_here" if output else None)
             if s.fill is not None:
                 self.fill(s, v)
             if output:

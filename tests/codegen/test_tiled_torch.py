@@ -12,6 +12,7 @@ from einscade.codegen.schedule import Schedule, candidates, tile_symbols
 from einscade.codegen.tiled_torch import emit, emit_flat
 from einscade.ir.device import Device
 from einscade.ir.interpret import interpret
+from einscade.ir.text import parse_cascade
 from tests import strategies
 from tests.codegen.cascades import CASES, DTYPES, Case, cascade, inputs, relative_error
 from tests.codegen.generated import module
@@ -127,6 +128,22 @@ def test_tiles_whose_tensors_exclude_every_point_are_skipped() -> None:
         torch.matmul = matmul  # type: ignore[assignment]
     assert relative_error(out, interpret(plain, x, {})["O"]) <= BOUND["f32"]
     assert len(calls) == 2 * 4  # two products for each of the four tiles on the diagonal, of ten that causality leaves
+
+
+def test_an_output_that_later_statements_read() -> None:
+    """Of the loop and after it: neither the tile nor the memory hides the other."""
+    text = """cascade both(x[b,m]) -> L[b,m1,m0], D[b], E[b]
+      where b < B, m < M, m1 < ceil_div(M, M0) of m, m0 < M0 of m
+      L[b,m1,m0] = x[b,m1*M0 + m0]**2   if m1*M0 + m0 < M
+      X[b,m1]    = sum(m0) L[b,m1,m0]
+      A[b,m1]    = A[b,m1 - 1] + X[b,m1]   along m1 from 0
+      D[b]       = A[b,ceil_div(M, M0) - 1] / M
+      E[b]       = D[b]**2 + 1"""
+    x = torch.randn(7, 10)
+    square, mean, more = module(emit(plan(parse_cascade(text)), Schedule((("M0", 4), ("b", 3))))).run(x, B=7, M=10)
+    assert torch.equal(square.flatten(1)[:, :10], x**2)
+    assert relative_error(mean, (x**2).mean(1)) <= BOUND["f32"]
+    assert relative_error(more, (x**2).mean(1) ** 2 + 1) <= BOUND["f32"]
 
 
 def test_memory_is_that_of_tiles() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import einscade
 from einscade.compiler.gradients import DIFFERENTIATED
+from einscade.runtime import candidates
 from tests.models.small import Block, CausalAttention, CrossAttention, compilations, rewritten_sites
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -290,6 +292,34 @@ def test_no_quadratic_tensor_is_kept_for_backward(inner: str) -> None:
 
     assert kept(model, 800) > 12 * kept(model, 200), "eager keeps the weights"
     assert 0 < kept(fast, 800) <= 4.2 * kept(fast, 200)
+
+
+class Attention(nn.Module):
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("queries", [1, 1024])
+def test_no_quadratic_tensor_is_made_by_generated_code(
+    dynamic: bool, queries: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Forward and backward, lengths and widths known or not: no memory at once beyond some tiles and the tensors."""
+    monkeypatch.setenv("EINSCADE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("EINSCADE_AUTOTUNE", "0")
+    monkeypatch.setattr(candidates, "_emitters", lambda device: ("tiled_torch",))
+    monkeypatch.setattr(candidates, "_library_form", lambda program, steps: None)
+    monkeypatch.setattr(candidates, "_last_resorts", lambda cascade, schedule: [])
+    fast = einscade.optimize(Attention(), inner="eager", dynamic=dynamic)
+    keys = 4096
+    q, k, v = (torch.randn(1, 2, n, 16, requires_grad=True) for n in (queries, keys, keys))
+    torch.autograd.grad(fast(q, k, v).square().sum(), (q, k, v))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        torch.autograd.grad(fast(q, k, v).square().sum(), (q, k, v))
+    assert rewritten_sites(fast) == 1
+    most = max(e.self_cpu_memory_usage for e in profile.events())
+    tile = 2 * 256 * 256 * 4
+    assert 0 < most <= 2 * max(tile, k.nbytes), "a quadratic tensor has 32 MiB, one tile of queries for all keys 4"
 
 
 def test_evaluation_after_training() -> None:
