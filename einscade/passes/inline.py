@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import sympy
+from sympy.logic.boolalg import Boolean
 
-from einscade.ir import DENSE, Access, Cascade, Einsum, Expr, Rank, Tensor, accesses, var
+from einscade.ir import DENSE, Access, Cascade, Einsum, Expr, Rank, Tensor, Where, accesses, var
 from einscade.ir.intervals import rank_ranges, simplify
 from einscade.passes.fusion import is_long
 from einscade.passes.normalise import normal, predicate
@@ -55,6 +56,7 @@ def _written_out(s: Einsum, written: Mapping[str, Einsum], cascade: Cascade) -> 
         if (v := value(a)) is not None:
             values[a] = v
     expr = normal(s.expr.xreplace(values) if values else s.expr)
+    domain += _lost(s.expr, values)
     in_domain = {}
     for a in accesses(s.domain):
         if (made := written.get(a.tensor)) is not None:
@@ -62,6 +64,24 @@ def _written_out(s: Einsum, written: Mapping[str, Einsum], cascade: Cascade) -> 
             domain.extend(c.xreplace(at(made, a)) for c in conjuncts(made.domain))
     parts = [p for c in domain for p in conjuncts(predicate(c.xreplace(in_domain)))]
     return s.replace(expr=expr, domain=conjoin(parts))
+
+
+def _lost(expr: Expr, values: Mapping[Access, Expr]) -> list[Boolean]:
+    """What must hold for the values that an expression reads, and cancels, to be finite: x - x is 0, but a single key
+    that is masked leaves its row without points."""
+    marks = {v: sympy.Dummy() for v in values.values() if _finite(v) != sympy.true}
+    read = {a: marks[v] for a, v in values.items() if v in marks and a in reads_outside_where(expr)}
+    left = expr.xreplace(read).free_symbols
+    return [_finite(v) for v, mark in marks.items() if mark in read.values() and mark not in left]
+
+
+def _finite(expr: Expr) -> Boolean:
+    if isinstance(expr, Where):
+        condition, a, b = expr.args
+        return sympy.And(sympy.Or(sympy.Not(condition), _finite(a)), sympy.Or(condition, _finite(b)))
+    if isinstance(expr, (sympy.Add, sympy.Mul)):
+        return sympy.And(*map(_finite, expr.args))
+    return sympy.false if expr.is_infinite else sympy.true
 
 
 def _replaced(expr: Expr, value: object) -> Expr:

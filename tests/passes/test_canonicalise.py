@@ -224,6 +224,21 @@ def test_interleaved_heads_become_two_scores() -> None:
     assert_equal(before, after, SIZES)
 
 
+def test_a_single_key_that_is_masked_leaves_no_point() -> None:
+    """exp(x - x) is 1, but not where x is -oo."""
+    before = cascade("""cascade c(Q[p,e], K[e], V[f], I[p]: bool) -> O[p,f]
+      where p < 5, e < 3, f < 2
+      S[p] = sum(e) Q[p,e] * K[e]
+      A[p] = Where(I[p], -oo, S[p])
+      G[p] = A[p]
+      W[p] = exp(A[p] - G[p])
+      Z[p] = W[p]
+      O[p,f] = V[f] * W[p] / Z[p]
+    """)
+    (out,) = canonical(before).body
+    assert (str(out.expr), str(out.domain), out.reduce) == ("X2[p]", "~mask[b]", None)
+
+
 def test_dead_statements_and_ranks_go() -> None:
     text = HEAD + "  " + CAUSAL["domain"] + "  U[b,h,p,n] = sum(d) K[b,h,n,d] * Q[b,h,p,d]\n"
     assert canonical(cascade(text)) == canonical(cascade(HEAD + "  " + CAUSAL["domain"]))
