@@ -56,10 +56,11 @@ def _with_summaries(cascade: Cascade, nest: SerialNest, schedule: Schedule) -> t
     step = loop.step.xreplace({var(s): sympy.Integer(n) for s, n in schedule.tiles})
     if loop.coordinate is None or not loop.skippable or not step.is_Integer:
         return cascade, names
+    points = {r for r in nest.grid if schedule.tile(r) is None} | {nest.serial, *loop.coordinates}
     for a in accesses(loop.domain):
         tensor = cascade.tensors[a.tensor]
         place = _place(a, loop.coordinate, int(step), schedule.multiples)
-        along_rows = {r for r in nest.grid if schedule.tile(r) is not None} & free_vars(a)
+        along_rows = free_vars(a) & {*cascade.rank_table} - points  # of the tile, or held whole
         whole = tensor.dtype == "bool" or tensor.dtype[0] in "iu"
         if place is None or along_rows or not whole or a.tensor not in {t.name for t in cascade.inputs}:
             continue

@@ -203,10 +203,20 @@ def test_triton_under_the_interpreter() -> None:
 
 @pytest.mark.skipif(not INTERPRETING, reason="runs in the process that test_triton_under_the_interpreter starts")
 @pytest.mark.parametrize("emitter", ["triton"], indirect=True)
-@pytest.mark.parametrize(("name", "dtype"), [("sink", "f32")])
-def test_triton(name: str, dtype: str, emitter: Emitter) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype", "hostiles"),
+    [
+        ("sink", "f32", ("dominant", "denormal", "offset")),
+        ("masked", "f16", ("dominant", "offset")),
+        pytest.param(
+            "masked", "f16", ("denormal",),
+            marks=pytest.mark.xfail(reason="the keys' gradient is off by 1.52 times math's error"),
+        ),
+    ],
+)  # fmt: skip
+def test_triton(name: str, dtype: str, hostiles: tuple[str, ...], emitter: Emitter) -> None:
     fast = einscade.optimize(VARIANTS[name].module(), inner="eager")
-    for hostile in ("dominant", "denormal", "offset"):
+    for hostile in hostiles:
         assert_exact(fast, name, dtype, (37, 37), hostile, width=16, tensor_cores=True)
     assert emitter.used() == {"triton"}
 
