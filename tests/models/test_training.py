@@ -33,9 +33,9 @@ def _losses(model: nn.Module, batches: list[dict[str, torch.Tensor]], steps: int
     return losses
 
 
-def _tiny(name: str) -> Any:
+def _tiny(name: str, seed: int = 0) -> Any:
     """A tiny model in training mode. Dropout is off in its configuration, where T5's attention reads it."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     if name == "t5":
         config: Any = transformers.T5Config(
             vocab_size=99, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, dropout_rate=0.0,
@@ -56,10 +56,13 @@ def _tiny(name: str) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_fifty_steps(name: str) -> None:
-    model = _tiny(name)
-    twin = copy.deepcopy(model)
+    """From a start whose losses float32 knows: from others (T5's seed 0) eager's own are 1.8e-4 from float64's, since
+    Adam divides by the size of gradients that are rounding."""
+    model = _tiny(name, seed=3)
+    twin, exact = copy.deepcopy(model), copy.deepcopy(model).double()
     batches = _batches((29,) * 5)
     expected = _losses(model, batches, 50)
+    assert all(abs(e - x) <= 2e-5 * x for e, x in zip(expected, _losses(exact, batches, 50), strict=True))
     fast = einscade.optimize(twin, inner="eager")
     _assert_losses(_losses(fast, batches, 50), expected)
     assert rewritten_sites(fast) == {"llama": 2, "t5": 6}[name]
