@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import sympy
 from torch import Tensor as TorchTensor
 from torch.fx import Node
 
@@ -19,9 +18,8 @@ from einscade.compiler.raising_index import Index, is_one
 from einscade.compiler.raising_memo import Correspondence, Memo, Request
 from einscade.compiler.raising_names import named
 from einscade.ir.cascade import Cascade, Einsum, Tensor
-from einscade.ir.expr import Access, Expr, free_vars, var
-from einscade.passes.invariance import UNCHANGED, Change, propagate
-from einscade.passes.rewrite import NotApplicable
+from einscade.ir.expr import Access, Expr, free_vars
+from einscade.passes.invariance import is_felt
 
 __all__ = ["Output", "Raised", "raise_region"]
 
@@ -80,15 +78,7 @@ def raise_region(request: Request, memo: Memo, name: str) -> Raised:
 def _felt(cascade: Cascade, detached: Sequence[str]) -> str | None:
     """The first of the statements whose values matter: where it moves, an output moves. A maximum that only shifts what
     is normalised does not, and the gradient through it is zero, whether it is stopped or not."""
-    for name in detached:
-        ranks = map(var, cascade.tensors[name].ranks)
-        try:
-            changes = propagate(cascade, {name: Change(shift=sympy.Function("shift", real=True)(*ranks))})
-        except NotApplicable:
-            return name
-        if any(changes[output] != UNCHANGED for output in cascade.outputs):
-            return name
-    return None
+    return next((name for name in detached if is_felt(cascade, name)), None)
 
 
 def _raised(request: Request, constants: Mapping[str, TorchTensor]) -> tuple[Raiser, list[tuple[str, tuple[str, ...]]]]:

@@ -24,7 +24,7 @@ import sympy
 from sympy.logic.boolalg import Boolean
 
 from einscade.ir import Access, Cascade, Einsum, Expr, FloorDiv, Mod, Rank, Reduction, Tensor, Where, var
-from einscade.passes.invariance import UNCHANGED, Change, propagate
+from einscade.passes.invariance import is_felt
 from einscade.passes.pieces import apart, together
 from einscade.passes.rewrite import NotApplicable
 from einscade.passes.row_factors import positive, row_factors
@@ -84,7 +84,7 @@ class _Reverse:
         self.wide = "f64" if any(t.dtype == "f64" for t in cascade.inputs) else "f32"
         self.along = frozenset(r for s in cascade.body if s.name in self.summaries and s.reduce for r in s.reduce.ranks)
         self.seeds: frozenset[str] = frozenset()
-        self.shifts: dict[str, Change] = {}  # what no output sees move: when others are looked at, it may as well stay
+        self.still: set[str] = set()  # what no output sees move: when others are looked at, it may as well stay
         self.unrounded: dict[str, Einsum] = {}  # of outputs in half precision, what is saved instead
 
     def run(self) -> Gradient:
@@ -98,7 +98,7 @@ class _Reverse:
             if statement.name in self.active and self._close(statement.output):
                 self._backward(statement)
             elif statement.name not in c.outputs:
-                self.shifts[statement.name] = UNCHANGED
+                self.still.add(statement.name)
         gradients = {}
         for name in self.wrt:
             if self._close(c.tensors[name]):
@@ -229,16 +229,10 @@ class _Reverse:
             self.parts.setdefault(access.tensor, []).append(self._scatter(s, access, expr, domain))
 
     def _only_shifts(self, s: Einsum) -> bool:
-        """Whether no output sees this statement move, at each of its points by an amount of its own: then its gradient
-        is zero, whatever its formula gives."""
-        shift = sympy.Function("shift", real=True)(*map(var, s.output.ranks))
-        try:
-            changes = propagate(self.forward, {**self.shifts, s.name: Change(shift=shift)})
-        except NotApplicable:
+        """Whether no output sees this statement move: then its gradient is zero, whatever its formula gives."""
+        if is_felt(self.forward, s.name, self.still):
             return False
-        if any(changes[o] != UNCHANGED for o in self.forward.outputs):
-            return False
-        self.shifts[s.name] = UNCHANGED
+        self.still.add(s.name)
         return True
 
     def _chosen(self, s: Einsum) -> Expr:

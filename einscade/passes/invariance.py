@@ -11,7 +11,7 @@ max(x + c) = max(x) + c, exp(x + c) = exp(c) * exp(x), sum(c * x) = c * sum(x), 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import sympy
@@ -21,7 +21,7 @@ from einscade.ir import Access, Cascade, Einsum, Expr, Where, accesses, free_var
 from einscade.passes.rewrite import NotApplicable
 from einscade.passes.terms import conjuncts
 
-__all__ = ["UNCHANGED", "Change", "propagate"]
+__all__ = ["UNCHANGED", "Change", "is_felt", "propagate"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,19 @@ def propagate(cascade: Cascade, changes: Mapping[str, Change]) -> dict[str, Chan
         if statement.name not in changes:
             result[statement.name] = _change_of(statement, cascade, result)
     return result
+
+
+def is_felt(cascade: Cascade, name: str, still: Iterable[str] = ()) -> bool:
+    """Whether an output sees a statement move, at each of its points by an amount of its own, as far as is known.
+
+    still: statements that are taken not to move, whatever they read.
+    """
+    shift = sympy.Function("shift", real=True)(*map(var, cascade.tensors[name].ranks))
+    try:
+        changes = propagate(cascade, {**dict.fromkeys(still, UNCHANGED), name: Change(shift=shift)})
+    except NotApplicable:
+        return True
+    return any(changes[output] != UNCHANGED for output in cascade.outputs)
 
 
 def _change_of(statement: Einsum, cascade: Cascade, changes: Mapping[str, Change]) -> Change:
