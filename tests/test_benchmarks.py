@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cpu_model, end_to_end, h200, record, zoo
+from benchmarks import counters, cpu_model, end_to_end, h200, record, zoo
 from benchmarks.measure import interleaved_medians, peak_extra_memory
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/clear_refs is Linux's")
@@ -166,3 +166,18 @@ def test_operations_count_the_points_that_are_kept() -> None:
         row = rows[name]
         found = row.operations(64, row.inputs(64, "cpu", batch=1))
         assert found == 4 * kept * row.width * row.heads * (row.batch or 0)
+
+
+def test_counters_of_a_kernel() -> None:
+    """Names, units' row, thousands and missing values as Nsight Compute prints them; the longest waits come first."""
+    stall = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
+    names = ["ID", "Kernel Name", "gpu__time_duration.sum", "launch__registers_per_thread", counters.PERCENTAGES["L2"]]
+    names += [stall.format(x) for x in ("wait", "gmma", "selected")]
+    table = [names, ["", "", "ns", "register/thread", "%", "inst", "inst", "inst"]]
+    table += [["0", "list_tiles", "8,512", "32", "n/a", "1.5", "2.25", "9"]]
+    text = "==PROF== Connected to process 1\n" + "\n".join(",".join(f'"{x}"' for x in row) for row in table)
+    (found,) = counters.counters(text)
+    assert (found["kernel"], found["ncu_us"], found["registers"], found["L2"]) == ("list_tiles", 8.512, 32.0, None)
+    assert list(found["stalls"].items()) == [("gmma", 2.25), ("wait", 1.5)]
+    with pytest.raises(counters.ProfilingError, match="no kernel"):
+        counters.counters("==WARNING== No kernels were profiled.")
