@@ -46,6 +46,8 @@ class Schedule:
     summaries: compute beforehand what data along a loop says of its tiles (`codegen.summaries`), to skip them.
     unordered: programs add to a sum in memory in whatever order they come (`codegen.gluon_spread`): not deterministic.
     resident: so many programs at most, each of which takes one tile of rows after another; 0: a program for each.
+    overlap: a kernel that follows another is launched before that one has ended, and waits on the device for what it
+        wrote (programmatic dependent launch, from Hopper on).
     """
 
     tiles: tuple[tuple[str, int], ...] = ()
@@ -58,6 +60,7 @@ class Schedule:
     summaries: bool = False
     unordered: bool = False
     resident: int = 0
+    overlap: bool = False
 
     def tile(self, name: str) -> int | None:
         return dict(self.tiles).get(name)

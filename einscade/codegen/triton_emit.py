@@ -57,12 +57,19 @@ class _TritonModule(TorchModule):
             return
         several = len(self.program.serial_nests) > 1
         name = f"{self.cascade.name}_kernel" + (f"{len(self.kernels) + 1}" if several else "")
-        k = kernel(self.cascade, nest, self.schedule, name)
+        k = kernel(self.cascade, nest, self.schedule, name, *self.neighbours(nest))
         self.kernels.append(k)
         made_in_body = {e.name for e in nest.body}
         for output in nest.outputs:
             self.allocate(output, zeros=output in made_in_body)
         self.launch(k)
+
+    def neighbours(self, nest: SerialNest) -> tuple[bool, bool]:
+        """Whether the kernel of a nest overlaps with one right before it, and with one right after it."""
+        nests, at = self.program.nests, self.program.nests.index(nest)
+        before, after = nests[max(0, at - 1) : at], nests[at + 1 : at + 2]
+        overlaps = [self.schedule.overlap and any(isinstance(n, SerialNest) for n in side) for side in (before, after)]
+        return overlaps[0], overlaps[1]
 
     def launch(self, k: Kernel) -> None:
         described = {}
@@ -74,6 +81,7 @@ class _TritonModule(TorchModule):
         arguments += k.sizes
         arguments += [f"{t}_TMA={t}_TMA" for t in k.described]
         arguments += [f"num_warps={self.schedule.warps}", f"num_stages={self.schedule.stages}"]
+        arguments += ["launch_pdl=True"] if k.waits else []
         self.out(f"grid = ({k.grid},)")
         self.out(f"{k.name}[grid](")
         for line in textwrap.wrap(", ".join(arguments), 108, break_long_words=False):
@@ -100,6 +108,8 @@ class _TritonModule(TorchModule):
         if any(k.described for k in self.kernels):
             imports += "from triton.tools.tensor_descriptor import TensorDescriptor\n"
             text += DESCRIBED
+        if any(k.waits for k in self.kernels):
+            imports += "from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait\n"
         helpers = sorted({h for k in self.kernels for h in k.helpers})
         text += "".join(f"\n{HELPERS[h]}" for h in helpers)
         return imports + text + "".join(k.text for k in self.kernels)

@@ -28,7 +28,8 @@ __all__ = ["Kernel", "kernel"]
 class Kernel:
     """`text`: the functions. `name`: the kernel's. `grid`: code of the number of programs. `arguments`: what it takes,
     in order: tensors, strides, sizes. `described`: the block of each input read through a descriptor, if strides
-    allow; for each the kernel takes a flag that says whether they did. `helpers`: functions it needs."""
+    allow; for each the kernel takes a flag that says whether they did. `helpers`: functions it needs. `waits`: whether
+    it may be launched before the kernel in front of it has ended."""
 
     name: str
     text: str
@@ -38,11 +39,15 @@ class Kernel:
     sizes: tuple[str, ...]
     described: Mapping[str, tuple[int, ...]]
     helpers: frozenset[str]
+    waits: bool
 
 
-def kernel(cascade: Cascade, nest: SerialNest, schedule: Schedule, name: str) -> Kernel:
-    """Write the kernel, or raise `Unsupported`."""
-    return _KernelWriter(cascade, nest, schedule, name).write()
+def kernel(
+    cascade: Cascade, nest: SerialNest, schedule: Schedule, name: str, waits: bool = False, awaited: bool = False
+) -> Kernel:
+    """Write the kernel, or raise `Unsupported`. `waits`: for the kernel in front of it to end, whatever it reads, so
+    that having waited for a kernel is having waited for all before it. `awaited`: the next one may be launched."""
+    return _KernelWriter(cascade, nest, schedule, name).write(waits, awaited)
 
 
 class _KernelWriter(BoundsWriter):
@@ -57,7 +62,11 @@ class _KernelWriter(BoundsWriter):
 
     # -- the text --
 
-    def write(self) -> Kernel:
+    def write(self, waits: bool, awaited: bool) -> Kernel:
+        if awaited:
+            self.main("gdc_launch_dependents()  # the next kernel comes on chip where there is room, and waits")
+        if waits:
+            self.main("gdc_wait()  # until the kernel before this one has ended")
         self.write_head()
         self.statements(self.loop.prologue)
         for state in self.loop.states:
@@ -72,7 +81,7 @@ class _KernelWriter(BoundsWriter):
         self.scope.blocks = {r: b for r, b in self.scope.blocks.items() if r not in self.loop.coordinates}
         self.masks = {}
         self.statements(self.loop.epilogue)
-        return self.assemble(step, parameters, states)
+        return self.assemble(step, parameters, states, waits)
 
     def write_head(self) -> None:
         here = self.main
@@ -143,7 +152,7 @@ class _KernelWriter(BoundsWriter):
     def main_names(self) -> list[str]:
         return re.findall(r"^    ([A-Za-z_]\w*) = ", self.main.text, re.M)
 
-    def assemble(self, step: str, parameters: list[str], states: str) -> Kernel:
+    def assemble(self, step: str, parameters: list[str], states: str, waits: bool) -> Kernel:
         used = set(re.findall(r"\b[A-Za-z_]\w*", re.sub(r"#.*", "", self.main.text + step)))
         tensors = tuple(m.pointer for m in self.scope.memory.values())
         strides = tuple(
@@ -164,7 +173,7 @@ class _KernelWriter(BoundsWriter):
         programs = [f"-(-{_wrapped(self.grid_extent(r))} // {n})" for r, n in tiled]
         programs += [_wrapped(self.grid_extent(r)) for r in self.points]
         return Kernel(self.name, text, " * ".join(programs) or "1", tensors, strides, sizes, self.described,
-                      frozenset(self.scope.helpers))  # fmt: skip
+                      frozenset(self.scope.helpers), waits)  # fmt: skip
 
     def grid_extent(self, rank: str) -> str:
         return self.host(self.cascade.extent(rank))

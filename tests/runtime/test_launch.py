@@ -84,7 +84,7 @@ def _without_output(call: tuple[Any, ...], inputs: tuple[Tensor, ...]) -> tuple[
             x = x.data_ptr()
         if isinstance(x, tuple):
             return tuple(map(plain, x))
-        return "address" if isinstance(x, int) and x > 1 << 32 and x not in known else x
+        return "address" if isinstance(x, int) and x > 1 << 24 and x not in known else x
 
     head, rest = call[:10], call[13:]
     constants = [i for i, x in enumerate(rest) if isinstance(x, bool) or x is None]  # compiled in
