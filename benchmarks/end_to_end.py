@@ -165,6 +165,7 @@ def measure(work: Workload, layers: int, device: str, names: tuple[str, ...], ch
                 found["variants"][name] = _measure_one(work, short, model, config, name, exact, plain, device)
             except Exception as problem:  # a variant that does not exist, or does not fit, is a result
                 found["variants"][name] = {"problem": f"{type(problem).__name__}: {problem}".splitlines()[0][:300]}
+            print(f"{work.name} {name}: {found['variants'][name]}", file=sys.stderr, flush=True)
             gc.collect()
             if device == "cuda":
                 torch.cuda.empty_cache()
