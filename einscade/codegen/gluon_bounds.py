@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import sympy
 from sympy.logic.boolalg import And, Boolean, Or
 
-from einscade.codegen.domains import Ranges, extremes, span
 from einscade.ir.expr import Access, Expr, FloorDiv, ceil_div, free_vars, var
+from einscade.passes.domains import Ranges, extremes, span
 from einscade.passes.terms import conjuncts
 
 __all__ = ["Bounds", "bounds"]

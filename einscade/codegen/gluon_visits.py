@@ -14,20 +14,19 @@ from functools import cached_property
 import sympy
 from sympy.logic.boolalg import Boolean, Or
 
-from einscade.codegen.domains import span
 from einscade.codegen.gluon_points import Points
 from einscade.codegen.gluon_text import function, indent, paren
 from einscade.codegen.gluon_values import Printer, Value
 from einscade.codegen.source import Unsupported
 from einscade.ir.expr import Access, Expr, accesses, ceil_div, free_vars, var
-from einscade.passes.restrict import certain, possible
+from einscade.passes.domains import certain, possible, span
 
 __all__ = ["LISTING", "Visits"]
 
 LISTED = 32
 """So many tiles of the loop are decided at once."""
 
-LISTING = f'''
+LISTING = f"""
 LISTED = gl.constexpr({LISTED})  # tiles decided at once
 BLOCK = gl.constexpr(gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0]))
 EACH = gl.constexpr(gl.SliceLayout(1, BLOCK))
@@ -38,7 +37,7 @@ LIST = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 @gluon.jit
 def add(a, b):
     return a + b
-'''
+"""
 
 
 @dataclass(frozen=True)

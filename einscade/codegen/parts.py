@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import sympy
 
 from einscade.codegen.cost import Lengths, few_rows, step_bytes, tile_symbols, tiled_ranks
-from einscade.codegen.domains import is_data_dependent
 from einscade.codegen.loops import LoopProgram, SerialNest
 from einscade.ir.cascade import Cascade
 from einscade.ir.device import Device
 from einscade.ir.expr import Expr, FloorDiv, ceil_div, free_vars, var
 from einscade.ir.text import print_expr
+from einscade.passes.domains import is_data_dependent
 from einscade.passes.online import Online
 from einscade.passes.rewrite import Rewrite
 from einscade.passes.split import Split

@@ -22,11 +22,12 @@ from functools import cached_property
 import sympy
 from sympy.logic.boolalg import And, Boolean, Or
 
-from einscade.codegen.domains import conjuncts, implied_limit
 from einscade.codegen.existence import existence
 from einscade.codegen.loops import SerialNest
 from einscade.ir.cascade import MONOIDS, Cascade, Einsum
 from einscade.ir.expr import Access, Expr, accesses, var
+from einscade.passes.domains import implied_limit
+from einscade.passes.terms import conjuncts
 
 __all__ = [
     "Finite", "State", "Statement", "TileLoop", "existence", "guarded", "may_be_infinite", "missing_value",

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import sympy
 
-from einscade.codegen.domains import conjuncts
 from einscade.codegen.loops import FlatNest
 from einscade.codegen.tiles import (
     Statement,
@@ -23,6 +22,7 @@ from einscade.codegen.torch_values import Name, Range, Value, value
 from einscade.codegen.torch_writer import TORCH_DTYPES, Writer
 from einscade.ir.cascade import Einsum
 from einscade.ir.expr import Access, Expr, Where, accesses, free_vars, var
+from einscade.passes.terms import conjuncts
 
 if TYPE_CHECKING:
     from einscade.codegen.tiled_torch import TorchModule

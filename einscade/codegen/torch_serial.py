@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import sympy
 from sympy.logic.boolalg import Boolean
 
-from einscade.codegen.domains import certain, is_data_dependent, possible, span
 from einscade.codegen.matmul import Contraction
 from einscade.codegen.source import Unsupported
 from einscade.codegen.tiles import (
@@ -22,6 +21,7 @@ from einscade.codegen.tiles import (
 from einscade.codegen.torch_values import Range, Value, align, exact_factor, number, python, value
 from einscade.codegen.torch_writer import Lines, Writer
 from einscade.ir.expr import Expr, accesses, free_vars, var
+from einscade.passes.domains import certain, is_data_dependent, possible, span
 
 if TYPE_CHECKING:
     from einscade.codegen.tiled_torch import TorchModule

@@ -15,12 +15,11 @@ from dataclasses import replace
 import sympy
 from sympy.logic.boolalg import And, Boolean
 
-from einscade.codegen.domains import certain, full_range, possible, span
 from einscade.codegen.summaries import summary_of
 from einscade.codegen.triton_tile import TileWriter
 from einscade.codegen.triton_values import Block, Value, aligned, scalar, value
 from einscade.ir.expr import Access, Expr, free_vars, var
-from einscade.passes.restrict import Data
+from einscade.passes.domains import Data, certain, full_range, possible, span
 from einscade.passes.terms import conjuncts
 
 __all__ = ["BoundsWriter"]

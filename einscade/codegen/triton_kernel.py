@@ -13,13 +13,13 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from einscade.codegen.domains import span
 from einscade.codegen.loops import SerialNest
 from einscade.codegen.schedule import Schedule
 from einscade.codegen.triton_bounds import BoundsWriter
 from einscade.codegen.triton_values import Local, value
 from einscade.ir.cascade import Cascade
 from einscade.ir.expr import free_vars, var
+from einscade.passes.domains import span
 
 __all__ = ["Kernel", "kernel"]
 

@@ -33,7 +33,7 @@ from einscade.ir import (
     free_vars,
     var,
 )
-from einscade.passes.restrict import tile_classes
+from einscade.passes.domains import possible
 from einscade.passes.rewrite import NotApplicable
 from einscade.passes.statements import Names, factors, redirect, wide
 from einscade.passes.terms import closure
@@ -182,10 +182,8 @@ class _Split:
         (_, row, key_block, column, *_), options = self.ranks, self.options
         first = {options.query: self.block * row.extent, options.key: var(key_block.name) * column.extent}
         size = {options.query: row.extent, options.key: column.extent}
-        extents = {r.name: r.extent for r in cascade.ranks}
-        low = {var(f"{r}_lo"): first.get(r, var(r)) for r in extents}
-        high = {var(f"{r}_hi"): first.get(r, var(r)) + size.get(r, 1) - 1 for r in extents}
-        return tile_classes(predicate, options.key, extents).maybe.xreplace(low | high)
+        starts = {r.name: first.get(r.name, var(r.name)) for r in cascade.ranks}
+        return possible(predicate, {r: (start, start + size.get(r, 1) - 1) for r, start in starts.items()})
 
     # -- the main cascade --
 

@@ -15,10 +15,10 @@ from einscade.ir import Cascade, var
 from einscade.ir.text import parse_cascade, print_cascade, print_expr
 from einscade.passes.chunk import Chunk
 from einscade.passes.defer import Defer
+from einscade.passes.domains import certain, edges, possible, span
 from einscade.passes.online import Online
 from einscade.passes.quantize import Quantize
 from einscade.passes.reassociate import Reassociate
-from einscade.passes.restrict import tile_classes
 from einscade.passes.rewrite import Rewrite
 from einscade.passes.select import Select
 from einscade.passes.smooth import Smooth
@@ -60,14 +60,15 @@ def statements(cascade: Cascade) -> str:
 def window() -> str:
     cascade = parse_cascade(ATTENTION.replace("{domain}", "m <= p & (p - m < 1024 | m < 4)"))
     scores = cascade.definitions["S"]
-    found = tile_classes(scores.domain, "m", {r.name: r.extent for r in cascade.ranks})
+    tile = edges(r.name for r in cascade.ranks)
+    reach = span(scores.domain, "m", tile)
     return "\n".join(
-        f"{name:7}{print_expr(value)}"
+        f"{name:9}{print_expr(value)}"
         for name, value in (
             ("domain", scores.domain),
-            ("range", sympy.And(found.lower <= var("m"), var("m") < found.upper)),
-            ("maybe", found.maybe),
-            ("full", found.full),
+            ("span", var("m") < sympy.Min(var("M"), reach.stop)),
+            ("possible", possible(scores.domain, tile)),
+            ("certain", certain(scores.domain, tile)),
         )
     )
 

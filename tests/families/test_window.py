@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from einscade.ir import Cascade, var
 from einscade.passes.defer import Defer
+from einscade.passes.domains import certain, edges, possible, span
 from einscade.passes.online import Loops, Online
-from einscade.passes.restrict import tile_classes
 from tests.families.cascades import (
     ATTENTION,
     WINDOW_WITH_SINK,
@@ -58,12 +58,11 @@ def test_tiles_are_classified(length: int, rows: int, columns: int, window: int,
     """No tile with a point is called empty, and none without all is called full; whole tiles of the three parts (sink,
     gap, window) are found."""
     c = cascade(ATTENTION, domain_of(window, sink))
-    found = tile_classes(c.definitions["S"].domain, "m", {r.name: r.extent for r in c.ranks})
+    domain, tile = c.definitions["S"].domain, edges(r.name for r in c.ranks)
+    found = possible(domain, tile), certain(domain, tile)
     for ps, ms in product(tiles(length, rows), tiles(length, columns)):
         at = {var("p_lo"): ps[0], var("p_hi"): ps[-1], var("m_lo"): ms[0], var("m_hi"): ms[-1], var("M"): length}
-        maybe, full = (
-            bool(x.xreplace({k: sympy.Integer(v) for k, v in at.items()})) for x in (found.maybe, found.full)
-        )
+        maybe, full = (bool(x.xreplace({k: sympy.Integer(v) for k, v in at.items()})) for x in found)
         true = classes(ps, ms, window, sink)
         assert maybe or true == "empty"
         assert not full or true == "full"
@@ -75,9 +74,9 @@ def test_tiles_are_classified(length: int, rows: int, columns: int, window: int,
 
 def test_the_gap_between_sink_and_window_is_a_hole() -> None:
     c = cascade(ATTENTION, WINDOW_WITH_SINK)
-    found = tile_classes(c.definitions["S"].domain, "m", {r.name: r.extent for r in c.ranks})
-    assert found.holes
-    assert found.upper.xreplace({var("p_hi"): sympy.Integer(9), var("M"): sympy.Integer(64)}) == 10
+    found = span(c.definitions["S"].domain, "m", edges(r.name for r in c.ranks))
+    assert not found.exact
+    assert found.stop == var("p_hi") + 1
 
 
 def one_pass(window: int, sink: int) -> Cascade:

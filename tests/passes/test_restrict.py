@@ -1,4 +1,4 @@
-"""Tile classes, against every point of small tiles."""
+"""Where the points of tiles are, against every point of small tiles; the rewrite and its note."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import sympy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from einscade.ir import Access, FloorDiv, Mod, var
+from einscade.ir import FloorDiv, Mod, var
+from einscade.passes.domains import Span, certain, edges, full_range, possible, span
 from einscade.passes.pipeline import run
-from einscade.passes.restrict import Restrict, tile_classes
+from einscade.passes.restrict import Restrict
 from tests.passes.cascades import ATTENTION, SIZES, assert_equal, cascade
 
 p, m, h = map(var, ("p", "m", "h"))
 N, M = 11, 13
-EXTENTS = {"p": sympy.Integer(N), "m": sympy.Integer(M)}
+TILE = edges(("p", "m"))
 
 WINDOW_AND_SINK = sympy.And(m <= p, sympy.Or(m < 2, p - m < 3))
 DOMAINS = {
@@ -42,13 +43,18 @@ def holds(expr: sympy.Basic, values: dict[str, int]) -> bool:
     return bool(expr.xreplace({var(k): sympy.Integer(v) for k, v in values.items()}))
 
 
-def number(expr: sympy.Expr, values: dict[str, int]) -> float:
-    return float(expr.xreplace({var(k): sympy.Integer(v) for k, v in values.items()}))
+def within(x: int, bounds: tuple[sympy.Expr | None, sympy.Expr | None], values: dict[str, int]) -> bool:
+    """Whether `start <= x < stop` for bounds over a tile's edges; None is unbounded."""
+    start, stop = (
+        None if b is None else b.xreplace({var(k): sympy.Integer(v) for k, v in values.items()}) for b in bounds
+    )
+    return (start is None or x >= start) and (stop is None or x < stop)
 
 
 def check(domain: sympy.Basic, serial: str, sizes: tuple[int, int]) -> None:
     other = "p" if serial == "m" else "m"
-    classes = tile_classes(domain, serial, EXTENTS)
+    reach, full = span(domain, serial, TILE), full_range(domain, serial, TILE)
+    maybe, always = possible(domain, TILE), certain(domain, TILE)
     lengths = {"p": N, "m": M}
     points = {(i, j): holds(domain, {"p": i, "m": j}) for i in range(N) for j in range(M)}
 
@@ -58,18 +64,16 @@ def check(domain: sympy.Basic, serial: str, sizes: tuple[int, int]) -> None:
     for lo in range(0, lengths[other], sizes[0]):
         rows = range(lo, min(lo + sizes[0], lengths[other]))
         ends = {f"{other}_lo": rows[0], f"{other}_hi": rows[-1]}
-        lower, upper = number(classes.lower, ends), number(classes.upper, ends)
-        full = number(classes.full_lower, ends), number(classes.full_upper, ends)
         for x in range(lengths[serial]):
             column = [exists(row, x) for row in rows]
-            assert lower <= x < upper or not any(column)
-            assert all(column) or not full[0] <= x < full[1]
+            assert within(x, (reach.start, reach.stop), ends) or not any(column)
+            assert all(column) or full is None or not within(x, full, ends)
         for start in range(0, lengths[serial], sizes[1]):
             tile = range(start, min(start + sizes[1], lengths[serial]))
             at = {**ends, f"{serial}_lo": tile[0], f"{serial}_hi": tile[-1]}
             inside = [exists(row, x) for row, x in product(rows, tile)]
-            assert holds(classes.maybe, at) or not any(inside)
-            assert all(inside) or not holds(classes.full, at)
+            assert holds(maybe, at) or not any(inside)
+            assert all(inside) or not holds(always, at)
 
 
 @pytest.mark.parametrize("serial", ["m", "p"])
@@ -97,32 +101,30 @@ def test_sound_on_random_domains(data: st.DataObject) -> None:
 
 
 def test_causal_is_tight() -> None:
-    classes = tile_classes(m <= p, "m", {"p": var("P"), "m": var("M")})
     low, high = var("p_lo"), var("p_hi")
-    assert classes.upper == sympy.Min(var("M"), high + 1)
-    assert classes.full_upper == sympy.Min(var("M"), low + 1)
-    assert not classes.holes
-    transposed = tile_classes(m <= p, "p", {"p": var("P"), "m": var("M")})
-    assert transposed.lower == sympy.Max(0, var("m_lo"))
-    assert transposed.full_lower == sympy.Max(0, var("m_hi"))
+    assert span(m <= p, "m", TILE) == Span(None, high + 1, exact=True)
+    assert full_range(m <= p, "m", TILE) == (None, low + 1)
+    assert span(m <= p, "p", TILE) == Span(var("m_lo"), None, exact=True)
+    assert full_range(m <= p, "p", TILE) == (var("m_hi"), None)
 
 
 def test_a_window_with_a_sink_has_holes_that_tiles_can_skip() -> None:
-    classes = tile_classes(WINDOW_AND_SINK, "m", EXTENTS)
-    assert classes.holes
+    reach = span(WINDOW_AND_SINK, "m", TILE)
+    assert not reach.exact
     skipped = {"p_lo": 9, "p_hi": 10, "m_lo": 2, "m_hi": 5}
-    assert not holds(classes.maybe, skipped)
-    assert number(classes.lower, skipped) == 0
+    assert not holds(possible(WINDOW_AND_SINK, TILE), skipped)
+    assert within(2, (reach.start, reach.stop), skipped)
 
 
-def test_bounds_that_need_tensors_are_rows() -> None:
-    b = var("b")
-    domain = sympy.And(m <= Access("pos", b, p), Access("mask", b, m))
-    classes = tile_classes(domain, "m", {"b": var("B"), "p": var("P"), "m": var("M")})
-    assert [(r.monoid, r.expr) for r in classes.row_upper] == [("max", Access("pos", b, p) + 1)]
-    assert [(r.monoid, r.expr) for r in classes.row_full_upper] == [("min", Access("pos", b, p) + 1)]
-    assert classes.needs_check == (Access("mask", b, m),)
-    assert classes.full_upper == 0
+def test_the_note_says_what_no_range_does() -> None:
+    def note(domain: str) -> str:
+        text = ATTENTION.replace("Q[b,h,p,e]: f32,", "Q[b,h,p,e]: f32, T[b,m]: bool,", 1)
+        return Restrict().note(cascade(text.replace("m <= p", domain)))
+
+    assert note("m <= p & T[b,m]") == (
+        "S: m from 0 to Min(M, p_hi + 1), nowhere known to be full, to be checked: T[b,m]"
+    )
+    assert note("m <= p & (m < 2 | p - m < 3)").endswith(", with holes")
 
 
 def test_the_rewrite_drops_what_ranges_decide() -> None:

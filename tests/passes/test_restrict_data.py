@@ -7,9 +7,8 @@ import random
 import pytest
 import sympy
 
-from einscade.codegen.domains import full_range, span
 from einscade.ir import Access, Expr, FloorDiv, var
-from einscade.passes.restrict import Data, certain, possible
+from einscade.passes.domains import Data, certain, full_range, possible, span
 
 b, p, m = map(var, ("b", "p", "m"))
 N, M, TILE = 12, 17, 4
