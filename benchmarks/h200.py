@@ -10,7 +10,8 @@ gradients time the backward pass alone. First it is compared with the module in 
 by more than 1.5 times what the module itself makes in bfloat16 has no figure. Peers: cuDNN through
 `scaled_dot_product_attention` where that computes the same, FlexAttention, and torch.compile of the module where its
 scores fit in memory. Times are medians after warm-up on normally distributed data, TFLOP/s count only the points that
-the domain keeps. Peers are left out, and the JSON says so, when `--minutes` are nearly over.
+the domain keeps. Of tuning the JSON has each candidate's time, the seconds it took, and how the cost model's own choice
+compares. Peers are left out, and the JSON says so, when `--minutes` are nearly over.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from torch._functorch import config as functorch_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.h200_rows import ROWS, Row
+from einscade.codegen.schedule import Schedule
+from einscade.runtime.kernels import Kernel
 
 PEERS = ("cudnn", "flex", "compile")
 CHECKED = 1000
@@ -109,27 +112,55 @@ def ours(row: Row, checked: int, device: str) -> dict[str, Any]:
     first = time.perf_counter() - started
     found = {"error": error, "plain_error": plain, "first_call_s": round(first, 1)}
     found["ms"] = milliseconds(timed, device)
+    made = [c for c in prepared() if c not in before and c.program.cascade.name.endswith("_gradient") == row.backward]
+    kernels = [kernel for c in made for kernel in c.kernels.values()]
+    found["kernels"] = [k.candidate for k in kernels]
+    found["schedules"] = [_schedule(k.schedule) for k in kernels]
+    found["tuning"] = [tuning(k) for k in kernels]
     sites = einscade.report(fast).sites
-    kernels = [s.kernel.chosen for s in sites if s.status == "rewritten" and s.kernel is not None]
-    found["kernels"] = [c.kind for c in kernels]
-    found["schedules"] = [_schedule(c) for c in kernels]
-    tuned = [s.kernel.timings for s in sites if s.kernel is not None]
-    found["candidates_ms"] = [{name: round(1e3 * seconds, 4) for name, seconds in t.items()} for t in tuned]
-    if row.backward:
-        made = [c for c in prepared() if c not in before and c.program.cascade.name.endswith("_gradient")]
-        chosen = [kernel.chosen for c in made for kernel in c.kernels.values()]
-        found["kernels"] = [c.kind for c in chosen]
-        found["schedules"] = [_schedule(c) for c in chosen]
-    if not kernels or len(kernels) < len(sites):
-        raise AssertionError(f"{len(kernels)} of {len(sites)} attention sites rewritten")
+    rewritten = sum(s.status == "rewritten" for s in sites)
+    if not kernels or rewritten < len(sites):
+        raise AssertionError(f"{rewritten} of {len(sites)} attention sites rewritten")
     return found
 
 
-def _schedule(candidate: Any) -> dict[str, int]:
-    """What a kernel's schedule chose."""
-    schedule = candidate.schedule
-    resident = {"resident": schedule.resident} if schedule.resident else {}
-    return dict(schedule.tiles) | {"stages": schedule.stages} | resident
+def tuning(kernel: Kernel) -> dict[str, Any]:
+    """What choosing a kernel took, and what was measured: `untuned` is the time of the cost model's choice, which runs
+    under EINSCADE_AUTOTUNE=0, over the best candidate's, `library` that of the library's call over the chosen one's.
+    None where one of the two was not measured."""
+    chosen = next((t for t in kernel.timings if (t.kind, t.schedule) == (kernel.candidate, kernel.schedule)), None)
+    best = min((t.seconds for t in kernel.timings), default=0.0)
+    guess = next((t.seconds for t in kernel.timings if t.rank == 0), None)
+    library = next((t.seconds for t in kernel.timings if t.kind == "library:sdpa"), None)
+    return {
+        "compile_s": round(kernel.spent[0], 1),
+        "measure_s": round(kernel.spent[1], 1),
+        "candidates": len(kernel.timings) + kernel.untried,
+        "untuned": round(guess / best, 3) if guess and best else None,
+        "library": round(library / chosen.seconds, 3) if library and chosen else None,
+        "measured": [
+            {"rank": t.rank, "kind": t.kind, "ms": round(1e3 * t.seconds, 4)} | _schedule(t.schedule)
+            for t in kernel.timings
+        ],
+    }
+
+
+def _schedule(schedule: Schedule) -> dict[str, Any]:
+    """What a schedule says, where it says something of its own."""
+    plain = {f.name: f.default for f in fields(Schedule)}
+    said = {name: value for name, value in vars(schedule).items() if name in plain and value != plain[name]}
+    return dict(schedule.tiles) | {k: v for k, v in said.items() if k not in ("tiles", "out_order", "target")}
+
+
+def summary(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Of the kernels that were tuned, each once: the median of `untuned`, and the longest tuning."""
+    tuned = [t for r in results.values() for t in r.get("tuning", ()) if t["measured"]]
+    ratios = [t["untuned"] for t in tuned if t["untuned"] is not None]
+    return {
+        "untuned_median": round(statistics.median(ratios), 3) if ratios else None,
+        "untuned_worst": max(ratios, default=None),
+        "tuning_s_most": max((round(t["compile_s"] + t["measure_s"], 1) for t in tuned), default=None),
+    }
 
 
 def peer(name: str, row: Row, device: str, autotune: bool) -> float:
@@ -242,7 +273,9 @@ def main() -> int:
         torch._dynamo.reset()
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps({"environment": env, "figures": results}, indent=1) + "\n")
+            kept = {"environment": env, "tuning": summary(results), "figures": results}
+            args.out.write_text(json.dumps(kept, indent=1) + "\n")
+    print("tuning: " + ", ".join(f"{name} {value}" for name, value in summary(results).items()))
     print(f"{time.monotonic() - started:.0f} s")
     return int(any("problem" in r for r in results.values()))
 

@@ -6,12 +6,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import counters, cpu_model, end_to_end, h200, record, zoo
 from benchmarks.measure import interleaved_medians, peak_extra_memory
+from einscade.codegen.schedule import Schedule
+from einscade.runtime.tuning import Timing
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/clear_refs is Linux's")
 
@@ -146,6 +149,26 @@ def test_attention_rows_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert row["ms"] > 0
         assert len(row["kernels"]) == 1
         assert row["compile"] >= 0
+        (tuning,) = row["tuning"]
+        several = tuning["candidates"] > 1  # where there is one there is nothing to measure
+        assert len(tuning["measured"]) == tuning["candidates"]
+        assert (tuning["untuned"] or 0) >= several
+    assert json.loads(out.read_text())["tuning"] == h200.summary(figures)
+
+
+def test_what_tuning_was_for() -> None:
+    slow, fast = Schedule((("p", 64),), resident=132), Schedule((("p", 128),))
+    timings = (
+        Timing(0, "gluon", slow, 3e-3), Timing(2, "gluon", fast, 2e-3), Timing(5, "library:sdpa", Schedule(), 5e-3),
+    )  # fmt: skip
+    kernel = SimpleNamespace(timings=timings, untried=3, spent=(4.04, 1.0), candidate="gluon", schedule=fast)
+    found = h200.tuning(kernel)
+    measured = found.pop("measured")
+    assert found == {"compile_s": 4.0, "measure_s": 1.0, "candidates": 6, "untuned": 1.5, "library": 2.5}
+    assert measured[0] == {"rank": 0, "kind": "gluon", "ms": 3.0, "p": 64, "resident": 132}
+    untuned = h200.tuning(SimpleNamespace(timings=(), untried=0, spent=(0.0, 0.0), candidate="gluon", schedule=fast))
+    results = {"a": {"tuning": [found | {"measured": measured}]}, "b": {"tuning": [untuned]}, "c": {"problem": "none"}}
+    assert h200.summary(results) == {"untuned_median": 1.5, "untuned_worst": 1.5, "tuning_s_most": 5.0}
 
 
 @pytest.mark.parametrize(

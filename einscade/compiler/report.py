@@ -170,11 +170,12 @@ def _kernel(kernel: Kernel) -> str:
     if chosen.schedule.tiles:
         parts.append(" ".join(f"{name}={n}" for name, n in chosen.schedule.tiles))
     if kernel.timings:
-        others: dict[str, float] = {}
-        for name, seconds in kernel.timings.items():
-            kind = name.split(" ", 1)[1]
-            others[kind] = min(seconds, others.get(kind, seconds))
-        parts.append("measured " + ", ".join(f"{kind} {1e3 * s:.2f} ms" for kind, s in others.items()))
+        best: dict[str, float] = {}
+        for t in kernel.timings:
+            best[t.kind] = min(t.seconds, best.get(t.kind, t.seconds))
+        parts.append("measured " + ", ".join(f"{kind} {1e3 * s:.2f} ms" for kind, s in best.items()))
+    if kernel.untried:
+        parts.append(f"no time or memory to measure {kernel.untried} more")
     if kernel.from_disk:
         parts.append("from the disk cache")
     return " · ".join(parts)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -26,13 +26,14 @@ from einscade.ir.expr import accesses
 from einscade.ir.text import parse_cascade, print_cascade
 from einscade.passes.pipeline import run
 from einscade.passes.recipes import RECIPES
-from einscade.runtime import cache, progress, tuning
+from einscade.runtime import cache, launch, progress, tuning
 from einscade.runtime import device as machine
 from einscade.runtime.candidates import LAST_RESORTS, Candidate, candidates
 from einscade.runtime.messages import first_line, warn_once
 from einscade.runtime.modules import load
 from einscade.runtime.program import MemoryOrder, Program, parse_program
 from einscade.runtime.steps import StepRecord
+from einscade.runtime.tuning import Timing
 
 __all__ = ["Kernel", "build"]
 
@@ -44,7 +45,8 @@ class Kernel:
     """A cascade ready to run on one device, for sizes like those it was made for.
 
     `Kernel(inputs, sizes)` returns the outputs; `sizes` in the order of the cascade's symbols. What it will run is
-    `candidate`.
+    `candidate`. Where it was tuned, `timings` has what was measured, in the cost model's order, `untried` how many
+    candidates there was no time or memory for, and `spent` the seconds for compiling and for measuring.
     """
 
     program: Program
@@ -54,7 +56,9 @@ class Kernel:
     address: str
     from_disk: bool
     tuned: bool
-    timings: dict[str, float] = field(default_factory=dict)
+    timings: tuple[Timing, ...] = ()
+    untried: int = 0
+    spent: tuple[float, float] = (0.0, 0.0)
     _ready: Run | None = None
 
     @property
@@ -103,6 +107,17 @@ class Kernel:
         run = load(candidate.source, self.program.cascade.name)
         return eval(f"lambda inputs, sizes: run(*inputs{named})", {"run": run})
 
+    def compiling(
+        self, candidate: Candidate, inputs: Sequence[Tensor], sizes: Sequence[int]
+    ) -> Callable[[], object] | None:
+        """What compiles a candidate's kernels for these inputs and runs none of them; None where it has none."""
+        if candidate.source.language != "triton":
+            return None
+        compile = launch.compiling(load(candidate.source, self.program.cascade.name), inputs)
+        known = dict(zip(self.program.cascade.symbols, sizes, strict=True))
+        named = {name: known[name] for name in candidate.symbols}
+        return None if compile is None else functools.partial(compile, *inputs, **named)
+
     def _drop(self, candidate: Candidate, error: Exception) -> None:
         """Goes on without a candidate that failed."""
         self._ready = None
@@ -120,14 +135,21 @@ class Kernel:
         given = {t.name for t in self.rewritten.inputs}
         empty_rows = any(a.tensor in given for e in self.rewritten.body for a in accesses(e.domain))
         found = tuning.tune(
-            self.program.cascade.name, self.candidates, lambda c: self.prepared(c)(inputs, sizes), inputs, empty_rows
+            self.program.cascade.name,
+            self.candidates,
+            lambda c: self.prepared(c)(inputs, sizes),
+            lambda c: self.compiling(c, inputs, sizes),
+            inputs,
+            empty_rows,
         )
         progress.finish()
         self._ready = None
+        self.timings, self.spent = found.timings(self.candidates), (found.compiling, found.measuring)
+        known = len(found.seconds) + len(found.failures)
+        self.untried = max(0, len(tuning.contenders(self.candidates)) - known) if found.seconds else 0
         self.candidates[:] = [*found.order, *found.failures]
         for candidate, error in found.failures.items():
             self._drop(candidate, error)
-        self.timings = {f"{i} {c.kind}": s for i, (c, s) in enumerate(found.seconds.items())}
         cache.DiskCache().put(self.address, _entry(self))
 
 
@@ -199,7 +221,9 @@ def _entry(kernel: Kernel) -> dict[str, Any]:
         "steps": [asdict(s) for s in kernel.steps],
         "candidates": [asdict(c) for c in kernel.candidates],
         "tuned": kernel.tuned,
-        "timings": kernel.timings,
+        "timings": [asdict(t) for t in kernel.timings],
+        "untried": kernel.untried,
+        "spent": kernel.spent,
     }
 
 
@@ -210,16 +234,26 @@ def _from_entry(program: Program, entry: Mapping[str, Any], address: str) -> Ker
             Candidate(
                 c["kind"],
                 Source(**c["source"]),
-                Schedule(**{k: _tuples(v) for k, v in c["schedule"].items()}),
+                _schedule(c["schedule"]),
                 tuple(c["symbols"]),
             )
             for c in entry["candidates"]
         ]
         steps = tuple(StepRecord(**s) for s in entry["steps"])
-        rewritten, timings, tuned = parse_cascade(entry["rewritten"]), dict(entry["timings"]), bool(entry["tuned"])
+        timings = tuple(
+            Timing(t["rank"], t["kind"], _schedule(t["schedule"]), float(t["seconds"])) for t in entry["timings"]
+        )
+        compiling, measuring = entry["spent"]
+        rewritten, tuned, untried = parse_cascade(entry["rewritten"]), bool(entry["tuned"]), int(entry["untried"])
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
-    return Kernel(program, rewritten, steps, found, address, True, tuned, timings) if found else None
+    if not found:
+        return None
+    return Kernel(program, rewritten, steps, found, address, True, tuned, timings, untried, (compiling, measuring))
+
+
+def _schedule(fields: Mapping[str, Any]) -> Schedule:
+    return Schedule(**{k: _tuples(v) for k, v in fields.items()})
 
 
 def _tuples(value: Any) -> Any:

@@ -1,7 +1,8 @@
 """Launching generated Triton kernels with little host time.
 
 Comes in: a generated module, as loaded. Goes out: the same module, in which `kernel[grid](*arguments, **options)` is a
-`Launcher`'s, and the functions that describe tensors to the copy engine remember what they made.
+`Launcher`'s, and the functions that describe tensors to the copy engine remember what they made; or (`compiling`) a
+copy of its entry that compiles what it would launch.
 
 `JITFunction.run` binds, specialises and hashes all arguments at every call, and every descriptor is made, checked and
 encoded anew: 40 µs and more for a kernel that takes four descriptors. What a kernel is compiled for depends on less:
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Launcher", "install", "remembered"]
+__all__ = ["Launcher", "compiling", "install", "remembered"]
 
 KNOWN_VERSIONS = ("3.6.",)
 """Versions of Triton whose C launcher takes the arguments that `_launch_code` passes."""
@@ -50,6 +51,39 @@ def install(module: ModuleType) -> None:
     for f in hosts:
         if "TensorDescriptor" in str(f.__annotations__.get("return")):
             scope[f.__name__] = remembered(f)
+
+
+def compiling(run: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[..., Any] | None:
+    """A copy of a generated module's `run` that compiles its kernels for arguments like these and launches none of
+    them; None where it has none. It may run in a thread of its own. What the kernels would have written is 0: torch
+    operations after them may index by it. `inputs` are left as they are."""
+    scope = dict(run.__globals__)
+    given = {x.untyped_storage().data_ptr() for x in inputs}
+    launchers = {name: value for name, value in scope.items() if isinstance(value, Launcher)}
+    for name, value in run.__globals__.items():
+        if isinstance(value, FunctionType) and value.__globals__ is run.__globals__:
+            copy = FunctionType(value.__code__, scope, name, value.__defaults__, value.__closure__)
+            copy.__kwdefaults__ = value.__kwdefaults__
+            scope[name] = copy
+    scope.update({name: _Compiler(value.kernel, given) for name, value in launchers.items()})
+    return scope[run.__name__] if launchers else None
+
+
+@dataclass(frozen=True)
+class _Compiler:
+    """Stands where a launcher does. `given`: the addresses of memory that is not ours to write."""
+
+    kernel: Any
+    given: set[int]
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def compiled(*arguments: Any, **options: Any) -> None:
+            self.kernel.run(*arguments, grid=grid, warmup=True, **options)
+            for x in arguments:
+                if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in self.given:
+                    x.zero_()
+
+        return compiled
 
 
 # --- descriptors -----------------------------------------------------------------------------------------------------

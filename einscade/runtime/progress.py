@@ -1,6 +1,6 @@
 """Progress while compiling: one line on stderr, or a caller's function.
 
-Compiling reports through `step` how many sites are done, measuring through `tuning` how many kernels of one; who
+Compiling reports through `step` how many sites are done, `tuning` how many kernels of one are compiled or measured; who
 listens is a context (`listening`). Without a listener the line is drawn where stderr is a terminal, and
 `EINSCADE_PROGRESS=0` turns it off.
 """
@@ -46,10 +46,11 @@ def step(done: int, total: int, what: str) -> None:
         _draw(done, total, "sites", what)
 
 
-def tuning(done: int, total: int, what: str) -> None:
-    """`done` of `total` kernels for the site `what` are measured. Drawn only: a listener counts sites."""
+def tuning(done: int, total: int, how: str, what: str) -> None:
+    """`done` of `total` kernels for the site `what` are compiled or measured (`how`). Drawn only: a listener counts
+    sites."""
     if _listener.get() is None:
-        _draw(done, total, "kernels measured", what)
+        _draw(done, total, f"kernels {how}", what)
 
 
 def _draw(done: int, total: int, unit: str, what: str) -> None:

@@ -1,15 +1,17 @@
 """Which candidate is fastest, measured on the inputs of a real call.
 
 Comes in: candidates, likely ones first, and a way to run one. Goes out: a `Tuned`: their order, the times, and what
-failed. Every candidate is first held to the outputs of one that rests on none of our code, then timed; those that are
-close to the best are timed again, in turns, so that a busy moment of the machine is nobody's loss. The first candidate,
-the cost model's choice, stays first unless another beats it by more than measurements are off.
+failed. What has to be compiled is, side by side, before anything is measured. Every candidate is held to the outputs of
+one that rests on none of our code, then timed; those that are close to the best are timed again, in turns, so that a
+busy moment of the machine is nobody's loss. The first candidate, the cost model's choice, stays first unless another
+beats it by more than measurements are off.
 
 `EINSCADE_AUTOTUNE=0` turns all of it off: the cost model decides.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,14 +22,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from einscade.codegen.schedule import Schedule
 from einscade.runtime import progress
 from einscade.runtime.agreement import disagreement
+from einscade.runtime.ahead import side_by_side
 from einscade.runtime.candidates import LAST_RESORTS, Candidate
 
-__all__ = ["Tuned", "enabled", "tune"]
+__all__ = ["Timing", "Tuned", "contenders", "enabled", "tune"]
 
 SECONDS = 15.0
-"""Nothing is started after so long: with what is under way a site is tuned within 20."""
+"""No measurement is started after so long: with what is under way a site is tuned within 20."""
+
+COMPILING = 11.0
+"""Of these seconds so many are for compiling. What is not compiled then is not measured: the likely ones came first."""
 
 ROUNDS = 4
 """So often are those that are close to the best timed again."""
@@ -52,44 +59,76 @@ TRUSTED = ("library:sdpa", "tiled_torch")
 
 Run = Callable[[Candidate], tuple[Tensor, ...]]
 
+Compile = Callable[[Candidate], "Callable[[], object] | None"]
+"""What compiles a candidate's kernels and runs none of them; None for a candidate that has none."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds that a candidate took. `rank`: its place in the cost model's order."""
+
+    rank: int
+    kind: str
+    schedule: Schedule
+    seconds: float
+
 
 @dataclass(frozen=True)
 class Tuned:
     """`order`: all candidates but those that failed, fastest first; those that were not measured keep their order
-    behind them. `seconds` of those that were; `failures` say why a candidate cannot be used."""
+    behind them. `seconds` of those that were; `failures` say why a candidate cannot be used. `compiling` and
+    `measuring`: the seconds that this took."""
 
     order: tuple[Candidate, ...]
     seconds: Mapping[Candidate, float]
     failures: Mapping[Candidate, Exception]
+    compiling: float
+    measuring: float
+
+    def timings(self, candidates: Sequence[Candidate]) -> tuple[Timing, ...]:
+        """What was measured of the candidates, which come in the cost model's order."""
+        return tuple(
+            Timing(i, c.kind, c.schedule, self.seconds[c]) for i, c in enumerate(candidates) if c in self.seconds
+        )
 
 
 def enabled() -> bool:
     return os.environ.get("EINSCADE_AUTOTUNE", "1") != "0"
 
 
-def tune(name: str, candidates: Sequence[Candidate], run: Run, inputs: Sequence[Tensor], empty_rows: bool) -> Tuned:
+def contenders(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Those that are worth measuring."""
+    return [c for c in candidates if c.kind not in LAST_RESORTS]
+
+
+def tune(
+    name: str, candidates: Sequence[Candidate], run: Run, compile: Compile, inputs: Sequence[Tensor], empty_rows: bool
+) -> Tuned:
     """The candidates' order for inputs like these. `name` is for the progress line; `empty_rows` as in `disagreement`.
 
-    A candidate for which the memory does not suffice is not measured, but has not failed either.
+    A candidate for which the memory does not suffice, or the time, is not measured, but has not failed either.
     """
     device = inputs[0].device
-    contenders = [c for c in candidates if c.kind not in LAST_RESORTS]
+    competing = contenders(candidates)
     seconds: dict[Candidate, float] = {}
     failures: dict[Candidate, Exception] = {}
-    if len(contenders) > 1:
-        end = time.perf_counter() + SECONDS
-        trusted = _trusted(contenders, run, failures)
+    start = compiled = time.perf_counter()
+    if len(competing) > 1:
+        late = _compile_all(name, competing, compile, device, start + COMPILING, failures)
+        compiled = time.perf_counter()
+        end = start + SECONDS
+        trusted = _trusted(competing, run, failures)
         if trusted is not None:  # warm now, and known if the time runs out
             seconds[trusted[0]] = _timed(partial(run, trusted[0]), device)
-        untried = [c for c in contenders if c not in seconds and c not in failures]
+        untried = [c for c in competing if c not in seconds and c not in failures and c not in late]
         for candidate in untried:
             if time.perf_counter() > end:
                 break
-            progress.tuning(len(seconds), len(contenders), name)
+            progress.tuning(len(seconds), len(competing), "measured", name)
             try:
-                start = time.perf_counter()
+                begun = time.perf_counter()
                 outputs = run(candidate)
-                once = time.perf_counter() - start
+                once = time.perf_counter() - begun
                 if trusted is not None and (wrong := disagreement(outputs, trusted[1], inputs, empty_rows)):
                     raise ArithmeticError(wrong)
                 del outputs
@@ -101,13 +140,49 @@ def tune(name: str, candidates: Sequence[Candidate], run: Run, inputs: Sequence[
                 failures[candidate] = error
         del trusted
         _repeat(seconds, run, device, end)
-    likely = next((c for c in contenders if c in seconds), None)
+    likely = next((c for c in competing if c in seconds), None)
 
     def rank(candidate: Candidate) -> float:
         return seconds.get(candidate, float("inf")) * (MARGIN[device.type] if candidate == likely else 1)
 
     order = sorted((c for c in candidates if c not in failures), key=rank)
-    return Tuned(tuple(order), seconds, failures)
+    return Tuned(tuple(order), seconds, failures, compiled - start, time.perf_counter() - compiled)
+
+
+def _compile_all(
+    name: str,
+    competing: Sequence[Candidate],
+    compile: Compile,
+    device: torch.device,
+    end: float,
+    failures: dict[Candidate, Exception],
+) -> set[Candidate]:
+    """Compiles what has kernels, in threads; those that could not be go to `failures`. Returns those that are not
+    compiled yet when the time is over."""
+    jobs: dict[Candidate, Callable[[], object]] = {}
+    for candidate in competing:
+        try:
+            job = compile(candidate)
+        except Exception as error:
+            failures[candidate] = error
+            continue
+        if job is not None:
+            jobs[candidate] = job
+
+    def work(job: Callable[[], object]) -> None:
+        own = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        # several at once need more memory than one: what has too little now is compiled when its turn comes
+        with own, torch.no_grad(), contextlib.suppress(torch.OutOfMemoryError):
+            job()
+
+    ended = side_by_side(
+        [partial(work, job) for job in jobs.values()],
+        end,
+        lambda done: progress.tuning(done, len(jobs), "compiled", name),
+    )
+    over = list(jobs)
+    failures.update((over[i], raised) for i, raised in ended if isinstance(raised, Exception))
+    return set(over) - {over[i] for i, _ in ended}
 
 
 def _trusted(

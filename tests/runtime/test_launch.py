@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -123,6 +124,45 @@ def test_every_kernel_of_a_module_is_launched_so(name: str, launched: list[tuple
     for ours, theirs in zip(direct, launched, strict=True):
         assert ours[10:13] == (None, None, None)
         assert _without_output(ours, ()) == _without_output(theirs, ())
+
+
+@pytest.mark.parametrize("name", ["documents", "table"])
+def test_compiling_ahead_launches_nothing_and_leaves_nothing_to_compile(
+    name: str, launched: list[tuple[Any, ...]]
+) -> None:
+    case = BY_NAME[name]
+    plain, rewritten = cascade(case, **SHAPE)
+    loops = plan(rewritten)
+    run = load(gluon.emit(loops, gluon.schedules(loops)[0]), name)
+    sizes = {s: 200 if s in "MP" else 1 for s in plain.symbols}
+    operands = tuple(inputs(plain, case, sizes).values())
+    copies = [x.clone() for x in operands]
+    job = launch.compiling(run, operands)
+    assert job is not None
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(job, *operands, **sizes).result()
+    assert launched == []
+    assert all(map(torch.equal, copies, operands))
+    with contextlib.ExitStack() as stack:
+        for launcher in _launchers(run):
+            stack.enter_context(mock.patch.object(launcher.kernel, "_do_compile", side_effect=AssertionError))
+        run(*operands, **sizes)
+    assert len(launched) == (2 if name == "documents" else 1)
+
+
+def test_what_kernels_would_have_written_is_zero_when_compiled_ahead() -> None:
+    """Torch operations between kernels may index by it."""
+    compiled: list[bool] = []
+    kernel = SimpleNamespace(run=lambda *arguments, grid, warmup, **options: compiled.append(warmup))
+    given, made = torch.ones(3), torch.ones(3)
+    launch._Compiler(kernel, {given.untyped_storage().data_ptr()})[(1,)](given[1:], made, 5, BLOCK=16)
+    assert compiled == [True]
+    assert given.tolist() == [1, 1, 1]
+    assert made.tolist() == [0, 0, 0]
+
+
+def test_torch_code_has_nothing_to_compile() -> None:
+    assert launch.compiling(load(Source("torch", "def run(x):\n    return (x,)\n"), "plain"), []) is None
 
 
 @pytest.mark.parametrize("kind", ["gluon", "triton"])

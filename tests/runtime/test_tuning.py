@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from torch import Tensor
 import einscade
 from einscade.codegen.schedule import Schedule
 from einscade.codegen.source import Source
-from einscade.runtime import call, kernels, progress, tuning
+from einscade.runtime import ahead, call, kernels, progress, tuning
 from einscade.runtime.candidates import Candidate
 from einscade.runtime.tuning import tune
 from tests.models.small import CausalAttention
@@ -46,13 +48,17 @@ def _seconds(monkeypatch: pytest.MonkeyPatch, of: dict[Candidate, float]) -> lis
     return measured
 
 
+def _nothing(candidate: Candidate) -> None:
+    """There is nothing to compile."""
+
+
 def _same(candidate: Candidate) -> tuple[Tensor, ...]:
     return (X * 2,)
 
 
 def test_the_fastest_is_first_and_the_last_resorts_last(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = _seconds(monkeypatch, {GLUON: 2.0, TRITON: 3.0, TILED: 9.0, SDPA: 1.0})
-    found = tune("site", ALL, _same, [X], False)
+    found = tune("site", ALL, _same, _nothing, [X], False)
     assert found.order == (SDPA, GLUON, TRITON, TILED, FLAT, INTERPRETER)
     assert measured[:4] == [SDPA, GLUON, TRITON, TILED]  # the library call is known whenever the time runs out
     assert TILED not in measured[4:]
@@ -64,21 +70,21 @@ def test_the_model_is_overruled_beyond_the_noise_only(
     challenger: float, first: Candidate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _seconds(monkeypatch, {GLUON: 1.0, TRITON: challenger, TILED: 9.0, SDPA: 9.0})
-    assert tune("site", ALL, _same, [X], False).order[0] == first
+    assert tune("site", ALL, _same, _nothing, [X], False).order[0] == first
 
 
 def test_a_busy_moment_is_nobodys_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fastest candidate is measured slow once, and fast when its turn comes again."""
     times = {SDPA: [1.0] * 9, TILED: [1.5, *[0.5] * 9], TRITON: [3.0], GLUON: [3.0]}
     monkeypatch.setattr(tuning, "_timed", lambda run, device: times[run.args[0]].pop(0))
-    assert tune("site", [SDPA, TILED, TRITON, GLUON], _same, [X], False).order[0] == TILED
+    assert tune("site", [SDPA, TILED, TRITON, GLUON], _same, _nothing, [X], False).order[0] == TILED
 
 
 def test_no_time_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is started any more: the library call is known, the others stay in the model's order behind it."""
     monkeypatch.setattr(tuning, "SECONDS", -1.0)
     measured = _seconds(monkeypatch, {SDPA: 1.0})
-    assert tune("site", ALL, _same, [X], False).order == (SDPA, GLUON, TRITON, TILED, FLAT, INTERPRETER)
+    assert tune("site", ALL, _same, _nothing, [X], False).order == (SDPA, GLUON, TRITON, TILED, FLAT, INTERPRETER)
     assert measured == [SDPA]
 
 
@@ -90,7 +96,7 @@ def test_a_candidate_far_behind_is_called_once(monkeypatch: pytest.MonkeyPatch) 
         return (X * 2,)
 
     monkeypatch.setattr(tuning, "_timed", lambda run, device: 1e-9)
-    tune("site", [SDPA, TILED], run, [X], False)
+    tune("site", [SDPA, TILED], run, _nothing, [X], False)
     assert calls == [SDPA, TILED]
 
 
@@ -101,7 +107,7 @@ def test_wrong_and_broken_candidates_are_out(monkeypatch: pytest.MonkeyPatch) ->
         return (X * (3 if candidate == GLUON else 2),)
 
     _seconds(monkeypatch, {TILED: 2.0, SDPA: 1.0})
-    found = tune("site", ALL, run, [X], False)
+    found = tune("site", ALL, run, _nothing, [X], False)
     assert found.order == (SDPA, TILED, FLAT, INTERPRETER)
     assert [type(found.failures[c]) for c in (GLUON, TRITON)] == [ArithmeticError, RuntimeError]
 
@@ -113,7 +119,7 @@ def test_without_the_library_the_others_are_held_to_torch_operations(monkeypatch
         return (X * (3 if candidate == GLUON else 2),)
 
     _seconds(monkeypatch, {TILED: 2.0, TRITON: 1.0})
-    found = tune("site", ALL, run, [X], False)
+    found = tune("site", ALL, run, _nothing, [X], False)
     assert found.order == (TRITON, TILED, FLAT, INTERPRETER)
     assert set(found.failures) == {SDPA, GLUON}
 
@@ -125,17 +131,79 @@ def test_too_little_memory_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> Non
         return (X * 2,)
 
     _seconds(monkeypatch, {TRITON: 1.0, TILED: 2.0, SDPA: 3.0})
-    found = tune("site", ALL, run, [X], False)
+    found = tune("site", ALL, run, _nothing, [X], False)
     assert found.order == (TRITON, TILED, SDPA, GLUON, FLAT, INTERPRETER)
     assert found.failures == {}
+
+
+def test_candidates_are_compiled_side_by_side_before_any_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not compile is out, without a second try; what has nothing to compile is measured all the same."""
+    monkeypatch.setattr(ahead, "_cores", lambda: 2)
+    both = threading.Barrier(2, timeout=60)
+    done: list[Candidate] = []
+
+    def compile(candidate: Candidate) -> Callable[[], object] | None:
+        if candidate.kind == "tiled_torch":
+            raise SyntaxError("not even Python")
+
+        def job() -> None:
+            both.wait()  # one after the other they would wait for ever
+            done.append(candidate)
+            if candidate is TRITON:
+                raise RuntimeError("does not compile")
+
+        return None if candidate.kind == "library:sdpa" else job
+
+    def run(candidate: Candidate) -> tuple[Tensor, ...]:
+        assert {*done} == {GLUON, TRITON}
+        assert candidate in (GLUON, SDPA)
+        return (X * 2,)
+
+    _seconds(monkeypatch, {GLUON: 1.0, SDPA: 2.0})
+    found = tune("site", ALL, run, compile, [X], False)
+    assert found.order == (GLUON, SDPA, FLAT, INTERPRETER)
+    assert {c: type(e) for c, e in found.failures.items()} == {TRITON: RuntimeError, TILED: SyntaxError}
+    assert [(t.rank, t.kind) for t in found.timings(ALL)] == [(0, "gluon"), (3, "library:sdpa")]
+
+
+def test_what_is_not_compiled_in_time_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that compiles is waited for however long it takes; what is under way then is left to itself."""
+    monkeypatch.setattr(tuning, "COMPILING", -1.0)
+    monkeypatch.setattr(ahead, "_cores", lambda: 2)
+    monkeypatch.setattr(ahead, "REDRAWN", 0.01)
+    enough = threading.Event()
+    started: list[Candidate] = []
+
+    def compile(candidate: Candidate) -> Callable[[], object]:
+        def job() -> None:
+            started.append(candidate)
+            if candidate in (TRITON, GLUON):
+                enough.wait(60)
+            if candidate is TILED:
+                raise RuntimeError("does not compile")
+            if candidate is SDPA:
+                time.sleep(0.1)
+
+        return job
+
+    _seconds(monkeypatch, {SDPA: 1.0})
+    found = tune("site", [TRITON, TILED, SDPA, GLUON, FLAT], _same, compile, [X], False)
+    enough.set()
+    assert started[:3] == [TRITON, TILED, SDPA]
+    assert set(found.failures) == {TILED}
+    assert found.order[0] == SDPA
+    assert set(found.seconds) == {SDPA}
+    assert {TRITON, GLUON} <= {*found.order}
 
 
 def test_progress_is_drawn(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(progress, "_visible", lambda: True)
     _seconds(monkeypatch, dict.fromkeys(ALL, 1.0))
-    tune("attention", ALL, _same, [X], False)
+    compile = lambda c: (lambda: None) if c is GLUON else None  # noqa: E731
+    tune("attention", ALL, _same, compile, [X], False)
     progress.finish()
     drawn = capsys.readouterr().err
+    assert "0/1 kernels compiled" in drawn
     assert "3/4 kernels measured" in drawn
     assert "attention" in drawn
     assert drawn.endswith("\r\x1b[K")
