@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from einscade.runtime.device import indexed
+from einscade.runtime.device import bucket_code, indexed
 from einscade.runtime.kernels import Kernel, build
 from einscade.runtime.program import DTYPES, Program, parse_program
 
@@ -123,7 +123,7 @@ def _text(program: Program) -> str:
         f"{x}.shape != {program.shape_code(t.name)} or {x}.dtype is not _dtypes[{i}] or {x}.device != _device"
         for i, (x, t) in enumerate(zip(inputs, cascade.inputs, strict=True))
     ]
-    bucket = "".join(f"({s} - 1).bit_length(), " for s in cascade.symbols)
+    bucket = "".join(f"{bucket_code(s)}, " for s in cascade.symbols)
     lines = [
         f"if len(inputs) != {len(inputs)}:",
         "    _refuse(inputs, sizes)",

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import importlib.util
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
 from einscade.codegen.schedule import target_of
 from einscade.ir.device import Device
 
-__all__ = ["bucket", "describe", "indexed", "supported", "versions"]
+__all__ = ["bucket", "bucket_code", "describe", "indexed", "supported", "versions"]
 
 
 def supported(device: torch.device) -> bool:
@@ -54,6 +54,20 @@ def versions() -> str:
     return f"torch {torch.__version__} triton"
 
 
+SHORT = 256
+"""Up to here a tile may hold all of a rank, and one that is too small is two: sizes are rounded up."""
+
+
+def bucket_code(n: str) -> str:
+    """The exponent of the power of two that a size counts as, as Python over the size's name `n`. Beyond `SHORT` it is
+    the nearest (on a logarithmic scale): 8000, 8192 and 8200 count alike, so that a length which grows past a power of
+    two, as round ones do, is not measured again there."""
+    return f"(({n} - 1).bit_length() if 0 < {n} <= {SHORT} else ({n} * {n}).bit_length() // 2)"
+
+
+_exponent: Callable[[int], int] = eval(f"lambda n: {bucket_code('n')}")
+
+
 def bucket(sizes: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
-    """Sizes rounded up to powers of two: what was chosen for one length holds for its neighbours."""
-    return tuple((name, n if n <= 1 else 1 << (n - 1).bit_length()) for name, n in sorted(sizes.items()))
+    """Sizes as powers of two: what was chosen for one length holds for its neighbours."""
+    return tuple((name, n and 1 << _exponent(n)) for name, n in sorted(sizes.items()))

@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import einscade
 from einscade.codegen.source import Source
 from einscade.compiler.gradients import scan_free
 from einscade.ir.interpret import interpret
 from einscade.ir.text import parse_cascade, print_cascade
 from einscade.passes.differentiate import differentiate
 from einscade.runtime import call, kernels, library_call, tuning
+from einscade.runtime import device as machine
 from einscade.runtime.cache import DiskCache
 from einscade.runtime.call import call_for
 from einscade.runtime.candidates import Candidate
@@ -26,6 +28,7 @@ from einscade.runtime.kernels import Kernel, build
 from einscade.runtime.messages import warn_once
 from einscade.runtime.program import Program, parse_program
 from einscade.runtime.recompute import recompute_gradients
+from tests.models.small import CausalAttention
 
 ATTENTION = parse_cascade("""
 cascade attention(Q[b,h,p,e], K[b,h,m,e], V[b,h,m,f]) -> O
@@ -107,6 +110,50 @@ def test_equal_programs_share_one_kernel_and_neighbouring_lengths_too() -> None:
     first = build(ATTENTION, "exact", CPU, {"B": 2, "P": 100, "M": 100})
     assert build(parse_cascade(str(ATTENTION)), "exact", CPU, {"B": 2, "P": 128, "M": 65}) is first
     assert build(ATTENTION, "exact", CPU, {"B": 2, "P": 129, "M": 65}) is not first
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ((0, 1, 2, 3, 5, 8, 9), (0, 1, 2, 4, 8, 8, 16)),
+        ((129, 256, 257, 362, 363), (256, 256, 256, 256, 512)),
+        ((5793, 8000, 8192, 8200, 11585, 11586), (8192, 8192, 8192, 8192, 8192, 16384)),
+    ],
+)
+def test_sizes_count_as_powers_of_two(sizes: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    assert tuple(machine.bucket({"n": n})[0][1] for n in sizes) == expected
+
+
+def test_a_call_takes_the_kernel_that_build_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two ways to a bucket, written out in the call and looked up in `build`, are one."""
+    used: list[Kernel] = []
+    plain = Kernel.__call__
+    monkeypatch.setattr(Kernel, "__call__", lambda self, *given: used.append(self) or plain(self, *given))  # type: ignore[func-returns-value]
+    found = call_for(PROGRAM.text, CPU)
+    for n in (1, 2, 3, 9, 250, 256, 257, 500, 512, 520, 725):
+        inputs, sizes = _inputs(b=1, p=n, m=n)
+        found(inputs, [sizes[s] for s in ATTENTION.symbols])
+        assert used[-1] is build(ATTENTION, "exact", CPU, sizes)
+    assert len(found.kernels) == 7
+
+
+def test_a_choice_serves_the_lengths_around_it(monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None) -> None:
+    """With lengths as symbols, one that was measured is not measured again a little above or below a power of two."""
+    tuned: list[str] = []
+    plain = tuning.tune
+
+    def noting(name: str, *arguments: object) -> tuning.Tuned:
+        tuned.append(name)
+        return plain(name, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tuning, "tune", noting)
+    layer = CausalAttention()
+    fast = einscade.optimize(layer, dynamic=True, inner="eager")
+    with torch.no_grad():
+        for n in (512, 500, 520, 724):
+            x = torch.randn(2, n, 32)
+            torch.testing.assert_close(fast(x), layer(x), rtol=1e-4, atol=1e-5)
+    assert len(tuned) == 1
 
 
 def test_a_second_process_starts_from_the_disk() -> None:
