@@ -300,6 +300,7 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
         turn, done = self._turns()
         lines = [
             '"""One iteration: the next scores are issued before the last weights meet their values."""',
+            *self._pack(),
             "last_stage = stage",
             "last_phase = phase",
             *self._next_stage(),
@@ -326,6 +327,12 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
         lines.append(f"return {', '.join([*states, *sums, *(f'next_{w}' for w in weights), 'stage', 'phase'])}")
         constants = [self._masked_argument(), *self._table_constants(), "group: gl.constexpr"]
         return function("advance", [*self._advance_arguments(), *constants], lines)
+
+    def _pack(self) -> list[str]:
+        """The weights, which iterations hand on, in the form in which products read them: first of all where they are
+        read."""
+        self.used.add("packed")
+        return [f"{name} = packed({name})" for name in self.weight_names.values()]
 
     def _running(self) -> list[str]:
         """What an iteration takes from the one before."""
@@ -393,6 +400,7 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
         passed += [self._edge(), *self._table_flags(), "group"]
         lines += [
             *indent(call(self._running(), "advance", passed).splitlines()),
+            *self._pack(),
             *([f"mbarrier.arrive({x.name}_empty)" for x in self.stills] if self.resident else []),
             *self._accumulate("stage", "phase", ""),
             self._waited(0, [*sums, *weights], [*sums, *weights]),

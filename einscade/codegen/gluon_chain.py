@@ -123,9 +123,11 @@ class Chain(Module):
         m = self.shape.m
         found: list[Table] = []
         for x in loads:
+            if not self._of_columns(x):
+                continue
             *others, last = x.access.index
             t = self.cascade.tensors[x.access.tensor]
-            plain = self._of_columns(x) and last == var(m) and not any(m in free_vars(i) for i in others)
+            plain = last == var(m) and not any(m in free_vars(i) for i in others)
             if plain and t.dtype in RUNS and len(x.access.index) <= 5:
                 operand = Operand(t.name, len(others), len(others), 0, self.columns, tuple(enumerate(others)))
                 found.append(Table(self.name(t.name), x.access, operand, 2 if t.dtype in ("bf16", "f16") else 4))
@@ -326,8 +328,9 @@ class Chain(Module):
         it = Iteration()
         lines += self._issue_products(it)
         statements = {s.name: s for s in (*self.scores, *self.scaled[0])}
-        for end in [x.weights for x in self.order[0]] + [s.name for s in self.scaled[0]]:
-            for name in self._needed(end):
+        ends = [(x.weights, *self._factors(x)) for x in self.order[0]] + [(s.name,) for s in self.scaled[0]]
+        for end in ends:
+            for name in self._ready(end, it):
                 if name in it.done:
                     continue
                 it.done.add(name)
@@ -336,7 +339,7 @@ class Chain(Module):
                 lines += self._read_columns(statements[name], it)
                 lines += [*self._comment(statements[name]), *self._statement(statements[name], masked, full)]
             for x in self.order[0]:
-                if x.weights == end and x.state.name not in it.issued:
+                if x.weights == end[0] and x.state.name not in it.issued:
                     lines += self._issue_sum(x, full, it)
         for x in self.order[0]:
             it.done.add(x.state.name)
@@ -349,6 +352,21 @@ class Chain(Module):
 
     def _step_constants(self) -> list[str]:
         return []
+
+    def _ready(self, ends: Sequence[str], it: Iteration) -> list[str]:
+        """The values that these take; where sums are rescaled, also what else can be made of them (the weights' own
+        sum), after which they need no registers."""
+        names = dict.fromkeys(n for e in ends for n in self._needed(e))
+        for s in self.scaled[0] if any(x.rescale is not None for x in self.shape.sums) else ():
+            if {n for n in self._needed(s.name) if n != s.name} <= it.done | set(names):
+                names[s.name] = None
+        return list(names)
+
+    def _factors(self, x: WeightedSum) -> tuple[str, ...]:
+        """The values of the loop that rescale a sum before it takes more."""
+        made = {s.name for s in self.scaled[0]}
+        factor = self.rescales[self.shape.sums.index(x)]
+        return tuple(a.tensor for a in accesses(factor) if a.tensor in made) if factor is not None else ()
 
     def _issue_products(self, it: Iteration) -> list[str]:
         return [line for score in self.order[1] for line in self._issue_product(score, it)]

@@ -43,7 +43,7 @@ RESERVED = frozenset({
     "stage", "phase", "first", "end", "full_first", "full_end", "weights", "keep", "programs", "row", "finite", "tanh",
     "reciprocal", "row_max", "row_min", "row_sum", "row_parts", "tile_map", "MASKED", "ROWS", "COLUMNS",
     "visit", "visits", "count", "counts", "listed", "lists", "list_tiles", "add", "at", "some", "whole", "add_tile",
-    "others", "others_full", "part", "part_tile", "before", "values", "program", "still_phase", "following",
+    "others", "others_full", "part", "part_tile", "before", "values", "program", "still_phase", "following", "packed",
 })  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from einscade.codegen.source import Unsupported
 from einscade.codegen.tiles import Statement
 from einscade.ir.expr import Access, Expr, accesses, free_vars, var
 from einscade.ir.text import print_einsum
+from einscade.passes.domains import one_limit_a_side
 
 __all__ = ["GLUON_DTYPES", "Points"]
 
@@ -211,7 +212,7 @@ class Points(Plan):
 
     def _mask(self, printer: Printer, predicate: Boolean) -> list[str]:
         """The line that makes `keep`, where the predicate holds."""
-        v = printer.value(predicate)
+        v = printer.value(one_limit_a_side(predicate, self.shape.m))
         printer.names["keep"] = Value("keep", v.ranks, "b")
         return [f"keep = {v.code}"]
 

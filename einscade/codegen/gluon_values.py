@@ -29,6 +29,13 @@ def settled(x):
     bit operation, as the change of a sign is."""
     return gl.inline_asm_elementwise("add.f32 $0, $1, 0f80000000;", "=f,f", [x], gl.float32, is_pure=True, pack=1)
 ''',
+    "packed": '''
+@gluon.jit
+def packed(x):
+    """x, whose pairs of 16 bits are put together here: in a loop and behind it, the compiler then does so once, in
+    front of both, where it costs nothing. Else it takes pairs apart and joins them in every iteration."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], x.dtype, is_pure=True, pack=2)
+''',
     "finite": '''
 @gluon.jit
 def finite(x):
@@ -258,9 +265,16 @@ class Printer:
         return Value(symbol.join(self.align(v, ranks) for v in values), ranks, "b")
 
     def _relation(self, expr: sympy.core.relational.Relational) -> Value:
-        """`a <= b` with terms on the side where they are positive, so that each side has few dimensions."""
+        """`a <= b` with terms on the side where they are positive, so that each side has few dimensions, and what has
+        none on the side that has no columns, of which a tile has more than rows."""
         difference = expr.lhs - expr.rhs
-        left = sympy.Add(*(t for t in sympy.Add.make_args(difference) if not t.could_extract_minus_sign()))
+        ranks = {t: self.value(t).ranks for t in sympy.Add.make_args(difference)}
+        scalars = sympy.Add(*(t for t, own in ranks.items() if not own))
+        positive = {t for t in ranks if not t.could_extract_minus_sign()}
+        left = sympy.Add(*positive)
+        wide = {t in positive for t, own in ranks.items() if self.dims[-1] in own}
+        if len(wide) == 1:
+            left = sympy.Add(*(t for t in positive if ranks[t])) + (0 if True in wide else scalars)
         a, b = self.value(left), self.value(left - difference)
         ranks = self.sort(a, b)
         if "f" in (a.kind, b.kind):

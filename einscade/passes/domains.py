@@ -15,12 +15,12 @@ import sympy
 from sympy.core.relational import Relational
 from sympy.logic.boolalg import And, Boolean, Or
 
-from einscade.ir.expr import Access, Expr, FloorDiv, Mod, var
+from einscade.ir.expr import Access, Expr, FloorDiv, Mod, Where, free_vars, var
 from einscade.passes.terms import conjuncts, depends
 
 __all__ = [
     "NO_DATA", "Data", "Ranges", "Span", "certain", "edges", "extremes", "full_range", "implied_limit",
-    "is_data_dependent", "possible", "span",
+    "is_data_dependent", "one_limit_a_side", "possible", "span",
 ]  # fmt: skip
 
 _ZERO = sympy.Integer(0)
@@ -189,6 +189,36 @@ def implied_limit(predicate: Boolean, coordinate: str, sizes_only: frozenset[str
         if side is not None and side[0] == -1 and {s.name for s in side[1].free_symbols} <= sizes_only:
             return side[1] + 1
     return None
+
+
+def one_limit_a_side(predicate: Boolean, coordinate: str) -> Boolean:
+    """An equal predicate over `coordinate >= 0` that compares it at most once from each side: with the least of what it
+    stays below, which is -1 where a condition without the coordinate fails, and the greatest of what it stays above.
+    On a tile the limits are computed once a row and compared once a point."""
+    x = var(coordinate)
+    above: list[Expr] = []
+    below: list[Expr] = []
+    free: list[Boolean] = []
+    others: list[Boolean] = []
+    for c in conjuncts(predicate):
+        d = _nonnegative(c)
+        side = None if d is None else _side(d, coordinate)
+        if coordinate not in free_vars(c):
+            free.append(c)
+        elif side is None:
+            others.append(c)
+        elif side[0] == 1:
+            above.append(-side[1])
+        else:
+            below.append(side[1])
+    if not below:
+        others += free
+    else:
+        least = sympy.Min(*below)
+        others.append(sympy.Le(x, Where(And(*free), least, -1) if free else least))
+    if above:
+        others.append(sympy.Ge(x, sympy.Max(*above)))
+    return And(*others)
 
 
 def full_range(

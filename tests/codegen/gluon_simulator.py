@@ -494,6 +494,7 @@ def _scan(x: Tensor, axis: int, combine: Callable[[Any, Any], Any]) -> Any:
 DTYPES = ("float16", "bfloat16", "float32", "int8", "uint8", "int16", "int32", "int64")
 UNARY = ("exp", "exp2", "log", "log2", "sin", "cos", "erf", "abs", "floor", "ceil", "sqrt", "rsqrt")
 ASSEMBLY: dict[str, Callable[..., Tensor]] = {
+    "mov.b32 $0, $1;": torch.clone,
     "rcp.approx.ftz.f32 $0, $1;": torch.reciprocal,
     "tanh.approx.f32 $0, $1;": torch.tanh,
     "add.f32 $0, $1, 0f80000000;": torch.clone,

@@ -46,6 +46,13 @@ def settled(x):
 
 
 @gluon.jit
+def packed(x):
+    """x, whose pairs of 16 bits are put together here: in a loop and behind it, the compiler then does so once, in
+    front of both, where it costs nothing. Else it takes pairs apart and joins them in every iteration."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], x.dtype, is_pure=True, pack=2)
+
+
+@gluon.jit
 def finite(x):
     """x, or 0 where a row had no points: the reference of an exponential."""
     return gl.where(gl.abs(x) == float("inf"), 0.0, x)
@@ -138,7 +145,7 @@ def weigh(S, G, Z, m_first, p_, b, h, B, M, P, MASKED: gl.constexpr):
     # S[b,h,p,m1,m0] = sum(e) 0.088388347648318 * K[b,h // 4,m1*M0 + m0,e] * Q[b,h,p,e]   if m0 + m1*M0 < M & m0 +
     #   m1*M0 <= p
     if MASKED:
-        keep = (m_[None, :] <= p_[:, None]) & (m_ < M)[None, :]
+        keep = m_[None, :] <= gl.minimum(p_, (M - 1))[:, None]
         S = gl.where(keep, S, float("-inf"))
     # GL[b,h,p,m1] = max(m0) S[b,h,p,m1,m0]
     GL = row_max(S)
@@ -163,6 +170,7 @@ def weigh(S, G, Z, m_first, p_, b, h, B, M, P, MASKED: gl.constexpr):
 def advance(tile, G, Z, N, weights, stage, phase, Q_tile, K_tiles, V_tiles, K_full, K_empty, V_full, V_empty,
             zero, p_, b, h, B, M, P, MASKED: gl.constexpr, group: gl.constexpr):
     """One iteration: the next scores are issued before the last weights meet their values."""
+    weights = packed(weights)
     last_stage = stage
     last_phase = phase
     stage += 1
@@ -214,6 +222,7 @@ def compute(O_map, Q_tile, K_tiles, V_tiles, Q_full, K_full, K_empty, V_full, V_
         tile -= 1
         G, Z, N, weights, stage, phase = advance(tile, G, Z, N, weights, stage, phase, Q_rows, K_tiles, V_tiles,
             K_full, K_empty, V_full, V_empty, zero, p_, b, h, B, M, P, False, group)
+    weights = packed(weights)
     mbarrier.wait(V_full.index(stage), phase)
     V_tile = V_tiles.index(stage)._reinterpret(gl.bfloat16, [128, 128], TILE_128)
     N = warpgroup_mma(weights, V_tile, N, is_async=True)
