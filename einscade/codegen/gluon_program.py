@@ -20,7 +20,7 @@ from einscade.codegen.gluon import IMPORTS
 from einscade.codegen.gluon_chain import Chain
 from einscade.codegen.gluon_form import Form, nest_form
 from einscade.codegen.gluon_plan import GROUP_ROWS
-from einscade.codegen.gluon_rows import row_sum
+from einscade.codegen.gluon_rows import row_sum, slice_sum
 from einscade.codegen.gluon_spread import ADD_TILE, Spread, SpreadChain, spread
 from einscade.codegen.gluon_text import RUN_MAP, TILE_MAP
 from einscade.codegen.loops import FlatNest, LoopProgram, SerialNest
@@ -139,7 +139,7 @@ class _Program(TorchModule):
 
     def nest(self, nest: SerialNest | FlatNest) -> None:
         if isinstance(nest, FlatNest):
-            if not self._row_sum(nest):
+            if not self._row_sum(nest) and not self._slice_sums(nest):
                 super().nest(nest)
             return
         if nest in self.left_out:
@@ -149,13 +149,42 @@ class _Program(TorchModule):
         self.kernels.append(_marked("\n\n\n".join(chain.parts()), mark))
         outputs = [*nest.outputs, *chain.added]
         for output in outputs:
-            self.allocate(output)
+            self._allocate(output, chain)
         for tensor in (*nest.inputs, *outputs):
             if chain.name(tensor) != self.code(tensor):
                 self.out(f"{chain.name(tensor)} = {self.code(tensor)}")
         for line in chain.launch(self.device):
             self.out(re.sub(r"^( *)(kernel|list_tiles)\[", rf"\1\2{mark}[", line))
 
+    def _allocate(self, output: str, chain: Chain) -> None:
+        """A result of a kernel; between two kernels with the width innermost, which is how it is written and read."""
+        operand = next((x for x in chain.shape.addressed if x.tensor == output), None)
+        if operand is None or output in self.cascade.outputs:
+            self.allocate(output)
+            return
+        ranks = self.cascade.tensors[output].ranks
+        order = (*(i for i in range(len(ranks)) if i not in (operand.row, operand.across)), operand.row, operand.across)
+        shape = ", ".join(self.extent(ranks[i]) for i in order)
+        made = f"torch.empty(({shape}), dtype=torch.float32, device={self.device})"
+        if list(order) != sorted(order):
+            made += f".permute({', '.join(str(order.index(i)) for i in range(len(ranks)))})"
+        self.out(f"{self.code(output)} = {made}")
+
+    def _slice_sums(self, nest: FlatNest) -> bool:
+        """A nest of sums of a few slices, each as a kernel; whether it is one."""
+        found = [slice_sum(self.cascade, e) for e in nest.einsums]
+        if not all(x is not None and x.name in self.cascade.outputs for x in found):
+            return False
+        for e, x in zip(nest.einsums, found, strict=True):
+            assert x is not None
+            name = f"slices_{len(self.kernels) + 1}"
+            self.kernels.append(x.kernel(name))
+            self.out(f"# {print_einsum(e)}")
+            self.allocate(x.name)
+            self.names[x.name] = self.stored(x.name)
+            for line in x.launch(name, self.code(x.name), self.code(x.tensor)):
+                self.out(line)
+        return True
 
     def _row_sum(self, nest: FlatNest) -> bool:
         """A nest that is one sum along rows, as a kernel; whether it is one."""

@@ -1,8 +1,12 @@
-"""Sums of products along a row, `S[b,p] = sum(d) X[b,p,d] * Y[b,p,d]`, as a kernel that reads its operands once.
+"""Small sums as kernels that read their operands once and hold nothing in memory.
 
-Comes in: an Einsum that stands alone between two loops (a gradient's statistic of its rows). Goes out: a `RowSum`, the
-text of a kernel and of its launch; `row_sum` returns None for what is not of this form. As torch operations the same
-takes a float32 copy of every operand.
+Comes in: an Einsum that stands alone before or behind a loop. Goes out: the text of a kernel and of its launch, for
+
+    RowSum:    S[b,p] = sum(d) X[b,p,d] * Y[b,p,d]            a gradient's statistic of its rows
+    SliceSum:  K[b,g,m,e] = sum(n) X[b,4*g + n,m,e]           the gradients of the heads of a group
+
+`row_sum` and `slice_sum` return None for what is not of this form. As torch operations the first takes a float32 copy
+of every operand, the second one of its result.
 """
 
 from __future__ import annotations
@@ -14,15 +18,19 @@ import sympy
 from einscade.codegen.gluon_text import function, wrapped
 from einscade.codegen.torch_values import python
 from einscade.ir.cascade import Cascade, Einsum
-from einscade.ir.expr import Access, Expr, var
+from einscade.ir.expr import Access, Expr, free_vars, var
 
-__all__ = ["RowSum", "row_sum"]
+__all__ = ["RowSum", "SliceSum", "row_sum", "slice_sum"]
 
 ROWS = 32
 """Rows of a program: with 16 bytes a load and four warps, two to eight loads of a thread are on their way at once."""
 
 WIDEST = 512
 DTYPES = ("bf16", "f16", "f32")
+_DTYPES = {"bf16": "gl.bfloat16", "f16": "gl.float16", "f32": "gl.float32"}
+
+MOST_SLICES = 64
+"""More would make a long kernel, of which each load is a line."""
 
 
 @dataclass(frozen=True)
@@ -38,19 +46,7 @@ class RowSum:
 
     def kernel(self, name: str) -> str:
         """The kernel, whose rows are counted through all of their ranks."""
-        padded = max(8, 1 << (self.width - 1).bit_length())
-        threads = min(32, padded // 8)
-        lines = [
-            f'"""{ROWS} of the rows, in float32."""',
-            f"LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [{32 // threads}, {threads}], [4, 1], [1, 0])",
-            f"row = gl.program_id(0) * {ROWS} + gl.arange(0, {ROWS}, gl.SliceLayout(1, LAYOUT))",
-            f"column = gl.arange(0, {padded}, gl.SliceLayout(0, LAYOUT))",
-            "rest = row",
-        ]
-        for r, _ in reversed(self.rows[1:]):
-            lines += [f"{r}_at = rest % {r}_extent", f"rest = rest // {r}_extent"]
-        lines.append(f"{self.rows[0][0]}_at = rest")
-        lines.append(f"inside = (row < rows)[:, None] & (column < {self.width})[None, :]")
+        lines = _places(self.rows, self.width)
         factors = []
         for i, (_, index) in enumerate(self.tensors):
             own = " + ".join(f"{r}_at.to(gl.int64) * x{i}_{at}" for at, r in enumerate(index) if r != self.across)
@@ -78,6 +74,119 @@ class RowSum:
             *wrapped(", ".join([*given, result, f"{result}.numel()", *extents[1:], "num_warps=4"]) + ",", 8),
             "    )",
         ]
+
+
+@dataclass(frozen=True)
+class SliceSum:
+    """`name[rows, across] = number * sum(n) tensor[index]`, the index affine in all of them: for each dimension of the
+    tensor the factor of each rank, and a constant under None."""
+
+    name: str
+    rows: tuple[tuple[str, Expr], ...]
+    across: str
+    width: int
+    tensor: str
+    index: tuple[tuple[tuple[str | None, int], ...], ...]
+    summed: str
+    count: int
+    number: Expr
+    dtype: str
+
+    def kernel(self, name: str) -> str:
+        """The kernel, whose rows are counted through all of their ranks."""
+        lines = _places(self.rows, self.width)
+        own, along, slices = [], [], []
+        for at, terms in enumerate(self.index):
+            for r, factor in terms:
+                scaled = f"x_{at}" if factor == 1 else f"{factor} * x_{at}"
+                if r == self.across:
+                    along.append(f"column * {scaled}")
+                elif r == self.summed:
+                    slices.append(scaled)
+                else:
+                    own.append(f"{r}_at.to(gl.int64) * {scaled}" if r is not None else scaled)
+        ranks = [r for r, _ in self.rows]
+        to = " + ".join(f"{r}_at.to(gl.int64) * result_{at}" for at, r in enumerate(ranks))
+        number = "" if self.number == 1 else f" * {python(self.number)}"
+        lines += [
+            f"at = x + ({' + '.join(own)})[:, None] + ({' + '.join(along)})[None, :]",
+            "total = gl.load(at, mask=inside, other=0).to(gl.float32)",
+            f"for n in gl.static_range(1, {self.count}):",
+            f"    at += {' + '.join(slices)}",
+            "    total += gl.load(at, mask=inside, other=0).to(gl.float32)",
+            f"to = result + ({to})[:, None] + (column * result_{len(ranks)})[None, :]",
+            f"gl.store(to, (total{number}).to({_DTYPES[self.dtype]}), mask=inside)",
+        ]
+        extents = [f"{r}_extent" for r in ranks[1:]]
+        strides = [f"x_{i}" for i in range(len(self.index))]
+        results = [f"result_{i}" for i in range(len(ranks) + 1)]
+        decorator = f"@gluon.jit(do_not_specialize={['rows', *extents]!r})"
+        return function(name, ["x", *strides, "result", *results, "rows", *extents], lines, decorator)
+
+    def launch(self, name: str, result: str, code: str) -> list[str]:
+        """The lines that fill the result, which is there; `code` is the tensor in the host's text."""
+        extents = ", ".join(python(n) for _, n in self.rows[1:])
+        rows = f"{result}.numel() // {self.width}"
+        given = f"{code}, *{code}.stride(), {result}, *{result}.stride(), {rows}, {extents}, num_warps=4,"
+        return [
+            f"if {result}.numel():",
+            f"    {name}[(-(-{result}.numel() // {self.width * ROWS}),)](",
+            *wrapped(given, 8),
+            "    )",
+        ]
+
+
+def _places(ranks: tuple[tuple[str, Expr], ...], width: int) -> list[str]:
+    """The first lines of a kernel: which rows, by the ranks that they are counted through, and columns it has."""
+    padded = max(8, 1 << (width - 1).bit_length())
+    threads = min(32, padded // 8)
+    lines = [
+        f'"""{ROWS} of the rows, in float32."""',
+        f"LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [{32 // threads}, {threads}], [4, 1], [1, 0])",
+        f"row = gl.program_id(0) * {ROWS} + gl.arange(0, {ROWS}, gl.SliceLayout(1, LAYOUT))",
+        f"column = gl.arange(0, {padded}, gl.SliceLayout(0, LAYOUT))",
+        "rest = row",
+    ]
+    for r, _ in reversed(ranks[1:]):
+        lines += [f"{r}_at = rest % {r}_extent", f"rest = rest // {r}_extent"]
+    lines.append(f"{ranks[0][0]}_at = rest")
+    lines.append(f"inside = (row < rows)[:, None] & (column < {width})[None, :]")
+    return lines
+
+
+def slice_sum(cascade: Cascade, e: Einsum) -> SliceSum | None:
+    """An Einsum as a `SliceSum`; None where it is none."""
+    if e.reduce is None or e.reduce.monoid != "sum" or len(e.reduce.ranks) != 1 or e.scan or e.domain != sympy.true:
+        return None
+    (summed,) = e.reduce.ranks
+    number, x = e.expr.as_coeff_Mul()
+    if not isinstance(x, Access) or len(e.output.ranks) < 2 or e.output.dtype not in _DTYPES:
+        return None
+    *rows, across = e.output.ranks
+    count, width, t = cascade.extent(summed), cascade.extent(across), cascade.tensors[x.tensor]
+    small = count.is_Integer and 1 <= int(count) <= MOST_SLICES and width.is_Integer and 8 <= int(width) <= WIDEST
+    if not small or t.dtype not in DTYPES or t.layout.kind != "dense":
+        return None
+    index = []
+    for i in x.index:
+        terms: list[tuple[str | None, int]] = []
+        rest = sympy.expand(i)
+        for r in sorted(free_vars(i)):
+            factor = rest.coeff(var(r))
+            rest = rest - factor * var(r)
+            if r not in (*rows, across, summed) or not factor.is_Integer:
+                return None
+            terms.append((r, int(factor)))
+        if not rest.is_Integer:
+            return None
+        index.append(tuple(terms) + (((None, int(rest)),) if rest != 0 else ()))
+    read = {r for terms in index for r, _ in terms}
+    if not {*rows, across, summed} <= read:
+        return None
+    extents = tuple((r, cascade.extent(r)) for r in rows)
+    return SliceSum(
+        e.name, extents, across, int(width), t.name, tuple(index), summed, int(count), number, e.output.dtype
+    )
 
 
 def _strides(i: int, dimensions: int) -> list[str]:

@@ -268,13 +268,13 @@ class Printer:
         """`a <= b` with terms on the side where they are positive, so that each side has few dimensions, and what has
         none on the side that has no columns, of which a tile has more than rows."""
         difference = expr.lhs - expr.rhs
-        ranks = {t: self.value(t).ranks for t in sympy.Add.make_args(difference)}
-        scalars = sympy.Add(*(t for t, own in ranks.items() if not own))
-        positive = {t for t in ranks if not t.could_extract_minus_sign()}
+        over = {t: self.value(t).ranks for t in sympy.Add.make_args(difference)}
+        scalars = sympy.Add(*(t for t, own in over.items() if not own))
+        positive = {t for t in over if not t.could_extract_minus_sign()}
         left = sympy.Add(*positive)
-        wide = {t in positive for t, own in ranks.items() if self.dims[-1] in own}
+        wide = {t in positive for t, own in over.items() if self.dims[-1] in own}
         if len(wide) == 1:
-            left = sympy.Add(*(t for t in positive if ranks[t])) + (0 if True in wide else scalars)
+            left = sympy.Add(*(t for t in positive if over[t])) + (0 if True in wide else scalars)
         a, b = self.value(left), self.value(left - difference)
         ranks = self.sort(a, b)
         if "f" in (a.kind, b.kind):
