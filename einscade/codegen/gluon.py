@@ -55,7 +55,15 @@ def emit(program: LoopProgram, schedule: Schedule) -> Source:
         from einscade.codegen import gluon_program  # which builds on Module
 
         return gluon_program.emit(program, schedule)
-    return Source("triton", Module(form(program), schedule).text())
+    return Source("triton", _writer(schedule)(form(program), schedule).text())
+
+
+def _writer(schedule: Schedule) -> type[Module]:
+    if not schedule.in_order:
+        return Module
+    from einscade.codegen.gluon_chain import Chain  # which builds on Module
+
+    return Chain
 
 
 def schedules(

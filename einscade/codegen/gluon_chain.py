@@ -1,11 +1,14 @@
 """The Gluon emitter for loops with several products: gradients, as warp-specialised Hopper kernels.
 
-Comes in: a form whose sums do not rescale what they have. Goes out: the text of one kernel. The frame is that of
-`gluon.Module` (one warp loads, warpgroups own 64 rows each); what differs is the iteration. With two products and two
-sums there are no registers to hold the next scores while the last weights are used. So an iteration goes through its
-statements in order: all products are issued, each weighted sum as soon as its weights exist, and waited for as late as
-possible; one warpgroup's products then run behind the other's arithmetic. The weights (a transposed tile of
-probabilities, say) stay in registers, as the left operand of the sum.
+Comes in: a form. Goes out: the text of one kernel. The frame is that of `gluon.Module` (one warp loads, warpgroups own
+64 rows each); what differs is the iteration. With two products and two sums there are no registers to hold the next
+scores while the last weights are used. So an iteration goes through its statements in order: all products are issued,
+each weighted sum as soon as its weights exist, and waited for as late as possible; one warpgroup's products then run
+behind the other's arithmetic. The weights (a transposed tile of probabilities, say) stay in registers, as the left
+operand of the sum.
+
+Where sums are rescaled (several softmaxes), a product is issued together with the sum before it: the tile of one
+score at a time is in registers, and a third warpgroup fits.
 """
 
 from __future__ import annotations
@@ -56,22 +59,29 @@ class Chain(Module):
 
     # -- what differs in the plan --
 
+    @property
+    def staggered(self) -> bool:
+        """Whether a product waits until the sum before it is issued."""
+        return any(x.rescale is not None for x in self.shape.sums)
+
     def _check_fit(self) -> None:
-        if any(x.rescale is not None for x in self.shape.sums):
-            raise Unsupported("a sum is rescaled in the loop")
+        if self.resident:
+            raise Unsupported("a loop in order has a program for each tile of rows")
         tiles = self.stages * self.columns * sum(r.width for r in self.rings) * 2
         tiles += self.rows * sum(r.width for r in self.stills) * 2
         tiles += self.rows * self.f * 2 * (len(self.shape.written) - len(self.shares))
         if tiles + 1024 > SHARED:
             raise Unsupported(f"{tiles} bytes of tiles do not fit in {SHARED} bytes of shared memory")
         registers = len(self.shape.sums) * self.f // 2 + self._most_live() + 24
-        spare = 16 if self.groups == 3 else 0  # masks and positions take as many registers, of fewer
+        spare = 16 if self.groups == 3 and not self.staggered else 0  # masks and positions take as many, of fewer
         if registers + spare > REGISTERS[self.groups] + self.spilled:
             raise Unsupported(f"tiles of {self.columns} by {self.f} do not fit in {REGISTERS[self.groups]} registers")
 
     def _most_live(self) -> int:
         """Registers of the iteration's tiles at the moment when most are needed: values of the points, weights of sums
         that have been issued, columns' values that are read by address."""
+        if self.staggered:
+            return self.columns // 2 + len(self.shape.sums) * self.columns // 4
         statements = {s.name: s for s in self.scaled[0]}
         tile = {n for n, s in statements.items() if {self.shape.p, self.shape.m} <= set(s.ranks)} | {*self.shape.scores}
         order = list(dict.fromkeys(n for x in self.order[0] for n in self._needed(x.weights)))
@@ -265,6 +275,11 @@ class Chain(Module):
 
     # -- the text --
 
+    def text(self) -> str:
+        if self.tables:
+            raise Unsupported("values of columns that come as runs, in a module of one kernel")
+        return super().text()
+
     def _functions(self) -> list[str]:
         return [self._place(), self._load(), self._step(), self._compute(), self._kernel()]
 
@@ -357,7 +372,7 @@ class Chain(Module):
         """The values that these take; where sums are rescaled, also what else can be made of them (the weights' own
         sum), after which they need no registers."""
         names = dict.fromkeys(n for e in ends for n in self._needed(e))
-        for s in self.scaled[0] if any(x.rescale is not None for x in self.shape.sums) else ():
+        for s in self.scaled[0] if self.staggered else ():
             if {n for n in self._needed(s.name) if n != s.name} <= it.done | set(names):
                 names[s.name] = None
         return list(names)
@@ -368,8 +383,19 @@ class Chain(Module):
         factor = self.rescales[self.shape.sums.index(x)]
         return tuple(a.tensor for a in accesses(factor) if a.tensor in made) if factor is not None else ()
 
+    @cached_property
+    def turns(self) -> tuple[tuple[str, ...], ...]:
+        """The scores whose products are issued at first, with the first sum, and so on."""
+        if not self.staggered:
+            return (self.order[1], *(() for _ in self.order[0]))
+        found: list[tuple[str, ...]] = []
+        for x in self.order[0]:
+            needed = self._needed(x.weights)
+            found.append(tuple(s for s in self.order[1] if s in needed and not any(s in turn for turn in found)))
+        return (*found, tuple(s for s in self.order[1] if not any(s in turn for turn in found)))
+
     def _issue_products(self, it: Iteration) -> list[str]:
-        return [line for score in self.order[1] for line in self._issue_product(score, it)]
+        return [line for score in self.turns[0] for line in self._issue_product(score, it)]
 
     def _issue_product(self, score: str, it: Iteration) -> list[str]:
         x = next(x for x in self.shape.products if x.score.name == score)
@@ -381,14 +407,18 @@ class Chain(Module):
 
     def _issue_sum(self, x: WeightedSum, printer: Printer, it: Iteration) -> list[str]:
         ring, name, weights = self.ring(x.values), self.name(x.state.name), self.weight_names[x.weights]
-        it.issued.add(x.state.name)
-        it.flying.append(name)
         value = printer.names[x.weights].atom()
-        return [
+        lines = [
             *self._see(ring, it),
             f"{weights} = gl.convert_layout({value}.to({GLUON_DTYPES[self.shape.dtype]}), WEIGHTS)",
-            f"{name} = warpgroup_mma({weights}, {ring.name}_tile, {name}, is_async=True)",
         ]
+        for score in self.turns[1 + self.order[0].index(x)]:
+            lines += self._issue_product(score, it)
+        if (factor := self.rescales[self.shape.sums.index(x)]) is not None:
+            lines.append(f"{name} = {name} * gl.convert_layout({printer.value(factor).code}, RESULT_ROW)[:, None]")
+        it.issued.add(x.state.name)
+        it.flying.append(name)
+        return [*lines, f"{name} = warpgroup_mma({weights}, {ring.name}_tile, {name}, is_async=True)"]
 
     def _await(self, it: Iteration, *names: str) -> str:
         """Wait for the first of the names, and what was issued before it; the others are kept until then."""

@@ -29,6 +29,9 @@ SPACE = (
 )  # fmt: skip
 """Warpgroups of 64 rows, the tile of the loop, and the depth of the rings; the likely ones first."""
 
+IN_ORDER = ((3, 64, 2),)
+"""The same of loops with several products that are issued one after another."""
+
 SLOWER = {128: 1.0, 64: 1.15, 32: 1.5}
 """Time of a point in shorter tiles of the loop, which hide less; as measured at width 128."""
 
@@ -65,6 +68,8 @@ def schedules(
 ) -> tuple[Schedule, ...]:
     """At most `MOST` schedules. Raises `Unsupported` where none fits, or where at these sizes none is worth trying."""
     found = _distinct([c for point in SPACE if (c := _fitting(shape, *point)) is not None])
+    if len(shape.products) > 1:
+        found += [c for point in IN_ORDER if (c := _fitting(shape, *point, in_order=True)) is not None]
     if not found:
         raise Unsupported("no tile of the kernel fits on chip")
     if device is None or sizes is None:
@@ -95,13 +100,13 @@ def schedules(
     resident = [
         replace(c, schedule=alternative)
         for c in found
-        if c.groups == 2 and programs(c) > device.processors
+        if c.groups > 1 and programs(c) > device.processors
         if _plan(shape, alternative := replace(c.schedule, resident=device.processors)) is not None
     ]
     return tuple(c.schedule for c in sorted([*found, *resident], key=cost)[:MOST])
 
 
-def _fitting(shape: Form, groups: int, columns: int, stages: int) -> Choice | None:
+def _fitting(shape: Form, groups: int, columns: int, stages: int, in_order: bool = False) -> Choice | None:
     """A point of the space as a choice, if the kernel fits."""
     tiles = {shape.p: groups * GROUP_ROWS}
     step = shape.loop.step
@@ -109,7 +114,7 @@ def _fitting(shape: Form, groups: int, columns: int, stages: int) -> Choice | No
         tiles[step.name] = columns
     elif step != columns:
         return None
-    schedule = Schedule(tuple(sorted(tiles.items())), 4, stages, (), "cuda:90", True)
+    schedule = Schedule(tuple(sorted(tiles.items())), 4, stages, (), "cuda:90", True, in_order=in_order)
     plan = _plan(shape, schedule)
     if plan is None:
         return None
@@ -120,6 +125,11 @@ def _fitting(shape: Form, groups: int, columns: int, stages: int) -> Choice | No
 def _plan(shape: Form, schedule: Schedule) -> Tables | None:
     """The kernel under a schedule, if it fits on chip."""
     try:
+        if schedule.in_order:
+            from einscade.codegen.gluon_chain import Chain  # which builds on the emitter that asks
+
+            chain = Chain(shape, schedule)
+            return None if chain.tables else chain
         plan = Tables(shape, schedule)
     except Unsupported:
         return None

@@ -45,6 +45,8 @@ class Schedule:
         `run` computes it by at every call.
     summaries: compute beforehand what data along a loop says of its tiles (`codegen.summaries`), to skip them.
     unordered: programs add to a sum in memory in whatever order they come (`codegen.gluon_spread`): not deterministic.
+    in_order: an iteration's products are issued one after another, each where its result is next, rather than all of
+        the next iteration's beforehand: fewer registers where there are several (`codegen.gluon_chain`).
     resident: so many programs at most, each of which takes one tile of rows after another; 0: a program for each.
     overlap: a kernel that follows another is launched before that one has ended, and waits on the device for what it
         wrote (programmatic dependent launch, from Hopper on).
@@ -60,6 +62,7 @@ class Schedule:
     summaries: bool = False
     unordered: bool = False
     resident: int = 0
+    in_order: bool = False
     overlap: bool = False
 
     def tile(self, name: str) -> int | None:

@@ -88,9 +88,11 @@ def _products(assembly: str) -> int:
     return sum("HGMMA" in line and " RZ, gdesc[URZ], RZ" not in line for line in assembly.split("\n"))
 
 
-def assert_fits(made: ModuleType, given: list[Tensor], sizes: dict[str, int]) -> None:
-    """Every kernel of a module compiles for Hopper, fits in shared memory and does not spill."""
+def assert_fits(made: ModuleType, given: list[Tensor], sizes: dict[str, int], spilled: int = 0) -> None:
+    """Every kernel of a module compiles for Hopper, fits in shared memory and spills no more bytes than that."""
     for shared, report in compiled(made, given, sizes).values():
         assert shared <= 227 << 10
-        assert re.search(r"\b0 bytes spill stores, 0 bytes spill loads", report), report
+        found = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+        assert found, report
+        assert max(map(int, found.groups())) <= spilled, report
         assert "serialized" not in report  # what ptxas says where products do not run in the background
