@@ -104,7 +104,7 @@ def _signature(cascade: Cascade, k: Kernel, descriptors: bool) -> tuple[dict[str
     constants: dict[str, Any] = {}
     aligned = []
     for name in k.tensors:
-        pointer = _POINTERS[cascade.tensors[name].dtype]
+        pointer = _POINTERS[cascade.tensors[name].dtype if name in cascade.tensors else "f32"]
         if descriptors and name in k.described:
             signature[name] = f"tensordesc<{pointer[1:]}{list(k.described[name])}>".replace(" ", "")
         else:

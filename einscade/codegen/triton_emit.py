@@ -15,6 +15,7 @@ from einscade.codegen.summaries import summarised
 from einscade.codegen.tiled_torch import TorchModule
 from einscade.codegen.triton_helpers import HELPERS
 from einscade.codegen.triton_kernel import Kernel, kernel
+from einscade.codegen.triton_memory import stored
 
 __all__ = ["emit", "emit_with_kernels"]
 
@@ -50,6 +51,7 @@ class _TritonModule(TorchModule):
     def __init__(self, program: LoopProgram, schedule: Schedule) -> None:
         super().__init__(program, schedule, in_place=True, grouped=False)
         self.kernels: list[Kernel] = []
+        self.memory = stored(self.program, schedule)
 
     def nest(self, nest: SerialNest | FlatNest) -> None:
         if isinstance(nest, FlatNest):
@@ -57,11 +59,15 @@ class _TritonModule(TorchModule):
             return
         several = len(self.program.serial_nests) > 1
         name = f"{self.cascade.name}_kernel" + (f"{len(self.kernels) + 1}" if several else "")
-        k = kernel(self.cascade, nest, self.schedule, name, *self.neighbours(nest))
+        k = kernel(self.memory, nest, self.schedule, name, *self.neighbours(nest))
         self.kernels.append(k)
         made_in_body = {e.name for e in nest.body}
-        for output in nest.outputs:
-            self.allocate(output, zeros=output in made_in_body)
+        for argument in dict.fromkeys(map(self.memory.argument, nest.outputs)):
+            if argument != self.memory.pointer:
+                self.allocate(argument, zeros=argument in made_in_body)
+            elif not any(argument in other.tensors for other in self.kernels[:-1]):
+                size = self.size(self.memory.elements())
+                self.out(f"{argument} = torch.empty({size}, dtype=torch.float32, device={self.device})")
         self.launch(k)
 
     def neighbours(self, nest: SerialNest) -> tuple[bool, bool]:

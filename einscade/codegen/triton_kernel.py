@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from einscade.codegen.loops import SerialNest
 from einscade.codegen.schedule import Schedule
 from einscade.codegen.triton_bounds import BoundsWriter
+from einscade.codegen.triton_memory import Stored
+from einscade.codegen.triton_tile import Lines
 from einscade.codegen.triton_values import Local, value
-from einscade.ir.cascade import Cascade
 from einscade.ir.expr import free_vars, var
 from einscade.passes.domains import span
 
@@ -43,11 +44,11 @@ class Kernel:
 
 
 def kernel(
-    cascade: Cascade, nest: SerialNest, schedule: Schedule, name: str, waits: bool = False, awaited: bool = False
+    stored: Stored, nest: SerialNest, schedule: Schedule, name: str, waits: bool = False, awaited: bool = False
 ) -> Kernel:
     """Write the kernel, or raise `Unsupported`. `waits`: for the kernel in front of it to end, whatever it reads, so
     that having waited for a kernel is having waited for all before it. `awaited`: the next one may be launched."""
-    return _KernelWriter(cascade, nest, schedule, name).write(waits, awaited)
+    return _KernelWriter(stored.cascade, nest, schedule, name).write(stored, waits, awaited)
 
 
 class _KernelWriter(BoundsWriter):
@@ -62,11 +63,7 @@ class _KernelWriter(BoundsWriter):
 
     # -- the text --
 
-    def write(self, waits: bool, awaited: bool) -> Kernel:
-        if awaited:
-            self.main("gdc_launch_dependents()  # the next kernel comes on chip where there is room, and waits")
-        if waits:
-            self.main("gdc_wait()  # until the kernel before this one has ended")
+    def write(self, stored: Stored, waits: bool, awaited: bool) -> Kernel:
         self.write_head()
         self.statements(self.loop.prologue)
         for state in self.loop.states:
@@ -81,7 +78,15 @@ class _KernelWriter(BoundsWriter):
         self.scope.blocks = {r: b for r, b in self.scope.blocks.items() if r not in self.loop.coordinates}
         self.masks = {}
         self.statements(self.loop.epilogue)
-        return self.assemble(step, parameters, states, waits)
+        head = Lines()
+        if awaited:
+            head("gdc_launch_dependents()  # the next kernel comes on chip where there is room, and waits")
+        if waits:
+            head("gdc_wait()  # until the kernel before this one has ended")
+        for line in stored.lines(self.scope.memory):
+            head(line)
+        self.main.lines[:0] = head.lines
+        return self.assemble(stored, step, parameters, states, waits)
 
     def write_head(self) -> None:
         here = self.main
@@ -135,7 +140,7 @@ class _KernelWriter(BoundsWriter):
 
     def step_call(self, step: str) -> tuple[str, list[str]]:
         """The step's parameters are the kernel's names that its text uses."""
-        used = set(re.findall(r"\b[A-Za-z_]\w*", re.sub(r"#.*", "", step)))
+        used = _names(step)
         made = set(re.findall(r"^\s*([A-Za-z_]\w*) = ", step, re.M))
         x = self.loop.coordinate
         names = [v.name for v in self.loop.states]
@@ -152,11 +157,14 @@ class _KernelWriter(BoundsWriter):
     def main_names(self) -> list[str]:
         return re.findall(r"^    ([A-Za-z_]\w*) = ", self.main.text, re.M)
 
-    def assemble(self, step: str, parameters: list[str], states: str, waits: bool) -> Kernel:
-        used = set(re.findall(r"\b[A-Za-z_]\w*", re.sub(r"#.*", "", self.main.text + step)))
-        tensors = tuple(m.pointer for m in self.scope.memory.values())
+    def assemble(self, stored: Stored, step: str, parameters: list[str], states: str, waits: bool) -> Kernel:
+        used = _names(self.main.text + step)
+        tensors = tuple(dict.fromkeys(map(stored.argument, self.scope.memory)))
         strides = tuple(
-            (s, d, m.pointer) for m in self.scope.memory.values() for d, s in enumerate(m.strides) if s in used
+            (s, d, t)
+            for t, m in self.scope.memory.items()
+            for d, s in enumerate(m.strides)
+            if s in used and t not in stored.orders
         )
         sizes = tuple(s for s in self.cascade.symbols if s in used)
         flags = [f"{t}_TMA: tl.constexpr" for t in self.described]
@@ -177,6 +185,10 @@ class _KernelWriter(BoundsWriter):
 
     def grid_extent(self, rank: str) -> str:
         return self.host(self.cascade.extent(rank))
+
+
+def _names(code: str) -> set[str]:
+    return set(re.findall(r"\b[A-Za-z_]\w*", re.sub(r"#.*", "", code)))
 
 
 def _wrapped(code: str) -> str:

@@ -49,7 +49,7 @@ def _compiler() -> SimpleNamespace:
 
 
 def _run(inputs: Sequence[Tensor], sizes: Sequence[int], program: str) -> list[Tensor]:
-    return _compiler().call_for(program, inputs[0].device)(inputs, sizes)
+    return _compiler().call_for(program, inputs[0].device).run(inputs, sizes)
 
 
 def _run_backward(
@@ -114,11 +114,11 @@ _BETWEEN = torch._C._after_ADInplaceOrView_keyset.raw_repr() & ~_keys("CPU", "CU
 
 
 def _below(keyset: Any, inputs: Sequence[Tensor], sizes: Sequence[int], program: str) -> Sequence[Tensor]:
-    """The operator below autograd. Where nothing lies between, the kernel is called from here: the dispatcher would
-    only turn the arguments into its own kind and back again, which takes longer than all the rest of a call."""
+    """The operator below autograd, called where nothing records. Where nothing lies between, the kernel is called from
+    here: the dispatcher would only turn the arguments into its own kind and back again, which takes longer."""
+    if not keyset.raw_repr() & _BETWEEN:
+        return _run(inputs, sizes, program)
     with torch._C._AutoDispatchBelowAutograd():
-        if not keyset.raw_repr() & _BETWEEN:
-            return _run(inputs, sizes, program)
         return cascade.redispatch(keyset & torch._C._after_autograd_keyset, inputs, sizes, program)
 
 

@@ -40,10 +40,10 @@ def prepared() -> tuple[Call, ...]:
 
 
 class Call:
-    """A program on a device. `Call(inputs, sizes)` returns the outputs, with the strides that the program's memory
-    order says: inputs in cascade order with any strides, sizes in the order of `cascade.symbols`.
+    """A program on a device. `run(inputs, sizes)` returns the outputs, with the strides that the program's memory order
+    says: inputs in cascade order with any strides, sizes in the order of `cascade.symbols`.
 
-    Raises ValueError where inputs and sizes contradict each other or the program.
+    `run` raises ValueError where inputs and sizes contradict each other or the program.
     """
 
     def __init__(self, program: Program, device: torch.device) -> None:
@@ -56,16 +56,16 @@ class Call:
             "_pointless": self._pointless,
             "_kernels": self.kernels,
             "_made": self._made,
-            "_disturbed": self._disturbed,
+            "_autocast": torch.is_autocast_enabled,
+            "_kind": device.type,
+            "_current": torch._C._cuda_getDevice if device.type == "cuda" else lambda: None,
+            "_number": device.index if device.type == "cuda" else None,
             "_run_undisturbed": self._run_undisturbed,
             "_laid_out": _laid_out,
             "_deterministic": torch.are_deterministic_algorithms_enabled,
         }
         exec(_text(program), scope)
-        self._written: Callable[[Sequence[Tensor], Sequence[int]], list[Tensor]] = scope["_call"]
-
-    def __call__(self, inputs: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        return self._written(inputs, sizes)
+        self.run: Callable[[Sequence[Tensor], Sequence[int]], list[Tensor]] = scope["_call"]
 
     def _refuse(self, inputs: Sequence[Tensor], sizes: Sequence[int]) -> NoReturn:
         self.program.check(inputs, sizes)
@@ -79,13 +79,8 @@ class Call:
         self.kernels[bucket] = kernel
         return kernel
 
-    def _disturbed(self) -> bool:
-        """Whether kernels would not run as they were written: under autocast, or with another device current."""
-        if torch.is_autocast_enabled(self.device.type):
-            return True
-        return self.device.type == "cuda" and torch.cuda.current_device() != self.device.index
-
     def _run_undisturbed(self, kernel: Kernel, inputs: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, ...]:
+        """Kernels run as they were written: not under autocast, and on their own device."""
         own = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
         with own, torch.autocast(self.device.type, enabled=False):
             return kernel(inputs, sizes)
@@ -135,7 +130,8 @@ def _text(program: Program) -> str:
         "    return _pointless(inputs, sizes)",
         f"_bucket = ({bucket}_deterministic())",
         "_kernel = _kernels.get(_bucket) or _made(_bucket, sizes)",
-        f"{', '.join(outputs)}, = _run_undisturbed(_kernel, inputs, sizes) if _disturbed() else _kernel(inputs, sizes)",
+        "_disturbed = _autocast(_kind) or _current() != _number",
+        f"{', '.join(outputs)}, = _run_undisturbed(_kernel, inputs, sizes) if _disturbed else _kernel(inputs, sizes)",
     ]
     for y, name in zip(outputs, cascade.outputs, strict=True):
         shape, strides = program.shape_code(name), program.strides_code(name)

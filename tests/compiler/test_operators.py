@@ -142,7 +142,7 @@ def test_host_time_beside_the_kernel() -> None:
     from einscade.runtime.call import call_for
 
     with torch.no_grad():
-        bare = call_for(TEXT, inputs[0].device)
+        bare = call_for(TEXT, inputs[0].device).run
 
         def least(call: object) -> float:
             times = []

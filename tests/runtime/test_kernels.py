@@ -344,7 +344,7 @@ def test_a_cuda_graph_captures_a_call() -> None:
     """A graph that is replayed reads what its inputs hold then."""
     device = torch.device("cuda")
     inputs = [torch.randn(2, 4, 64, 8, device=device) for _ in range(3)]
-    run = call_for(PROGRAM.text, inputs[0].device)
+    run = call_for(PROGRAM.text, inputs[0].device).run
     run(inputs, (2, 64, 64))
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -361,7 +361,7 @@ def test_a_cuda_graph_captures_a_call() -> None:
 def test_a_call_runs_on_the_device_of_its_inputs() -> None:
     inputs = [torch.randn(2, 4, 64, 8, device="cuda:1") for _ in range(3)]
     assert torch.cuda.current_device() == 0
-    (out,) = call_for(PROGRAM.text, inputs[0].device)(inputs, (2, 64, 64))
+    (out,) = call_for(PROGRAM.text, inputs[0].device).run(inputs, (2, 64, 64))
     assert out.device == inputs[0].device
     _check_on_gpu(out, inputs)
 
@@ -454,7 +454,7 @@ def test_programs_print_and_parse() -> None:
 def test_outputs_come_in_the_memory_order_asked_for() -> None:
     program = Program("exact", ATTENTION, (("O", ("b", "p", "h", "f")),))
     inputs, _ = _inputs(p=33, m=33)
-    (out,) = call_for(program.text, CPU)(inputs, (2, 33, 33))
+    (out,) = call_for(program.text, CPU).run(inputs, (2, 33, 33))
     _check((out,), inputs)
     assert out.transpose(1, 2).is_contiguous()
 
@@ -462,17 +462,17 @@ def test_outputs_come_in_the_memory_order_asked_for() -> None:
 def test_inputs_that_contradict_the_program_are_refused() -> None:
     (q, k, v), _ = _inputs()
     with pytest.raises(ValueError, match=r"input K has shape \(2, 4, 3, 8\), the sizes say b=2, h=4, m=9, e=8"):
-        call_for(PROGRAM.text, CPU)((q, k[:, :, :3], v), (2, 9, 9))
+        call_for(PROGRAM.text, CPU).run((q, k[:, :, :3], v), (2, 9, 9))
     with pytest.raises(ValueError, match=r"input Q is torch.float64, the cascade says torch.float32"):
-        call_for(PROGRAM.text, CPU)((q.double(), k, v), (2, 9, 9))
+        call_for(PROGRAM.text, CPU).run((q.double(), k, v), (2, 9, 9))
     with pytest.raises(ValueError, match="has 3 inputs, 2 were given"):
-        call_for(PROGRAM.text, CPU)((q, k), (2, 9, 9))
+        call_for(PROGRAM.text, CPU).run((q, k), (2, 9, 9))
 
 
 @pytest.mark.parametrize(("b", "p", "m"), [(0, 5, 5), (2, 0, 5), (2, 5, 0), (0, 0, 0)])
 def test_empty_ranks(b: int, p: int, m: int) -> None:
     inputs, _ = _inputs(b, p, m)
-    (out,) = call_for(PROGRAM.text, CPU)(inputs, (b, m, p))
+    (out,) = call_for(PROGRAM.text, CPU).run(inputs, (b, m, p))
     assert out.shape == (b, 4, p, 8)
     assert (out == 0).all()
 

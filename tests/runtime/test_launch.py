@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -284,11 +285,27 @@ def _misaligned(x: Tensor) -> Tensor:
 def test_every_layer_of_the_benchmark(
     site: str, launched: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Each layer of benchmarks/launch.py once, from the bare launch to the operator for training."""
-    called: list[str] = []
-    monkeypatch.setattr(benchmark, "microseconds", lambda calls: [called.append(n) or f() for n, f in calls.items()])
+    """Each layer of benchmarks/launch.py, from the bare launch to the operator for training, makes the same launches:
+    what the C function gets, but for addresses, is the same."""
     monkeypatch.setenv("EINSCADE_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("EINSCADE_AUTOTUNE", "0")
-    benchmark.layers(torch.device("cpu"), *benchmark.SITES[site])
-    assert len(called) == 7
-    assert ("gluon, 1 kernel" if site == "a prompt" else "triton, 2 kernels") in called[0]
+    calls = benchmark.layers(torch.device("cpu"), *benchmark.SITES[site], training=True)
+    assert len(calls) == 8
+    made = {}
+    for name, layer in calls.items():
+        layer(1)
+        launched.clear()
+        layer(2)
+        made[name] = [_without_output(one, ()) for one in launched]
+    least = made.pop("the operator, for training")  # saves more
+    assert len(least) == len(made["the operator"]) == (2 if site == "a prompt" else 4)
+    assert all(one == made["the operator"] for one in made.values())
+
+
+def test_slopes_leave_out_what_surrounds_a_call() -> None:
+    def call(number: int) -> None:
+        time.sleep(0.01)
+        for _ in range(number):
+            time.sleep(0.001)
+
+    assert 900 < benchmark.microseconds({"call": call}, seconds=0.5)["call"] < 2000

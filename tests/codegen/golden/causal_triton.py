@@ -79,10 +79,14 @@ def causal_step(
 
 @triton.jit
 def causal_kernel(
-    Q, K, V, O, Q_b, Q_h, Q_p, Q_e, K_b, K_g, K_m, K_e, V_b, V_g, V_m, V_f, O_b, O_h, O_p, O_f, M, P,
-    K_TMA: tl.constexpr, V_TMA: tl.constexpr
+    Q, K, V, O, Q_b, Q_h, Q_p, Q_e, K_b, K_g, K_m, K_e, V_b, V_g, V_m, V_f, M, P, K_TMA: tl.constexpr,
+    V_TMA: tl.constexpr
 ):
     """O: a program is one tile of p at one b, h, and loops along m."""
+    O_f = 1
+    O_p = 128
+    O_h = tl.cast(P, tl.int64) * 128
+    O_b = O_h * 32
     program = tl.program_id(0)
     p_tiles = tl.cdiv(P, 128)
     p_tile = p_tiles - 1 - program % p_tiles  # the tiles with most to do first
@@ -130,7 +134,7 @@ def run(Q, K, V, *, B, M, P) -> tuple[torch.Tensor, ...]:
     V_read, V_TMA = described(V, (1, 1, 64, 128))
     grid = (-(-P // 128) * B * 32,)
     causal_kernel[grid](
-        Q, K_read, V_read, O, *Q.stride(), *K.stride(), *V.stride(), *O.stride(), M, P, K_TMA=K_TMA, V_TMA=V_TMA,
-        num_warps=8, num_stages=3
+        Q, K_read, V_read, O, *Q.stride(), *K.stride(), *V.stride(), M, P, K_TMA=K_TMA, V_TMA=V_TMA, num_warps=8,
+        num_stages=3
     )
     return O,
