@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import counters, cpu_model, end_to_end, h200, record, zoo
+from benchmarks import counters, cpu_model, end_to_end, h200, record, warm, zoo
 from benchmarks.measure import interleaved_medians, peak_extra_memory
 from einscade.codegen.schedule import Schedule
 from einscade.runtime.tuning import Timing
@@ -169,6 +169,16 @@ def test_what_tuning_was_for() -> None:
     untuned = h200.tuning(SimpleNamespace(timings=(), untried=0, spent=(0.0, 0.0), candidate="gluon", schedule=fast))
     results = {"a": {"tuning": [found | {"measured": measured}]}, "b": {"tuning": [untuned]}, "c": {"problem": "none"}}
     assert h200.summary(results) == {"untuned_median": 1.5, "untuned_worst": 1.5, "tuning_s_most": 5.0}
+
+
+@pytest.mark.slow
+def test_a_warm_process_compiles_nothing(tmp_path: Path) -> None:
+    """Kernels for Hopper, compiled by one process for a GPU that is not there, and found by the next one."""
+    pytest.importorskip("triton")
+    cold, warmed = (warm.apart(["causal-d128"], str(tmp_path)) for _ in range(2))
+    assert cold["compiled"] >= 1
+    assert warmed["compiled"] == warmed["tuned"] == 0
+    assert list(warmed["seconds"]) == ["causal-d128"]
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,8 @@ Run = Callable[[Sequence[Tensor], Sequence[int]], tuple[Tensor, ...]]
 
 @dataclass
 class Kernel:
-    """A cascade ready to run on one device, for sizes like those it was made for.
+    """A cascade ready to run on one device, for sizes like those it was made for. `form` is the rewritten cascade as
+    text: a warm process has no other use for it.
 
     `Kernel(inputs, sizes)` returns the outputs; `sizes` in the order of the cascade's symbols. What it will run is
     `candidate`. Where it was tuned, `timings` has what was measured, in the cost model's order, `untried` how many
@@ -50,7 +51,7 @@ class Kernel:
     """
 
     program: Program
-    rewritten: Cascade
+    form: str
     steps: tuple[StepRecord, ...]
     candidates: list[Candidate]
     address: str
@@ -60,6 +61,10 @@ class Kernel:
     untried: int = 0
     spent: tuple[float, float] = (0.0, 0.0)
     _ready: Run | None = None
+
+    @functools.cached_property
+    def rewritten(self) -> Cascade:
+        return parse_cascade(self.form)
 
     @property
     def chosen(self) -> Candidate:
@@ -194,7 +199,7 @@ def _make(
 ) -> Kernel:
     rewritten, steps = _rewrite(program)
     found = candidates(program, rewritten, steps, Device.of(device), sizes, deterministic)
-    return Kernel(program, rewritten, steps, found, address, from_disk=False, tuned=False)
+    return Kernel(program, print_cascade(rewritten), steps, found, address, from_disk=False, tuned=False)
 
 
 @functools.lru_cache(maxsize=256)
@@ -217,7 +222,7 @@ def _rewrite(program: Program) -> tuple[Cascade, tuple[StepRecord, ...]]:
 
 def _entry(kernel: Kernel) -> dict[str, Any]:
     return {
-        "rewritten": print_cascade(kernel.rewritten),
+        "rewritten": kernel.form,
         "steps": [asdict(s) for s in kernel.steps],
         "candidates": [asdict(c) for c in kernel.candidates],
         "tuned": kernel.tuned,
@@ -244,12 +249,12 @@ def _from_entry(program: Program, entry: Mapping[str, Any], address: str) -> Ker
             Timing(t["rank"], t["kind"], _schedule(t["schedule"]), float(t["seconds"])) for t in entry["timings"]
         )
         compiling, measuring = entry["spent"]
-        rewritten, tuned, untried = parse_cascade(entry["rewritten"]), bool(entry["tuned"]), int(entry["untried"])
+        form, tuned, untried = entry["rewritten"], bool(entry["tuned"]), int(entry["untried"])
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
-    if not found:
+    if not found or not isinstance(form, str):
         return None
-    return Kernel(program, rewritten, steps, found, address, True, tuned, timings, untried, (compiling, measuring))
+    return Kernel(program, form, steps, found, address, True, tuned, timings, untried, (compiling, measuring))
 
 
 def _schedule(fields: Mapping[str, Any]) -> Schedule:

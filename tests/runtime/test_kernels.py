@@ -157,17 +157,19 @@ def test_a_choice_serves_the_lengths_around_it(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_a_second_process_starts_from_the_disk() -> None:
-    """It neither rewrites nor emits: both would raise."""
-    _, sizes = _inputs()
+    """It neither rewrites nor emits nor measures: each would raise."""
+    inputs, sizes = _inputs()
     first = build(ATTENTION, "exact", CPU, sizes)
+    _run(first, inputs, sizes)
+    assert first.timings
     code = f"""
 import torch
 from einscade.ir.text import parse_cascade, print_cascade
 from einscade.runtime import kernels
 def forbidden(*args): raise AssertionError("compiled again")
-kernels._make = forbidden
+kernels._make = kernels.tuning.tune = forbidden
 kernel = kernels.build(parse_cascade('''{ATTENTION}'''), "exact", torch.device("cpu"), {sizes!r})
-assert kernel.from_disk
+assert kernel.from_disk and kernel.tuned and len(kernel.timings) == {len(first.timings)}
 print(kernel.candidate, len(kernel.steps), hash(kernel.source) == hash(kernel.candidates[0].source.text))
 q = torch.randn(2, 4, 9, 8)
 print(kernel((q, q, q), list({sizes!r}.values()))[0].shape)
@@ -245,7 +247,8 @@ def test_a_corrupt_entry_is_made_anew() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"candidates": []}, {"candidates": [3]}, {"steps": None}, {"rewritten": "nonsense"}]
+    "change",
+    [{"candidates": []}, {"candidates": [3]}, {"steps": None}, {"rewritten": None}, {"timings": [1]}, {"spent": []}],
 )
 def test_a_foreign_entry_is_made_anew(change: dict[str, object]) -> None:
     """Whole, with the right address and checksum, but not what this version writes."""
