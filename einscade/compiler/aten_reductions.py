@@ -18,6 +18,7 @@ from einscade.compiler.aten_facts import Unraisable, arguments, is_tensor, op_na
 from einscade.compiler.aten_pointwise import NUMERIC, as_number, as_predicate
 from einscade.compiler.aten_views import broadcast
 from einscade.compiler.raising_index import Index
+from einscade.ir.cascade import Reduction
 from einscade.ir.expr import Access, Expr, Where
 
 if TYPE_CHECKING:
@@ -134,6 +135,23 @@ def reduction(monoid: str, prepare: Callable[[Expr], Expr] | None = None, mean: 
         return result / count if mean else result
 
     return rule
+
+
+def _argmax(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
+    """Where along a dimension the greatest element is, the first of equal ones: the one slot of a `topk`."""
+    if a.dim is None:
+        raise Unraisable(f"{node.target} over all dimensions")
+    sizes, (dim,) = shape(a.self), _dims(a, a.self)
+
+    def build(own: Index) -> tuple[Expr, Reduction]:
+        at, names = r.fresh((node, "greatest", "reduced"), sizes[dim], keep_one=True)
+        _, (slot,) = r.fresh((node, "greatest", "slot"), _ONE, keep_one=True)
+        if len(names) > 1:
+            raise Unraisable(f"{node.target} over a dimension in parts")
+        return r.read(a.self, (*own[:dim], at, *own[dim:-1])), Reduction("topk", names, slot)
+
+    kept = _kept(index, [dim], a.keepdim)
+    return r.define((node, "greatest"), node, (*kept, _ZERO), (*sizes[:dim], *sizes[dim + 1 :], _ONE), build, "i64")
 
 
 def _constant_reduction(r: Raiser, node: Node, operand: Node, dims: Sequence[int], kept: Index,
@@ -309,6 +327,7 @@ REDUCTIONS: Mapping[str, Rule] = {
     "aten::all": reduction("all"),
     "aten::linalg_vector_norm": _norm,
     "aten::logsumexp": _logsumexp,
+    "aten::argmax": _argmax,
 }
 
 DISTANCES: Mapping[str, Rule] = {"aten::_cdist_forward": _distance}

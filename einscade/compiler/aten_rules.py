@@ -355,6 +355,19 @@ def _pad(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
     return _of_pieces(r, node, padded)
 
 
+def _scatter(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
+    """One element along a dimension replaced, at a place that data says: zeros and a 1 are a one-hot code."""
+    dim = a.dim % len(index)
+    once = (*shape(node)[:dim], _ONE, *shape(node)[dim + 1 :])
+    new = a.value if hasattr(a, "value") else a.src
+    if shape(a.index) != once or (is_tensor(new) and shape(new) != once) or hasattr(a, "reduce"):
+        raise Unraisable(f"{node.target} of more than one element along its dimension")
+    chosen = sympy.Eq(r.read(a.index, (*index[:dim], _ZERO, *index[dim + 1 :])), index[dim])
+    if torch_dtype(node) == torch.bool:
+        return choose(chosen, _predicate(r, node, new, index), _predicate(r, node, a.self, index))
+    return Where(chosen, _number(r, node, new, index), _number(r, node, a.self, index))
+
+
 def _slice_scatter(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
     dim = a.dim % len(index)
     start, step = slice_start(a.start, shape(a.self)[dim]), scalar(a.step)
@@ -395,6 +408,8 @@ def _item(r: Raiser, node: Node, index: Index) -> Expr:
         return _dropout(r, whole, arguments(whole), index)
     if which == 0 and name in ("aten::max", "aten::min") and whole in r.core:
         return reduction(name.removeprefix("aten::"))(r, node, arguments(whole), index)
+    if which == 1 and name == "aten::max":
+        return RULES["aten::argmax"](r, node, arguments(whole), index)
     short = name.removeprefix("aten::")
     if which == 0 and short in NUMERIC:
         return _pointwise(r, whole, short, index, node)
@@ -443,6 +458,7 @@ RULES: Mapping[str, Rule] = {
     "aten::gather": _gather,
     "aten::cat": _cat,
     "aten::constant_pad_nd": _pad,
+    "aten::scatter": _scatter,
     "aten::slice_scatter": _slice_scatter,
     "aten::select_scatter": _select_scatter,
     "aten::copy": _copy,

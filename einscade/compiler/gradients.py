@@ -23,6 +23,7 @@ from einscade.ir.cascade import Cascade
 from einscade.passes.differentiate import differentiate
 from einscade.passes.pipeline import run
 from einscade.passes.rewrite import NotApplicable
+from einscade.runtime.messages import first_line, warn_once
 from einscade.runtime.program import DTYPES, MemoryOrder, Program
 
 __all__ = ["Gradient", "gradient", "scan_free"]
@@ -110,6 +111,10 @@ def gradient(program: Program, needed: Sequence[bool]) -> Gradient:
         reverse = differentiate(base, [base.inputs[i].name for i in wrt])
     except NotApplicable as reason:
         return replace(recomputed, reason=str(reason))
+    except Exception as error:  # a pass that breaks must not cost the user their gradients
+        stop = f"internal error, {first_line(error)}"
+        warn_once(f"a gradient is recomputed: {stop}")
+        return replace(recomputed, reason=stop)
     forward = reverse.forward
     order = _renamed_order(program, base)
     index = {name: i for i, name in enumerate(forward.outputs)}

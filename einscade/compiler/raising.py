@@ -322,7 +322,8 @@ class Raiser:
 
     def define(self, key: Key, node: Node, index: Index, sizes: Index, build: Build, dtype: str | None = None) -> Expr:
         """An access to a statement with `sizes`, made at the first demand: `build` gives its expression at the index
-        of its own ranks and its reduction. Only nodes of the region become statements."""
+        of its own ranks and its reduction, whose slot, if it has one, is the last dimension. Only nodes of the region
+        become statements."""
         if node not in self.core:
             raise Unraisable(f"{node.target} outside the region")
         if key not in self.defined:
@@ -330,6 +331,8 @@ class Raiser:
             own = tuple(self._joined(names) for names in dims)
             expr, reduce = build(own)
             name = f"%{len(self.body)}"
+            if reduce is not None and reduce.slot is not None:
+                dims = (*dims[:-1], (reduce.slot,))
             ranks = tuple(n for names in dims for n in names)
             self.body.append(Einsum(Tensor(name, ranks, dtype or dtype_name(node)), expr, reduce))
             self.defined[key] = (name, dims)

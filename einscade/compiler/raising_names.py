@@ -32,7 +32,7 @@ _POOLS = {
 }
 _PREFIXES = {
     "contract": "S", "scores": "S", "masked": "A", "shared": "A", "share": "A", "max": "G", "weight": "W",
-    "sum": "Z", "total": "Z", "reduce": "R", "values": "O", "root": "O",
+    "sum": "Z", "total": "Z", "reduce": "R", "greatest": "I", "values": "O", "root": "O",
 }  # fmt: skip
 
 
@@ -129,7 +129,7 @@ def _roles(r: Raiser, classes: Mapping[str, str], scores: Sequence[Node], values
 def _rank_names(
     r: Raiser, classes: Mapping[str, str], roles: Mapping[str, str], roots: Sequence[str]
 ) -> dict[str, str]:
-    used = [v for e in sorted(r.body, key=lambda e: e.name not in roots) for v in e.ranks]
+    used = [v for e in sorted(r.body, key=lambda e: e.name not in roots) for v in (*e.ranks, *e.output.ranks)]
     taken: dict[str, str] = {}
     for v in dict.fromkeys(classes[v] for v in used):
         pool = _POOLS[roles.get(v, "other")]
@@ -195,7 +195,9 @@ def _assemble(r: Raiser, name: str, roots: Sequence[str], ranks: Mapping[str, st
     body = []
     for e in r.body:
         output = Tensor(tensors[e.name], tuple(ranks[v] for v in e.output.ranks), e.output.dtype)
-        reduce = e.reduce and Reduction(e.reduce.monoid, tuple(ranks[v] for v in e.reduce.ranks))
+        reduce = e.reduce and Reduction(
+            e.reduce.monoid, tuple(ranks[v] for v in e.reduce.ranks), e.reduce.slot and ranks[e.reduce.slot]
+        )
         body.append(Einsum(output, renamed(e.expr), reduce, renamed(e.domain)))
     extents = tuple(Rank(rank, size.xreplace(swap)) for rank, size in table.items())
     cascade = Cascade(name, extents, inputs, tuple(tensors[root] for root in roots), tuple(body))

@@ -149,8 +149,8 @@ def _merged(cascade: Cascade, row: str) -> Cascade:
 
 def _joined(cascade: Cascade, s: Einsum, row: Einsum, positive: frozenset[str], names: Names) -> Cascade:
     """`exp(a - g) * r` as `exp(a - (g - log r))`, where all that read the exponential have the factor."""
-    assert isinstance(row.expr, Where)
-    there, factor, _ = row.expr.args
+    guarded = isinstance(row.expr, Where) and row.expr.args[2] == 0
+    there, factor = row.expr.args[:2] if guarded else (sympy.true, row.expr)
     inverse = 1 / factor
     if not all(a.tensor in positive for a in accesses(factor)) or not (
         isinstance(inverse, Access) or inverse.is_number

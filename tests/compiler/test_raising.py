@@ -194,6 +194,13 @@ POINTWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "index_select": lambda s: s.exp().index_select(-1, torch.arange(6).flip(0)), "flip": lambda s: s.exp().flip(-1),
     "slice_scatter": lambda s: torch.slice_scatter(s.exp(), s[..., :2], -1, 1, 3),
     "select_scatter": lambda s: torch.select_scatter(s.exp(), s[..., 0], -1, 4),
+    "argmax": lambda s: s.exp() * s.argmax(-1, keepdim=True),
+    "argmax_of_queries": lambda s: s.exp() + s.argmax(2)[:, :, None],
+    "place_of_max": lambda s: s.exp() - s.max(-1, keepdim=True).indices,
+    "scatter": lambda s: s.exp().scatter(-1, s.argmax(-1, keepdim=True), 0.5),
+    "scatter_tensor": lambda s: torch.zeros_like(s).scatter(2, s.argmax(2, keepdim=True), s.amax(2, keepdim=True)),
+    "scatter_boolean": lambda s: s.exp() * (s > 0).scatter(-1, s.argmax(-1, keepdim=True), True),
+    "one_hot": lambda s: s.exp() * F.one_hot(s.argmax(-1), 6),
 }  # fmt: skip
 
 

@@ -86,6 +86,10 @@ CASES = {
     "  Y[p] = sum(m) X[p,m] * G[p]\n",
     "split rank": "cascade c(X[n]) -> Y[p]\n  where n < 15, p < 3, m < 4\n"
     "  Y[p] = sum(m) X[4*p + m + 2] * X[4*p + m] * m\n",
+    "the greatest weight alone": "cascade c(X[p,m], V[m,f]) -> O[p,f]\n  where p < 3, m < 5, f < 2, t < 1\n"
+    "  I[p,t]: i64 = topk(m -> t) X[p,m]\n  G[p] = max(m) X[p,m]\n  W[p,m] = exp(X[p,m] - G[p])\n"
+    "  Z[p] = sum(m) W[p,m]\n  R[p] = max(m) W[p,m] / Z[p]\n"
+    "  O[p,f] = sum(m) V[m,f] * Where(I[p,0] == m, R[p], 0)\n",
     "two softmaxes apart": "cascade c(X[p,m], U[p,m], V[m,f], L[n]) -> O[p,f]\n"
     "  where p < 3, m < 5, f < 2, n < 1\n"
     "  W[p,m] = exp(X[p,m])\n  Z[p] = sum(m) W[p,m]\n  A[p,m] = exp(U[p,m])\n  B[p] = sum(m) A[p,m]\n"

@@ -698,6 +698,14 @@ def chunked_queries_causal(q, k, v):
 CASES[-1] = Case("chunked_queries_causal", chunked_queries_causal, ("qs", "ks", "vs"), sites=2)
 
 
+@spelling("q k v")
+def hard_assignment(q, k, v):
+    soft = (q @ k.mT * SCALE).softmax(-2)
+    hard = torch.zeros_like(soft).scatter(-2, soft.max(-2, keepdim=True).indices, 1.0)
+    w = hard - soft.detach() + soft
+    return w / (w.sum(-1, keepdim=True) + 1) @ v
+
+
 @spelling("q k v", outputs=2)
 def weights_returned(q, k, v):
     w = (q @ k.mT * SCALE).softmax(-1)
