@@ -10,8 +10,8 @@ gradients time the backward pass alone. First it is compared with the module in 
 by more than 1.5 times what the module itself makes in bfloat16 has no figure. Peers: cuDNN through
 `scaled_dot_product_attention` where that computes the same, FlexAttention, and torch.compile of the module where its
 scores fit in memory. Times are medians after warm-up on normally distributed data, TFLOP/s count only the points that
-the domain keeps. Of tuning the JSON has each candidate's time, the seconds it took, and how the cost model's own choice
-compares. Peers are left out, and the JSON says so, when `--minutes` are nearly over.
+the domain keeps. Of tuning the JSON has the program, each candidate's time, the seconds it took, and how the cost
+model's own choice compares. Peers are left out, and the JSON says so, when `--minutes` are nearly over.
 """
 
 from __future__ import annotations
@@ -114,6 +114,11 @@ def ours(row: Row, checked: int, device: str) -> dict[str, Any]:
     found["ms"] = milliseconds(timed, device)
     made = [c for c in prepared() if c not in before and c.program.cascade.name.endswith("_gradient") == row.backward]
     kernels = [kernel for c in made for kernel in c.kernels.values()]
+    found["programs"] = [
+        {"text": c.program.text, "sizes": dict(zip(c.program.cascade.symbols, (1 << e for e in key), strict=False))}
+        for c in made
+        for key in c.kernels
+    ]
     found["kernels"] = [k.candidate for k in kernels]
     found["schedules"] = [_schedule(k.schedule) for k in kernels]
     found["tuning"] = [tuning(k) for k in kernels]

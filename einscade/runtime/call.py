@@ -128,7 +128,7 @@ def _text(program: Program) -> str:
         "    _refuse(inputs, sizes)",
         f"if not ({program.points_code}):",
         "    return _pointless(inputs, sizes)",
-        f"_bucket = ({bucket}_deterministic())",
+        f"_bucket = ({bucket}_deterministic(),)",
         "_kernel = _kernels.get(_bucket) or _made(_bucket, sizes)",
         "_disturbed = _autocast(_kind) or _current() != _number",
         f"{', '.join(outputs)}, = _run_undisturbed(_kernel, inputs, sizes) if _disturbed else _kernel(inputs, sizes)",
