@@ -132,7 +132,7 @@ def test_a_call_takes_the_kernel_that_build_would(monkeypatch: pytest.MonkeyPatc
     found = call_for(PROGRAM.text, CPU)
     for n in (1, 2, 3, 9, 250, 256, 257, 500, 512, 520, 725):
         inputs, sizes = _inputs(b=1, p=n, m=n)
-        found(inputs, [sizes[s] for s in ATTENTION.symbols])
+        found.run(inputs, [sizes[s] for s in ATTENTION.symbols])
         assert used[-1] is build(ATTENTION, "exact", CPU, sizes)
     assert len(found.kernels) == 7
 
