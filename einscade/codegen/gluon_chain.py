@@ -334,6 +334,8 @@ class Chain(Module):
                 printer.names[score] = Value(self.name(score), (shape.p, shape.m))
         lines = ['"""One iteration: products are issued at once, sums as soon as their weights exist."""']
         lines.append(f"{shape.m}_ = tile * STEP + gl.arange(0, STEP, COLUMN)")
+        if self.offset:
+            lines += [f"{shape.m}_first = tile * STEP", f"{self.offset} = gl.arange(0, STEP, COLUMN)"]
         copied = {t.access for t in self.tables}
         for load in self.loads:
             if load.name is not None and self._of_columns(load) and load.access not in copied:

@@ -15,6 +15,7 @@ import sympy
 from einscade.codegen.base2 import base2
 from einscade.codegen.gluon_bounds import bounds
 from einscade.codegen.gluon_form import Form, Operand
+from einscade.codegen.gluon_shift import coordinates, row_terms_apart
 from einscade.codegen.schedule import Schedule
 from einscade.codegen.source import Unsupported
 from einscade.codegen.tiles import Statement
@@ -192,6 +193,12 @@ class Plan:
 
     # -- arithmetic --
 
+    @property
+    def offset(self) -> str | None:
+        """The name of the place in a tile of the loop, where a statement reads it."""
+        name = coordinates(self.shape.m)[1].name
+        return name if any(name in free_vars(s.expr) for s in self.statements) else None
+
     def _in_base2(
         self,
     ) -> tuple[tuple[Statement, ...], tuple[Statement, ...], tuple[Statement, ...], tuple[Expr | None, ...]]:
@@ -216,6 +223,7 @@ class Plan:
                 scaled = {a: factor * a for s in rest for a in s.reads if a.tensor == score.name}
                 rest = tuple(replace(s, expr=s.expr.xreplace(scaled)) for s in rest)
             scores.append(score)
+        rest = row_terms_apart(rest, shape.p, shape.m)
         return tuple(map(spread, rest)), tuple(scores), loop.epilogue, rescales
 
     def _unit(self) -> Expr | None:

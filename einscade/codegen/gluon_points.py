@@ -55,6 +55,8 @@ class Points(Plan):
     def _printer(self, guard: str) -> Printer:
         shape = self.shape
         variables = {shape.p: Value(f"{shape.p}_", (shape.p,), "i"), shape.m: Value(f"{shape.m}_", (shape.m,), "i")}
+        if self.offset:
+            variables[self.offset] = Value(self.offset, (shape.m,), "i")
         return Printer((shape.p, shape.m), {}, variables, self._element, shape.dtype == "bf16", guard, used=self.used)
 
     def _element(self, access: Access, printer: Printer) -> Value:
@@ -121,6 +123,7 @@ class Points(Plan):
         ]
         m, p = shape.m, shape.p
         lines.append(f"{m}_ = {m}_first + gl.arange(0, STEP, COLUMN)")
+        lines += [f"{self.offset} = gl.arange(0, STEP, COLUMN)"] if self.offset else []
         for printer in (masked, full):
             for state in shape.states:
                 ranks = () if p not in state.ranks else (p,)
