@@ -28,7 +28,8 @@ def trace(function: Callable[..., Any], args: Sequence[Any], dynamic: Collection
         fakes.append(mode.from_tensor(arg, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes)))
     functional = torch.func.functionalize(function, remove="mutations")
     with torch.no_grad(), mode:
-        gm = make_fx(functional, _allow_non_fake_inputs=True)(*fakes)
+        kind = "symbolic" if dynamic else "real"  # "real" may take the numbers that symbols stand for
+        gm = make_fx(functional, tracing_mode=kind, _allow_non_fake_inputs=True)(*fakes)
     gm.graph.eliminate_dead_code()
     return gm
 
