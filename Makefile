@@ -48,14 +48,17 @@ demo: $(PACKAGE)
 	@$(BIN)/python examples/demo.py
 
 # One thread a worker: kernels of test size gain nothing from more, and two workers with two threads each fight for two cores.
+# Long tests come first (tests/conftest.py), and a worker that is done takes over half of what another still has.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q
+
 test: $(PACKAGE)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -q -m "not gpu"
+	@$(PYTEST) -m "not gpu"
 
 test-fast: $(PACKAGE)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -q -m "not gpu and not slow"
+	@$(PYTEST) -m "not gpu and not slow"
 
 test-gpu: $(PACKAGE)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -q -m gpu
+	@$(PYTEST) -m gpu
 
 lint: $(PACKAGE)
 	@$(BIN)/ruff check .

@@ -5,8 +5,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
+
+import torch
+from torch import Tensor
 
 from einscade.codegen.source import Source
 
@@ -24,3 +29,14 @@ def module(source: Source) -> ModuleType:
     made = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(made)
     return made
+
+
+def run_poisoned(source: Source, inputs: Mapping[str, Tensor], sizes: Mapping[str, int]) -> tuple[Tensor, ...]:
+    """What the module computes where all that it allocates is NaN: an element that is not written shows."""
+    empty = torch.empty
+
+    def poisoned(*shape: object, **options: object) -> Tensor:
+        return empty(*shape, **options).fill_(float("nan"))  # type: ignore[call-overload]
+
+    with mock.patch.object(torch, "empty", poisoned):
+        return module(source).run(*inputs.values(), **sizes)

@@ -110,12 +110,12 @@ def tiles_of(predicate: str, row: int, length: int, rows: int, step: int) -> tup
 def test_bounds(predicate: str, rows: int, step: int) -> None:
     """Every tile with a point is visited; a tile without a mask has nothing but points."""
     length = 500
-    python = predicate.replace("&", "and").replace("|", "or")
+    holds = eval(f"lambda p, m: {predicate.replace('&', 'and').replace('|', 'or')}")
     for row in range(0, length, rows):
         visited, full = tiles_of(predicate, row, length, rows, step)
         for t in range(-(-length // step)):
             points = [
-                eval(python, {"p": p, "m": m}) and m < length
+                holds(p, m) and m < length
                 for p in range(row, row + rows)
                 for m in range(t * step, t * step + step)
             ]

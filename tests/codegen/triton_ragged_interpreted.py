@@ -10,7 +10,6 @@ import os
 from collections.abc import Mapping
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -20,7 +19,7 @@ from einscade.codegen.triton_emit import emit
 from einscade.ir.cascade import Cascade
 from einscade.ir.interpret import interpret
 from tests.codegen.cascades import relative_error
-from tests.codegen.generated import module
+from tests.codegen.generated import run_poisoned
 from tests.codegen.ragged import CASES, Case, inputs, program, schedule, textbook
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
@@ -29,13 +28,7 @@ BOUND = {"f32": 2e-6, "f16": 1e-3}
 
 
 def run(cascade: Cascade, parts: bool, chosen: Schedule, x: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor:
-    generated = module(emit(program(cascade, parts), chosen))
-    empty = torch.empty
-    generated.torch.empty = lambda *a, **k: empty(*a, **k).fill_(float("nan"))
-    try:
-        (out,) = generated.run(*x.values(), **sizes)
-    finally:
-        generated.torch.empty = empty
+    (out,) = run_poisoned(emit(program(cascade, parts), chosen), x, sizes)
     return out
 
 

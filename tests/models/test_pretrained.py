@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -12,12 +14,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_dynamo")]
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_smollm2(attention: str) -> None:
-    model = pretrained.smollm2(attention)
-    tokens = pretrained.real_tokens(pretrained.smollm2_tokenizer(), 300)
-    fast = einscade.optimize(model, inner="eager")
-    with torch.no_grad():
-        error = (fast(tokens).logits - model(tokens).logits).abs().max()
+def test_smollm2(attention: str, smollm2: Any, smollm2_tokenizer: Any) -> None:
+    tokens = pretrained.real_tokens(smollm2_tokenizer, 300)
+    smollm2.set_attn_implementation(attention)
+    try:
+        fast = einscade.optimize(smollm2, inner="eager")
+        with torch.no_grad():
+            error = (fast(tokens).logits - smollm2(tokens).logits).abs().max()
+    finally:
+        smollm2.set_attn_implementation("eager")
     assert error <= 1e-3
     assert [site.status for site in fast.report.sites] == ["rewritten"] * 30
     assert [site.module_path for site in fast.report.sites] == [f"model.layers.{i}.self_attn" for i in range(30)]
