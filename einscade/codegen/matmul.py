@@ -8,12 +8,12 @@ operands that share the reduced ranks (it is then computed elementwise).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import sympy
 
 from einscade.codegen.tiles import Statement
-from einscade.codegen.torch_values import Scope, Value, value
+from einscade.codegen.torch_values import Scope, Value, as_float, value
 from einscade.ir.expr import Expr, free_vars
 
 __all__ = ["Contraction", "contraction"]
@@ -33,10 +33,10 @@ class Contraction:
     reduced: tuple[str, ...]
 
     def left(self, scope: Scope) -> Value:
-        return _float(value(self.left_expr, scope), scope)
+        return as_float(value(self.left_expr, scope), scope)
 
     def right(self, scope: Scope) -> Value:
-        return _float(value(self.right_expr, scope), scope)
+        return as_float(value(self.right_expr, scope), scope)
 
     def as_left(self, v: Value) -> Value:
         return _matrix(v, self.batch, self.rows, self.reduced)
@@ -87,14 +87,6 @@ def contraction(s: Statement, order: tuple[str, ...], dims: frozenset[str]) -> C
         return tuple(sorted(found, key=place.__getitem__))
 
     return Contraction(a, b, sympy.Mul(*outer), sort(shared), sort(rows), sort(columns), sort(s.reduced))
-
-
-def _float(v: Value, scope: Scope) -> Value:
-    if v.kind == "f":
-        return v
-    code = v.code.removesuffix(".long()") if v.code.endswith(".long()") else v.tight()
-    cast = {"float32": "float", "float64": "double"}[scope.acc]
-    return replace(v, code=f"{code}.{cast}()", kind="f", owned=True, prec=0)
 
 
 def _matrix(v: Value, batch: tuple[str, ...], first: tuple[str, ...], second: tuple[str, ...]) -> Value:

@@ -18,7 +18,9 @@ from einscade.codegen.source import Unsupported
 from einscade.codegen.tiles import Finite
 from einscade.ir.expr import Access, Expr, FloorDiv, Mod, Round, Trunc, Where, free_vars
 
-__all__ = ["ATOM", "COMPARISON", "Name", "Range", "Scope", "Value", "exact_factor", "number", "python", "value"]
+__all__ = [
+    "ATOM", "COMPARISON", "Name", "Range", "Scope", "Value", "as_float", "exact_factor", "number", "python", "value",
+]  # fmt: skip
 
 ATOM, PRODUCT, SUM, COMPARISON = 0, 1, 2, 3
 LOG2_E = repr(math.log2(math.e))
@@ -246,7 +248,7 @@ def _function(expr: Expr, scope: Scope) -> Value:
     if not v.ranks and not _is_tensor(v):
         v = Value(f"torch.tensor({v.code}, dtype=torch.{scope.acc}, device={scope.device})", (), "f", True)
     if name == "exp" and scope.in_place:  # torch's exp2 takes less than half of the time, with this pass too
-        return _method(_binary(_real(v, scope), Value(LOG2_E), "*", "mul", scope, PRODUCT), "exp2", scope)
+        return _method(_binary(as_float(v, scope), Value(LOG2_E), "*", "mul", scope, PRODUCT), "exp2", scope)
     return _method(v, name, scope)
 
 
@@ -261,16 +263,22 @@ def _method(v: Value, name: str, scope: Scope, *args: str) -> Value:
     if v.kind == "i":
         if name in _OF_INTEGERS:
             return Value(f"{v.tight()}.{name}({', '.join(args)})", v.ranks, "i", True)
-        v = _real(v, scope)
+        v = as_float(v, scope)
     in_place = "_" if v.owned and scope.in_place and v.kind == "f" else ""
     return Value(f"{v.tight()}.{name}{in_place}({', '.join(args)})", v.ranks, "f" if v.kind != "b" else "b", True)
 
 
-def _real(v: Value, scope: Scope) -> Value:
-    """Integers as floats of the dtype computed in: torch itself would take its default one."""
-    if v.kind != "i" or not _is_tensor(v):
+def as_float(v: Value, scope: Scope) -> Value:
+    """Integers and booleans as floats of the dtype computed in: torch itself would take its default one."""
+    if v.kind == "f" or not _is_tensor(v):
         return v
-    return Value(f"{v.tight()}.to(torch.{scope.acc})", v.ranks, "f", True)
+    narrow = v.code.removesuffix(".long()") if v.prec == ATOM else v.code  # small integers are read as 64-bit ones
+    return _cast(replace(v, code=narrow), scope)
+
+
+def _cast(v: Value, scope: Scope) -> Value:
+    method = {"float32": "float", "float64": "double"}[scope.acc]
+    return Value(f"{v.tight()}.{method}()", v.ranks, "f", True)
 
 
 def _terms(args: Sequence[Expr], scope: Scope) -> list[Value]:
@@ -283,7 +291,7 @@ def _binary(a: Value, b: Value, symbol: str, method: str, scope: Scope, prec: in
     ranks = scope.sort(a.ranks + b.ranks)
     kind = "f" if "f" in (a.kind, b.kind) or symbol == "/" else "i"
     if kind == "f" and not any(v.kind == "f" and _is_tensor(v) for v in (a, b)):
-        a, b = _real(a, scope), _real(b, scope)
+        a, b = as_float(a, scope), as_float(b, scope)
     if scope.in_place and a.owned and a.ranks == ranks and a.kind == kind == "f":
         return Value(f"{a.tight()}.{method}_({align(b, ranks)})", ranks, kind, True)
     left, right = Value(align(a, ranks), prec=a.prec), Value(align(b, ranks), prec=b.prec)
@@ -332,7 +340,7 @@ def _mul(expr: sympy.Mul, scope: Scope) -> Value:
     elif coefficient != 1:
         total = _binary(total, value(coefficient, scope), "*", "mul", scope, PRODUCT)
     for f in below:
-        total = _binary(_real(total, scope), _real(value(f, scope), scope), "/", "div", scope, PRODUCT)
+        total = _binary(as_float(total, scope), as_float(value(f, scope), scope), "/", "div", scope, PRODUCT)
     return total
 
 
@@ -341,7 +349,7 @@ def _pow(expr: sympy.Pow, scope: Scope) -> Value:
     if base == sympy.E:
         return _function(sympy.exp(exponent, evaluate=False), scope)
     if exponent.is_number and exponent.is_negative and exponent != sympy.Rational(-1, 2):
-        v = _real(value(base**-exponent, scope), scope)
+        v = as_float(value(base**-exponent, scope), scope)
         return Value(f"1 / {v.tight()}", v.ranks, "f", bool(v.ranks), PRODUCT)
     v = value(base, scope)
     if exponent.is_number and not _is_tensor(v):
@@ -497,8 +505,7 @@ def _converted(v: Value, name: Name, scope: Scope) -> Value:
         return v
     if name.dtype[0] in "fb" and name.dtype != "bool":
         same = name.dtype == {"float32": "f32", "float64": "f64"}[scope.acc]
-        cast = {"float32": "float", "float64": "double"}[scope.acc]
-        return v if same else Value(f"{v.tight()}.{cast}()", v.ranks, "f", True)
+        return v if same else _cast(v, scope)
     if name.dtype == "bool":
         return replace(v, kind="b")
     return replace(v, kind="i") if name.dtype == "i64" else Value(f"{v.tight()}.long()", v.ranks, "i", True)
