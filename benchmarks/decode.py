@@ -40,7 +40,6 @@ from benchmarks import record
 PEERS = ("flex", "cudnn", "flash", "sdpa", "copy + sdpa", "varlen")
 
 Arguments = tuple[Tensor, ...]
-Piece = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]
 Peer = Callable[[], Callable[[], Tensor]]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,6 +79,13 @@ def test_files_are_short_or_say_why(path: Path) -> None:
 def test_files_say_what_they_are(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert not text or ast.get_docstring(ast.parse(text)), f"{_name(path)} has no module docstring"
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if _layer(p) and p.stem != "__init__"], ids=_name)
+def test_files_are_in_the_documentation(path: Path) -> None:
+    """Its name in code, or as the end of a path."""
+    text = "\n".join(page.read_text(encoding="utf-8") for page in (PACKAGE.parent / "docs").glob("*.md"))
+    assert re.search(rf"[`/]{path.stem}(\.py)?[`.]", text), f"{_name(path)} is on no page of docs"
 
 
 def test_the_checks_see_what_they_check(tmp_path: Path) -> None:

@@ -46,10 +46,6 @@ class Correction:
     shift: Expr = sympy.S.Zero
     moments: tuple[tuple[Expr, Expr], ...] = ()
 
-    @property
-    def trivial(self) -> bool:
-        return self == Correction()
-
 
 def old(state: Expr) -> sympy.Symbol:
     """The symbol of a state's value before the step."""

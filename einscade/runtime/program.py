@@ -73,10 +73,6 @@ class Program:
         """Of the outputs."""
         return tuple(DTYPES[self.cascade.tensors[name].dtype] for name in self.cascade.outputs)
 
-    def is_empty(self, sizes: Sequence[int]) -> bool:
-        """Whether some rank has no points."""
-        return not self._function(self.points_code)(*sizes)
-
     def shapes(self, sizes: Sequence[int]) -> tuple[Shape, ...]:
         """Of the inputs."""
         return self._function(_tuple([self.shape_code(t.name) for t in self.cascade.inputs]))(*sizes)
