@@ -205,7 +205,7 @@ def test_tables_come_through_the_copy_engine_where_they_can() -> None:
 @pytest.mark.parametrize("name", TEXTS)
 def test_fits_on_chip(name: str) -> None:
     """The first schedule, with tables that the copy engine can take; and some schedule where it cannot. A third
-    warpgroup with two softmaxes may spill two registers, outside of the loop."""
+    warpgroup with two softmaxes may spill two registers."""
     text = TEXTS[name]
     loops = program(text)
     for length in (304, 301):
