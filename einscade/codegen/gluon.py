@@ -20,15 +20,13 @@ from einscade.codegen.gluon_plan import GROUP_ROWS, REGISTERS, Ring
 from einscade.codegen.gluon_points import GLUON_DTYPES
 from einscade.codegen.gluon_schedules import schedules as schedules_of
 from einscade.codegen.gluon_tables import Tables
-from einscade.codegen.gluon_text import REDUCTIONS, TABLE_MAP, TILE_MAP, TURN, call, function, indent, paren, wrapped
+from einscade.codegen.gluon_text import REDUCTIONS, TILE_MAP, TURN, call, function, indent, paren, wrapped
 from einscade.codegen.gluon_values import HELPERS, Printer
-from einscade.codegen.gluon_visits import LISTING
 from einscade.codegen.loops import LoopProgram
 from einscade.codegen.schedule import Schedule
 from einscade.codegen.source import Source, Unsupported
 from einscade.codegen.torch_values import python
 from einscade.ir.device import Device
-from einscade.ir.expr import FloorDiv, var
 
 __all__ = ["IMPORTS", "Module", "emit", "schedules"]
 
@@ -85,13 +83,13 @@ class Module(Tables):
         title = f"{self.cascade.name}: written by einscade for the cascade"
         doc = "\n".join("    " + line for line in str(self.cascade).splitlines())
         head = f'"""{title}\n\n{doc}\n"""\n{IMPORTS}\n'
-        parts = [*self.parts(), TILE_MAP.strip("\n"), TABLE_MAP.strip("\n") if self.tables else "", self._run()]
+        parts = [*self.parts(), TILE_MAP.strip("\n"), *self._maps(), self._run()]
         return head + "\n" + "\n\n\n".join(p for p in parts if p) + "\n"
 
     def parts(self) -> list[str]:
         """The constants and functions of the kernel."""
         functions = self._functions()  # which add to the helpers used
-        listing = [LISTING.strip("\n"), self._listing()] if self.listed else []
+        listing = self._listing_parts() if self.listed else []
         helpers = [HELPERS[h].strip("\n") for h in HELPERS if h in self.used]
         helpers += [REDUCTIONS[h].strip("\n") for h in REDUCTIONS if h in self.used]
         return [self._constants(), *helpers, *listing, *functions]
@@ -118,77 +116,8 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
 {maps}
 """.strip("\n")
 
-    def _place(self) -> str:
-        """Which tile of the grid a program has, and which tiles of the loop it visits."""
-        shape, b = self.shape, self.bounds
-        names = self._scalar_printer()
-        lines = [
-            f"row_tiles = gl.cdiv({names.value(shape.extent(shape.p)).code}, {self.rows})",
-            *([] if self.resident else ["program = gl.program_id(0)"]),
-        ]
-        share = self._sharing()
-        if share > 1:
-            lines += [
-                f"rest = program % ({share} * row_tiles)  # neighbours share what the loop reads",
-                f"batch = program // ({share} * row_tiles) * {share} + rest % {share}",
-                f"row_tile = rest // {share}",
-            ]
-        else:
-            lines += ["batch = program // row_tiles", "row_tile = program % row_tiles"]
-        if b.rising:
-            lines.append("row_tile = row_tiles - 1 - row_tile  # the longest loops first")
-        lines.append(f"row = row_tile * {self.rows}")
-        lines += self._unravel(shape.batch)
-        if self.listed:
-            lines += self._follow()
-            doc = f'"""The program\'s place in the grid, the tiles of {shape.m} it visits, and how many they are."""'
-            places = ", ".join(self._placed())
-            return function("place", self._place_arguments(), [doc, *lines, f"return {places}"])
-        lines += [f"first = {names.value(b.first).code}", f"end = {names.value(b.end).code}"]
-        lines.append("first = gl.minimum(first, end - 1)")
-        if self._classes() and (b.upper or b.lower):
-            assert b.full_first is not None
-            assert b.full_end is not None
-            lines.append(f"full_end = gl.maximum(gl.minimum({names.value(b.full_end).code}, end - 1), first)")
-            if b.lower:
-                full_first = names.value(b.full_first).code
-                lines.append(f"full_first = gl.minimum(gl.maximum({full_first}, first), full_end)")
-        places = ", ".join(self._placed())
-        doc = f'"""The program\'s place in the grid, and the tiles of {shape.m} it visits: `first <= tile < end`."""'
-        return function("place", self._place_arguments(), [doc, *lines, f"return {places}"])
-
-    def _place_arguments(self) -> list[str]:
-        program = ["program"] if self.resident else []
-        return [*program, *(["visits", "counts"] if self.listed else []), *self.sizes]
-
-    def _placed(self) -> list[str]:
-        """What `place` says of a program."""
-        return [*self.shape.batch, "row", *self._ends()]
-
-    def _lists(self) -> list[str]:
-        """The lists of all programs, as arguments; of a program that takes several places under another name than the
-        list of one."""
-        return ["lists" if self.resident else "visits", "counts"] if self.listed else []
-
-    def _each_place(self, lines: Sequence[str]) -> list[str]:
-        """The lines for all places that a program takes, one after another."""
-        place = call(self._placed(), "place", ["program", *self._lists(), *self.sizes])
-        head = "for program in range(gl.program_id(0), programs, gl.num_programs(0)):"
-        return [head, *indent(line for x in (place, *lines) for line in x.splitlines())]
-
     def _next_stage(self) -> list[str]:
         return ["stage += 1", "if stage == STAGES:", "    stage = 0", "    phase ^= 1"]
-
-    def _sharing(self) -> int:
-        """How many neighbours along the innermost batch rank read the same keys."""
-        if not self.shape.batch:
-            return 1
-        last = var(self.shape.batch[-1])
-        moving = [i for x in self.shape.moving for _, i in x.batch]
-        shared = {x.args[1] for i in moving for x in i.atoms(FloorDiv) if x.args[0] == last}
-        size = shared.pop() if len(shared) == 1 else sympy.Integer(1)
-        extent = self.shape.extent(self.shape.batch[-1])
-        return int(size) if size.is_Integer and extent.is_Integer and extent % size == 0 else 1
 
     def _widths(self) -> list[int]:
         return sorted({r.width for r in (*self.stills, *self.rings)} | {self.f})
@@ -219,7 +148,9 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
                 f"    tma.async_copy_global_to_shared({x.name}_map, at, {x.name}_full, {x.name}_tile.index(group))",
             ]
         lines += self._copy_tables(self._at("tile", "end - 1"), *first)
+        taken = 'following = gl.num_programs(0) + gl.atomic_add(taken, 1, sem="relaxed")'
         lines += [
+            *([taken] if self.dynamic else []),
             *(["still_phase ^= 1", "stage = next_stage", "phase = next_phase"] if self.resident else []),
             *([] if self.resident else ["stage = 0", "phase = 1"]),
             "for visit in range(1, count):" if self.listed else "for tile in range(end - 1 - first):",
@@ -238,7 +169,7 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
             *(line for r in late for line in self._copy(r, self._at("tile", "first"), "stage", "phase")),
         ]
         if self.resident:  # one before the first stage, none of which has been read
-            lines = ["stage = STAGES - 1", "phase = 0", "still_phase = 1", *self._each_place(lines)]
+            lines = ["stage = STAGES - 1", "phase = 0", "still_phase = 1", *self._each_place(lines, loads=True)]
         return function("load", [*self._load_arguments(), *self._table_constants()], [doc, *lines])
 
     def _at(self, listed: str, ranged: str) -> str:
@@ -246,20 +177,28 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
         return f"{paren(listed if self.listed else ranged)} * STEP"
 
     def _copy(self, ring: Ring, row: str, stage: str, phase: str | None = None) -> list[str]:
-        """A tile to its place in the ring, after what was there has been read (`phase`; None: nothing was)."""
+        """A tile to its place in the ring, after what was there has been read (`phase`; None: nothing was). The values
+        of columns come with the first ring's."""
         x = ring.name
-        at = self._coordinates(ring.operand, row)
+        copies = {x: self._coordinates(ring.operand, row)}
+        if ring == self.rings[0]:
+            copies |= {c.name: self._run_coordinates(c, row) for c in self.copied_columns}
+        size, full = " + ".join(f"{name}_map.block_type.nbytes" for name in copies), f"{x}_full.index({stage})"
         return [
             *([f"mbarrier.wait({x}_empty.index({stage}), {phase})"] if phase is not None else []),
-            f"mbarrier.expect({x}_full.index({stage}), {x}_map.block_type.nbytes)",
-            f"tma.async_copy_global_to_shared({x}_map, {at}, {x}_full.index({stage}), {x}_tiles.index({stage}))",
+            f"mbarrier.expect({full}, {size})",
+            *(
+                f"tma.async_copy_global_to_shared({name}_map, {at}, {full}, {name}_tiles.index({stage}))"
+                for name, at in copies.items()
+            ),
         ]
 
     def _load_arguments(self) -> list[str]:
-        maps = [f"{x.name}_map" for x in (*self.stills, *self.rings)] + [f"{t.name}_map" for t in self.tables]
+        maps = [f"{x.name}_map" for x in (*self.stills, *self.rings, *self._runs_and_tables())]
         rings = [*self._tiles(), *self._barriers(), *self._table_rings()]
         if self.resident:
-            return [*maps, *rings, "programs", *self._lists(), *self.sizes]
+            taken = ["upcoming", "taken"] if self.dynamic else []
+            return [*maps, *rings, *taken, "programs", *self._lists(), *self.sizes]
         ends = self._ends() if self.listed else ["first", "end"]
         return [*maps, *rings, *self.shape.batch, "row", *ends]
 
@@ -314,6 +253,7 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
             *self._next_stage(),
             *self._read_columns_early("MASKED"),
             *(f"mbarrier.wait({r.name}_full.index(stage), phase)" for r in self.rings if r.early),
+            *self._read_columns_copied("stage"),
             *turn,
             *self._multiply(lambda still: f"{still.name}_tile", "stage", "next_"),
             *self._accumulate("last_stage", "last_phase", "next_"),
@@ -321,6 +261,7 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
             *self._read_tables("stage", "phase"),
             self._waited(len(sums), scores, [f"next_{s}" for s in scores]),
             *(f"mbarrier.arrive({r.name}_empty.index(stage))" for r in early),
+            *self._leave_stills("last"),
             call(
                 [*states, *rescales, *(f"next_{w}" for w in weights)],
                 "weigh",
@@ -333,7 +274,8 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
             if factor is not None:
                 lines.append(f"{name} = {name} * gl.convert_layout({self.rescale_names[factor]}, RESULT_ROW)[:, None]")
         lines.append(f"return {', '.join([*states, *sums, *(f'next_{w}' for w in weights), 'stage', 'phase'])}")
-        constants = [self._masked_argument(), *self._table_constants(), "group: gl.constexpr"]
+        last = ["last"] if self.resident else []
+        constants = [*last, self._masked_argument(), *self._table_constants(), "group: gl.constexpr"]
         return function("advance", [*self._advance_arguments(), *constants], lines)
 
     def _pack(self) -> list[str]:
@@ -342,12 +284,18 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
         self.used.add("packed")
         return [f"{name} = packed({name})" for name in self.weight_names.values()]
 
+    def _leave_stills(self, last: str) -> list[str]:
+        """Behind the last products of a place (`last`: whether these are they), the next place's operands may come."""
+        arrivals = [f"    mbarrier.arrive({x.name}_empty)" for x in self.stills]
+        return [f"if {last}:", *arrivals] if self.resident else []
+
     def _running(self) -> list[str]:
         """What an iteration takes from the one before."""
         return [*self._state_names(), *self._sum_names(), *self.weight_names.values(), "stage", "phase"]
 
     def _advance_arguments(self) -> list[str]:
-        always = ["tile", *self._running(), *self._tiles(), *self._ring_barriers(), "zero", *self._context()]
+        left = [f"{x.name}_empty" for x in self.stills] if self.resident else []
+        always = ["tile", *self._running(), *self._tiles(), *left, *self._ring_barriers(), "zero", *self._context()]
         return [*always, *self._table_arguments(always)] if self.tables else always
 
     def _view(self, ring: Ring, at: str, still: bool = False) -> str:
@@ -380,11 +328,13 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
         lines += [f"{x.name}_rows = {self._view(x, 'group', still=True)}" for x in self.stills]
         lines += [
             *(f"mbarrier.wait({r.name}_full.index({stage}), {phase})" for r in self.rings if r.early),
+            *self._read_columns_copied(stage),
             *turn,
             *self._multiply(lambda still: f"{still.name}_rows", stage, ""),
             *done,
             self._waited(0, scores, scores),
             *(f"mbarrier.arrive({r.name}_empty.index({stage}))" for r in self.rings if not r.late),
+            *self._leave_stills("count == 1" if self.listed else "tile == first"),
             *self._read_tables(stage, phase),
             call(
                 [*states, *rescales, *weights],
@@ -405,11 +355,11 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
             ]
         else:
             lines += ["for _ in range(end - 1 - first):", "    tile -= 1"]
-        passed += [self._edge(), *self._table_flags(), "group"]
+        last = ["i == count - 1" if self.listed else "tile == first"] if self.resident else []
+        passed += [*last, self._edge(), *self._table_flags(), "group"]
         lines += [
             *indent(call(self._running(), "advance", passed).splitlines()),
             *self._pack(),
-            *([f"mbarrier.arrive({x.name}_empty)" for x in self.stills] if self.resident else []),
             *self._accumulate("stage", "phase", ""),
             self._waited(0, [*sums, *weights], [*sums, *weights]),
             *(f"mbarrier.arrive({r.name}_empty.index(stage))" for r in self.rings if r.late and self.resident),
@@ -459,6 +409,7 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
         written = [self.name(x.tensor) for x in self.shape.written]
         own = [f"{self.name(x.tensor)}_tile" for x in self.shape.written if x.tensor not in self.shares]
         places = ["programs", *self._lists()] if self.resident else self._placed()
+        places = ["upcoming", *places] if self.dynamic else places
         return [
             *(f"{o}_map" for o in written), *self._tiles(), *own, *self._barriers(), *self._table_rings(), *places,
             *self._pointers(), *self.sizes,
@@ -471,7 +422,7 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
     def _kernel(self) -> str:
         shape = self.shape
         written = [self.name(x.tensor) for x in shape.written]
-        names = [*(r.name for r in (*self.stills, *self.rings)), *(t.name for t in self.tables), *written]
+        names = [*(r.name for r in (*self.stills, *self.rings)), *(t.name for t in self._runs_and_tables()), *written]
         maps = [f"{x}_map" for x in names] + self._sum_maps()
 
         def tiles(name: str, dtype: str, count: str, operand: Operand, rows: int, width: int, layout: str) -> str:
@@ -492,6 +443,8 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
             if x.tensor not in self.shares
         ]
         lines += self._allocate_tables()
+        if self.dynamic:
+            lines.append("upcoming = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))")
         stills, rings = self._still_barriers(), self._ring_barriers()
         lines += [f"{b} = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())" for b in stills]
         lines += [f"{b} = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())" for b in rings]
@@ -514,7 +467,8 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
         lines += ["    ],", f"    {warps},", f"    {registers},", ")"]
         programs = ["programs"] if self.resident else []
         decorator = f"@gluon.jit(do_not_specialize={[*programs, *self.sizes]!r})"
-        arguments = [*maps, *self._pointers(), *self._lists(), *programs, *self.sizes, *self._table_constants()]
+        taken = ["taken"] if self.dynamic else []
+        arguments = [*maps, *self._pointers(), *self._lists(), *taken, *programs, *self.sizes, *self._table_constants()]
         return function("kernel", arguments, lines, decorator)
 
     def _run(self) -> str:
@@ -537,7 +491,7 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
         blocks += [(r.operand, self.columns, r.width) for r in self.rings]
         written = [(x, GROUP_ROWS, self.f) for x in shape.written]
         maps = [f"tile_map({self._seen(operand)}, {rows}, {width})" for operand, rows, width in blocks]
-        maps += [f"{t.name}_map" for t in self.tables]
+        maps += [*self._run_maps(), *(f"{t.name}_map" for t in self.tables)]
         maps += [f"tile_map({self._seen(operand)}, {rows}, {width})" for operand, rows, width in written]
         others = []
         for t in dict.fromkeys(x.access.tensor for x in self.loads):
@@ -549,6 +503,10 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
             lines += indent(self._make_lists(device))
             others += ["visits", "counts"]
         lines += indent(self._prepare_tables())
+        if self.dynamic:
+            if not self.listed:
+                lines.append(f"    taken = torch.zeros((1,), dtype=torch.int32, device={device})")
+            others.append("taken")
         others += ["programs"] if self.resident else []
         lines.append(f"    kernel[({f'min(programs, {self.resident})' if self.resident else 'programs'},)](")
         lines += [f"        {m}," for m in maps]
@@ -561,19 +519,6 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
         doc = '"""' + f"{self.cascade.name}: inputs with any strides; sizes by name." + '"""'
         body = "\n".join("    " + line for line in [doc, *lines])
         return f"def run({signature}) -> tuple[torch.Tensor, ...]:\n{body}"
-
-    def _make_lists(self, device: str) -> list[str]:
-        """The host's part of the lists of tiles."""
-        shape = self.shape
-        grid = [python(shape.extent(r)) for r in self._list_batch()]
-        grid.append(f"-(-{paren(python(shape.extent(shape.p)))} // {self.rows})")
-        given = [f"{self.name(t)}, *{self.name(t)}.stride()" for t in self._listing_tensors()]
-        return [
-            f"lists = {' * '.join(paren(g) for g in grid)}",
-            f"visits = torch.empty((lists, {python(self._loop_tiles())}), dtype=torch.int32, device={device})",
-            f"counts = torch.empty((lists,), dtype=torch.int32, device={device})",
-            *wrapped(f"list_tiles[(lists,)]({', '.join([*given, 'visits', 'counts', *self.sizes])}, num_warps=4)", 0),
-        ]
 
     def _allocation(self, tensor: str, device: str) -> str:
         t = self.cascade.tensors[tensor]

@@ -33,6 +33,9 @@ REGISTERS = {1: 240, 2: 240, 3: 160}
 TABLE_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "bool": 1}
 """The dtypes of tables that the copy engine brings, and their sizes."""
 
+RUN_BYTES = {**TABLE_BYTES, "i32": 4}
+"""The dtypes of columns that the copy engine brings, and their sizes."""
+
 COLUMN_DTYPES = {"bf16": "gl.bfloat16", "f16": "gl.float16", "f32": "gl.float32", "i32": "gl.int32", "bool": "gl.int1"}
 """The dtypes of columns that are read early."""
 
@@ -45,6 +48,7 @@ RESERVED = frozenset({
     "reciprocal", "row_max", "row_min", "row_sum", "row_parts", "tile_map", "MASKED", "ROWS", "COLUMNS",
     "visit", "visits", "count", "counts", "listed", "lists", "list_tiles", "add", "at", "some", "whole", "add_tile",
     "others", "others_full", "part", "part_tile", "before", "values", "program", "still_phase", "following", "packed",
+    "taken", "upcoming",
 })  # fmt: skip
 
 
@@ -85,11 +89,12 @@ class Table:
 @dataclass(frozen=True)
 class Column:
     """A read `X[.., m]`, one value for each column of a tile, that is issued before the products of its iteration.
-    `masks`: only masks read it."""
+    `masks`: only masks read it. `size`: bytes of a value where the copy engine brings them; 0: read by address."""
 
     name: str
     access: Access
     masks: bool
+    size: int
 
 
 class Plan:
@@ -185,6 +190,7 @@ class Plan:
         tiles += self.rows * sum(r.width for r in self.stills) * 2
         tiles += self.rows * self.f * 2 * (len(self.shape.written) - len(self.shares))
         tiles += self.stages * self.rows * self.columns * sum(t.size for t in self.tables)
+        tiles += self.stages * sum(max(128, self.columns * c.size) for c in self.copied_columns)
         if tiles + 1024 > SHARED:
             raise Unsupported(f"{tiles} bytes of tiles do not fit in {SHARED} bytes of shared memory")
         registers = len(self.shape.sums) * self.f // 2 + len(self.shape.products) * self.columns * 3 // 4 + 32
@@ -287,10 +293,9 @@ class Plan:
         return tuple(found)
 
     def _columns_of(self, loads: Sequence[Load]) -> tuple[Column, ...]:
-        """The reads by address that move with the loop alone and end where it does, so that all of a tile may be read;
-        none where a tile has more columns than there are registers to keep them in."""
-        if self.columns > MOST_EARLY:
-            return ()
+        """The reads that move with the loop alone and end where it does, so that all of a tile may be read. What is
+        the run of a last dimension comes with the copy engine; by address, only where a tile has no more columns than
+        there are registers to keep them in."""
         m, limit = self.shape.m, self.shape.loop.limit
         read = {a for s in (*self.statements, *self.scores) for a in accesses(s.expr)}
         found: list[Column] = []
@@ -298,9 +303,17 @@ class Plan:
             ranks = self.cascade.tensors[a.tensor].ranks
             plain = all(x == var(m) or not ({m, self.shape.p} & free_vars(x) or x.has(Access)) for x in a.index)
             ends = {self.shape.extent(r) for r, x in zip(ranks, a.index, strict=True) if x == var(m)}
-            if plain and ends == {limit} and self.dtype(a.tensor) in COLUMN_DTYPES:
-                found.append(Column(f"{self.name(a.tensor)}_columns{len(found) or ''}", a, a not in read))
+            straight = a.index[-1] == var(m) and a.index.count(var(m)) == 1 and len(a.index) <= 5
+            size = RUN_BYTES.get(self.dtype(a.tensor), 0) if straight else 0
+            usable = self.dtype(a.tensor) in COLUMN_DTYPES and (size or self.columns <= MOST_EARLY)
+            if plain and ends == {limit} and usable:
+                found.append(Column(f"{self.name(a.tensor)}_columns{len(found) or ''}", a, a not in read, size))
         return tuple(found)
+
+    @property
+    def copied_columns(self) -> tuple[Column, ...]:
+        """Those that come with the tiles of the first ring."""
+        return tuple(c for c in self.early_columns if c.size)
 
     def _pointers(self) -> list[str]:
         """Arguments for tensors read or written by address: the pointer and a stride for each dimension."""
@@ -391,12 +404,13 @@ class Plan:
         return [b for x in self.rings for b in (f"{x.name}_full", f"{x.name}_empty")]
 
     def _tiles(self) -> list[str]:
-        return [f"{x.name}_tile" for x in self.stills] + [f"{x.name}_tiles" for x in self.rings]
+        moving = [x.name for x in self.rings] + [x.name for x in self.copied_columns]
+        return [f"{x.name}_tile" for x in self.stills] + [f"{name}_tiles" for name in moving]
 
     def _context(self) -> list[str]:
         """What the elementwise part reads besides the scores and the running values."""
         hoisted = [x.name for x in self.loads if x.name is not None]
-        tiles = {t.access for t in self.tables}
+        tiles = {t.access for t in self.tables} | {c.access for c in self.copied_columns}
         tensors = dict.fromkeys(x.access.tensor for x in self.loads if x.name is None and x.access not in tiles)
         moving = [a for t in tensors for a in self._pointer(t, self.name(t))]
         return [self.shape.p + "_", *self.shape.batch, *hoisted, *moving, *self.sizes]

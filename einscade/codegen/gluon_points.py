@@ -153,8 +153,9 @@ class Points(Plan):
         """The reads of a tile's columns, as early as the tile is known."""
         m = self.shape.m
         printer = Printer((m,), {}, {m: Value(f"{m}_", (m,), "i")}, self._element, used=self.used)
-        always, masks = ([c for c in self.early_columns if c.masks is x] for x in (False, True))
-        lines = [f"{m}_ = tile * STEP + gl.arange(0, STEP, COLUMN)"] if self.early_columns else []
+        addressed = [c for c in self.early_columns if not c.size]
+        always, masks = ([c for c in addressed if c.masks is x] for x in (False, True))
+        lines = [f"{m}_ = tile * STEP + gl.arange(0, STEP, COLUMN)"] if addressed else []
         lines += [f"{c.name} = {self._address(c.access, printer)}" for c in always]
         if not masks or masked == "True":
             return lines + [f"{c.name} = {self._address(c.access, printer)}" for c in masks]

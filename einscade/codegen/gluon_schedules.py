@@ -42,8 +42,8 @@ STARTS = {False: 6.5, True: 2.0}
 """What a tile of rows takes besides its loop, in the time of 64 rows by 128 columns: a program of its own, and one tile
 of a resident program, whose loads run ahead. Estimated from packed documents."""
 
-UNEVEN = 1.1
-"""What it costs resident programs that tiles of rows have loops of different lengths: nothing evens them out."""
+UNEVEN = 1.04
+"""What it costs resident programs to count the places that are taken, where loops differ in length."""
 
 LEAST_ROWS = 32
 """With fewer rows a warpgroup computes mostly padding."""
@@ -119,7 +119,7 @@ def _fitting(shape: Form, groups: int, columns: int, stages: int, in_order: bool
     if plan is None:
         return None
     iterations = None if plan.listed else plan.bounds.end - plan.bounds.first
-    return Choice(groups, columns, schedule, iterations, iterations is None or "row" in free_vars(iterations))
+    return Choice(groups, columns, schedule, iterations, plan.uneven)
 
 
 def _plan(shape: Form, schedule: Schedule) -> Tables | None:
@@ -140,7 +140,7 @@ def _has_registers(plan: Tables) -> bool:
     """Whether what is computed point by point leaves room, beyond the tiles that `Plan` counts."""
     shape = plan.shape
     several = len(shape.products) > 1 or len(shape.sums) > 1
-    tiles = {t.access for t in plan.tables}
+    tiles = {t.access for t in plan.tables} | {c.access for c in plan.copied_columns}
     read = [x.access for x in plan.loads if x.name is None and x.access not in tiles]
     addressed = any({shape.p, shape.m} <= free_vars(a) for a in read) or (plan.listed and bool(read))
     points = [s for s in shape.statements if s.monoid is None and shape.m in s.ranks]

@@ -15,20 +15,21 @@ import sympy
 from sympy.logic.boolalg import Boolean, Or
 
 from einscade.codegen.gluon_points import Points
-from einscade.codegen.gluon_text import function, indent, paren
+from einscade.codegen.gluon_text import function, indent, paren, wrapped
 from einscade.codegen.gluon_values import Printer, Value
 from einscade.codegen.source import Unsupported
+from einscade.codegen.torch_values import python
 from einscade.ir.expr import Access, Expr, accesses, ceil_div, free_vars, var
 from einscade.passes.domains import certain, possible, span
 
-__all__ = ["LISTING", "Visits"]
+__all__ = ["Visits"]
 
-LISTED = 32
-"""So many tiles of the loop are decided at once."""
+READ = 8192
+"""So many values of an access are read at once, 64 by each thread: nothing else hides the time that a read takes."""
 
-LISTING = f"""
-LISTED = gl.constexpr({LISTED})  # tiles decided at once
-BLOCK = gl.constexpr(gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0]))
+LISTING = """
+LISTED = gl.constexpr({listed})  # tiles decided at once
+BLOCK = gl.constexpr(gl.BlockedLayout([1, 8], [{rows}, {columns}], [4, 1], [1, 0]))
 EACH = gl.constexpr(gl.SliceLayout(1, BLOCK))
 WITHIN = gl.constexpr(gl.SliceLayout(0, BLOCK))
 LIST = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
@@ -93,6 +94,16 @@ class Visits(Points):
     def listed(self) -> bool:
         return self.classes is not None
 
+    @property
+    def uneven(self) -> bool:
+        """Whether tiles of rows differ in how many tiles of the loop they visit."""
+        return self.listed or "row" in free_vars(self.bounds.end - self.bounds.first)
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether a resident program takes the next place that nobody has, and not one known beforehand."""
+        return bool(self.resident) and self.uneven
+
     def _is_static(self) -> bool:
         return not self.listed and super()._is_static()
 
@@ -149,6 +160,12 @@ class Visits(Points):
         ]
 
     # -- the kernel that makes it --
+
+    def _listing_parts(self) -> list[str]:
+        """The constants and functions of the kernel that makes the lists."""
+        columns = min(32, self.columns // 8)  # threads side by side on a tile
+        constants = LISTING.format(listed=READ // self.columns, rows=32 // columns, columns=columns)
+        return [constants.strip("\n"), self._listing()]
 
     def _listing(self) -> str:
         """The kernel that writes the lists."""
@@ -207,9 +224,27 @@ class Visits(Points):
             "    gl.store(visits, 2 * first + 1)",
             "gl.store(counts + program, gl.maximum(count, 1))",
         ]
+        if self.dynamic:
+            lines += ["if program == 0:", "    gl.store(taken, 0)  # of the places, by the next kernel"]
         decorator = f"@gluon.jit(do_not_specialize={self.sizes!r})"
-        arguments = [*self._listing_pointers(), "visits", "counts", *self.sizes]
+        taken = ["taken"] if self.dynamic else []
+        arguments = [*self._listing_pointers(), "visits", "counts", *taken, *self.sizes]
         return function("list_tiles", arguments, lines, decorator)
+
+    def _make_lists(self, device: str) -> list[str]:
+        """The host's part of the lists of tiles."""
+        shape = self.shape
+        grid = [python(shape.extent(r)) for r in self._list_batch()]
+        grid.append(f"-(-{paren(python(shape.extent(shape.p)))} // {self.rows})")
+        given = [f"{self.name(t)}, *{self.name(t)}.stride()" for t in self._listing_tensors()]
+        results = ["visits", "counts", *(["taken"] if self.dynamic else [])]
+        return [
+            f"lists = {' * '.join(paren(g) for g in grid)}",
+            f"visits = torch.empty((lists, {python(self._loop_tiles())}), dtype=torch.int32, device={device})",
+            f"counts = torch.empty((lists,), dtype=torch.int32, device={device})",
+            *([f"taken = torch.empty((1,), dtype=torch.int32, device={device})"] if self.dynamic else []),
+            *wrapped(f"list_tiles[(lists,)]({', '.join([*given, *results, *self.sizes])}, num_warps=4)", 0),
+        ]
 
     def _ends_of(self, d: Datum, printer: Printer) -> list[str]:
         """The least and the greatest value of an access over a tile."""

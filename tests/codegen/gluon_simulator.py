@@ -367,10 +367,14 @@ class Simulator:
         at, used = pointer.addresses(mask, shape)
         pointer.memory[at[used]] = value.broadcast_to(shape)[used].to(pointer.memory.dtype)
 
-    def _add(self, pointer: Pointer, value: Any, mask: Any = None, **_: Any) -> None:
+    def _add(self, pointer: Pointer, value: Any, mask: Any = None, **_: Any) -> Any:
+        if isinstance(value, int):
+            value = torch.tensor(value, dtype=pointer.memory.dtype)
         at, used = pointer.addresses(mask, value.shape)
         self.pause()
+        before = block(pointer.memory[at].clone())
         pointer.memory.index_put_((at[used],), value.as_subclass(Tensor)[used], accumulate=True)
+        return before
 
     def _assembly(self, text: str, _: str, arguments: Sequence[Any], dtype: torch.dtype, **__: Any) -> Any:
         if found := re.fullmatch(r"bar\.(sync|arrive) (\d+), (\d+); mov\.u32 \$0, 0;", text):

@@ -193,6 +193,21 @@ def test_tables_with_any_strides(change: str) -> None:
     check(text, [*others, bias], sizes)
 
 
+@pytest.mark.parametrize("length", [160, 77])
+@pytest.mark.parametrize("change", ["transposed", "expanded", "shifted"])
+def test_columns_with_any_strides(change: str, length: int) -> None:
+    """What the copy engine cannot take comes through a copy."""
+    text, sizes = TEXTS["biases of rows and of columns"], {"B": 2, "P": 96, "M": length}
+    *others, keys, pairs = inputs(text, sizes)
+    if change == "transposed":
+        keys = keys.mT.contiguous().mT
+    elif change == "expanded":
+        keys = keys[:1].expand(2, -1)
+    else:
+        keys = torch.cat([keys.flatten(), keys.flatten()])[1 : 1 + keys.numel()].view(keys.shape)
+    check(text, [*others, keys, pairs], sizes)
+
+
 def test_tables_come_through_the_copy_engine_where_they_can() -> None:
     text = TEXTS["a bias"]
     loops = program(text)

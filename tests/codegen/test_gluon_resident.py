@@ -78,25 +78,49 @@ def test_lists_are_followed(name: str) -> None:
 def test_every_synchronisation_is_missed() -> None:
     """Of the lines of a resident kernel that synchronise, none can go, where one tensor is keys and values. (Values of
     their own are waited for before the next keys are loaded, and that says enough of the keys. Turns guard no data.)"""
-    text, sizes = test_gluon_operands.TEXTS["one tensor"], {"B": 2, "M": 300}
-    given, plain = test_gluon_operands.inputs(text, sizes), parse_cascade(text)
-    loops = test_gluon_operands.program(text)
-    exact = interpret(plain, dict(zip((t.name for t in plain.inputs), given, strict=True)), {})["O"]
-    passed = {s: sizes[s] for s in loops.cascade.symbols if s in sizes}
+    text = test_gluon_operands.TEXTS["one tensor"]
+    plain, loops = parse_cascade(text), test_gluon_operands.program(text)
     source = emit(loops, resident(loops, 2)[-1]).text
+    cases = []
+    for sizes in ({"B": 2, "M": 300}, {"B": 5, "M": 60}):  # several tiles of the loop, and one
+        given = test_gluon_operands.inputs(text, sizes)
+        exact = interpret(plain, dict(zip((t.name for t in plain.inputs), given, strict=True)), {})["O"]
+        cases.append((given, {s: sizes[s] for s in loops.cascade.symbols if s in sizes}, exact))
 
     def holds(changed: str, seed: int) -> bool:
         try:
-            (out,) = Simulator(seed).load(changed).run(*given, **passed)
+            found = [(Simulator(seed).load(changed).run(*given, **sizes)[0], exact) for given, sizes, exact in cases]
         except (Misuse, TypeError):
             return False
-        return relative_error(out, exact) <= 3 * relative_error(exact.bfloat16(), exact)
+        return all(relative_error(out, exact) <= 3 * relative_error(exact.bfloat16(), exact) for out, exact in found)
 
     assert all(holds(source, seed) for seed in range(8))
     lines = [i for i, line in enumerate(source.split("\n")) if SYNCHRONISES.match(line) and "_turn(" not in line]
     assert len(lines) > 12
     for line in lines:
         assert not all(holds(without(source, line), seed) for seed in range(60)), source.split("\n")[line]
+
+
+@pytest.mark.parametrize(
+    ("domain", "counted"), [("", False), ("if m <= p", True), ("if m <= p & X[p] == X[m]", True)], ids=str
+)
+def test_places_are_counted_where_loops_differ(domain: str, counted: bool) -> None:
+    """Else they are known beforehand, and no counter is read. What makes lists, if something does, sets it to 0."""
+    documents = "X" in domain
+    loops = test_gluon_operands.program(
+        f"""cascade some(Q[p,e]: bf16, K[m,e]: bf16, V[m,f]: bf16{", X[n]: i32" if documents else ""}) -> O[p,f]: bf16
+  where p < P, m < P, e < 64, f < 64{", n < P" if documents else ""}
+  S[p,m] = sum(e) Q[p,e] * K[m,e]   {domain}
+  G[p]   = max(m) S[p,m]
+  W[p,m] = exp(S[p,m] - G[p])
+  Z[p]   = sum(m) W[p,m]
+  O[p,f]: bf16 = sum(m) W[p,m] * V[m,f] / Z[p]
+"""
+    )
+    source = emit(loops, resident(loops)[0]).text
+    assert ("gl.atomic_add(taken" in source) == counted
+    assert ("torch.zeros" in source) == (counted and not documents)
+    assert ("gl.store(taken, 0)" in source) == documents
 
 
 # -- which are chosen -------------------------------------------------------------------------------------------------

@@ -1,0 +1,112 @@
+"""Which tiles of rows a program of a Gluon kernel works on, and in which order.
+
+Comes in: a `Plan` and the lists of its tiles. Goes out: the function `place` as text, and the loop of a resident
+program over its places. Loops of one length are dealt out in turns; where they differ, a program takes the next place
+that nobody has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import sympy
+
+from einscade.codegen.gluon_text import call, function, indent
+from einscade.codegen.gluon_visits import Visits
+from einscade.ir.expr import FloorDiv, var
+
+__all__ = ["Places"]
+
+
+class Places(Visits):
+    """Where a program is in the grid."""
+
+    def _still_barriers(self) -> list[str]:
+        return super()._still_barriers() + (["upcoming_full", "upcoming_empty"] if self.dynamic else [])
+
+    def _place(self) -> str:
+        """Which tile of the grid a program has, and which tiles of the loop it visits."""
+        shape, b = self.shape, self.bounds
+        names = self._scalar_printer()
+        lines = [
+            f"row_tiles = gl.cdiv({names.value(shape.extent(shape.p)).code}, {self.rows})",
+            *([] if self.resident else ["program = gl.program_id(0)"]),
+        ]
+        share = self._sharing()
+        if share > 1:
+            lines += [
+                f"rest = program % ({share} * row_tiles)  # neighbours share what the loop reads",
+                f"batch = program // ({share} * row_tiles) * {share} + rest % {share}",
+                f"row_tile = rest // {share}",
+            ]
+        else:
+            lines += ["batch = program // row_tiles", "row_tile = program % row_tiles"]
+        if b.rising:
+            lines.append("row_tile = row_tiles - 1 - row_tile  # the longest loops first")
+        lines.append(f"row = row_tile * {self.rows}")
+        lines += self._unravel(shape.batch)
+        if self.listed:
+            lines += self._follow()
+            doc = f'"""The program\'s place in the grid, the tiles of {shape.m} it visits, and how many they are."""'
+            places = ", ".join(self._placed())
+            return function("place", self._place_arguments(), [doc, *lines, f"return {places}"])
+        lines += [f"first = {names.value(b.first).code}", f"end = {names.value(b.end).code}"]
+        lines.append("first = gl.minimum(first, end - 1)")
+        if self._classes() and (b.upper or b.lower):
+            assert b.full_first is not None
+            assert b.full_end is not None
+            lines.append(f"full_end = gl.maximum(gl.minimum({names.value(b.full_end).code}, end - 1), first)")
+            if b.lower:
+                full_first = names.value(b.full_first).code
+                lines.append(f"full_first = gl.minimum(gl.maximum({full_first}, first), full_end)")
+        places = ", ".join(self._placed())
+        doc = f'"""The program\'s place in the grid, and the tiles of {shape.m} it visits: `first <= tile < end`."""'
+        return function("place", self._place_arguments(), [doc, *lines, f"return {places}"])
+
+    def _place_arguments(self) -> list[str]:
+        program = ["program"] if self.resident else []
+        return [*program, *(["visits", "counts"] if self.listed else []), *self.sizes]
+
+    def _placed(self) -> list[str]:
+        """What `place` says of a program."""
+        return [*self.shape.batch, "row", *self._ends()]
+
+    def _lists(self) -> list[str]:
+        """The lists of all programs, as arguments; of a program that takes several places under another name than the
+        list of one."""
+        return ["lists" if self.resident else "visits", "counts"] if self.listed else []
+
+    def _each_place(self, lines: Sequence[str], loads: bool = False) -> list[str]:
+        """The lines for all places that a program takes, one after another. Where loops differ in length, it takes the
+        next that nobody has: the loading warp (`loads`) asks which that is while its first tiles are on their way, and
+        tells the warpgroups through shared memory."""
+        place = call(self._placed(), "place", ["program", *self._lists(), *self.sizes])
+        if not self.dynamic:
+            head = "for program in range(gl.program_id(0), programs, gl.num_programs(0)):"
+            return [head, *indent(line for x in (place, *lines) for line in x.splitlines())]
+        if loads:
+            last = [
+                "mbarrier.wait(upcoming_empty, still_phase ^ 1)",
+                "upcoming.store(gl.full([1], following, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))",
+                "mbarrier.arrive(upcoming_full)",
+                "program = following",
+            ]
+        else:
+            last = [
+                "mbarrier.wait(upcoming_full, still_phase ^ 1)",
+                "program = gl.sum(upcoming.load(gl.BlockedLayout([1], [32], [4], [0])), axis=0)",
+                "mbarrier.arrive(upcoming_empty)",
+            ]
+        body = [line for x in (place, *lines, *last) for line in x.splitlines()]
+        return ["program = gl.program_id(0)", "while program < programs:", *indent(body)]
+
+    def _sharing(self) -> int:
+        """How many neighbours along the innermost batch rank read the same keys."""
+        if not self.shape.batch:
+            return 1
+        last = var(self.shape.batch[-1])
+        moving = [i for x in self.shape.moving for _, i in x.batch]
+        shared = {x.args[1] for i in moving for x in i.atoms(FloorDiv) if x.args[0] == last}
+        size = shared.pop() if len(shared) == 1 else sympy.Integer(1)
+        extent = self.shape.extent(self.shape.batch[-1])
+        return int(size) if size.is_Integer and extent.is_Integer and extent % size == 0 else 1
