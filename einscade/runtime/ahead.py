@@ -1,6 +1,7 @@
-"""Work done ahead, side by side: compiling several kernels while none of them is needed yet.
+"""Work done ahead, side by side: compiling kernels while none of them is needed yet.
 
-Comes in: jobs, the most wanted first, and a deadline. Goes out: for each job that was over by then, what it raised.
+Comes in: tasks, each of some jobs, the most wanted first, and a deadline. Goes out: for each task that was over by
+then, what it raised.
 
 Triton compiles outside the interpreter's lock but for building the first IR, about a tenth of it, so threads do: one a
 core. Nothing is waited for after the deadline: what is under way then ends by itself and lands in Triton's cache.
@@ -11,7 +12,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 __all__ = ["side_by_side"]
 
@@ -20,25 +21,33 @@ REDRAWN = 0.2
 
 
 def side_by_side(
-    jobs: Sequence[Callable[[], None]], end: float, progress: Callable[[int], None]
-) -> list[tuple[int, BaseException | None]]:
-    """The number of each job that is over, and its exception, if any. Returns when all are, or when
-    `time.perf_counter()` has passed `end`, though not before one job succeeded if one will. `progress` is told how many
-    are over."""
-    if not jobs:
-        return []
-    pool = ThreadPoolExecutor(min(_cores(), len(jobs)), thread_name_prefix="einscade")
+    tasks: Sequence[Sequence[Callable[[], object]]], end: float, progress: Callable[[int], None]
+) -> dict[int, BaseException | None]:
+    """The number of each task that is over, and the exception of its first job that raised, if any. Returns when all
+    are, or when `time.perf_counter()` has passed `end`, though not before one task succeeded if one will. `progress` is
+    told how many are over. Every task has a job."""
+    if not tasks:
+        return {}
+    pool = ThreadPoolExecutor(min(_cores(), sum(map(len, tasks))), thread_name_prefix="einscade")
     try:
-        futures = [pool.submit(job) for job in jobs]
-        under_way = set(futures)
-        useful = False
-        while under_way and not (useful and time.perf_counter() > end):
-            progress(len(futures) - len(under_way))
-            done, under_way = wait(under_way, REDRAWN, FIRST_COMPLETED)
-            useful = useful or any(f.exception() is None for f in done)
-        return [(i, f.exception()) for i, f in enumerate(futures) if f.done()]
+        started = [[pool.submit(job) for job in jobs] for jobs in tasks]
+        over: dict[int, BaseException | None] = {}
+        while len(over) < len(tasks) and not (None in over.values() and time.perf_counter() > end):
+            progress(len(over))
+            left = [f for i, futures in enumerate(started) if i not in over for f in futures if not f.done()]
+            wait(left, REDRAWN, FIRST_COMPLETED)
+            over |= {i: _raised(futures) for i, futures in enumerate(started) if i not in over and _is_over(futures)}
+        return over
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _is_over(futures: Sequence[Future[object]]) -> bool:
+    return all(f.done() for f in futures)
+
+
+def _raised(futures: Sequence[Future[object]]) -> BaseException | None:
+    return next((error for f in futures if (error := f.exception()) is not None), None)
 
 
 def _cores() -> int:

@@ -112,16 +112,16 @@ class Kernel:
         run = load(candidate.source, self.program.cascade.name)
         return eval(f"lambda inputs, sizes: run(*inputs{named})", {"run": run})
 
-    def compiling(
+    def compilations(
         self, candidate: Candidate, inputs: Sequence[Tensor], sizes: Sequence[int]
-    ) -> Callable[[], object] | None:
-        """What compiles a candidate's kernels for these inputs and runs none of them; None where it has none."""
+    ) -> list[Callable[[], object]]:
+        """What compiles each of a candidate's kernels for these inputs."""
         if candidate.source.language != "triton":
-            return None
-        compile = launch.compiling(load(candidate.source, self.program.cascade.name), inputs)
+            return []
         known = dict(zip(self.program.cascade.symbols, sizes, strict=True))
-        named = {name: known[name] for name in candidate.symbols}
-        return None if compile is None else functools.partial(compile, *inputs, **named)
+        run = load(candidate.source, self.program.cascade.name)
+        with torch.no_grad():
+            return launch.compilations(run, inputs, {name: known[name] for name in candidate.symbols})
 
     def _drop(self, candidate: Candidate, error: Exception) -> None:
         """Goes on without a candidate that failed."""
@@ -143,7 +143,7 @@ class Kernel:
             self.program.cascade.name,
             self.candidates,
             lambda c: self.prepared(c)(inputs, sizes),
-            lambda c: self.compiling(c, inputs, sizes),
+            lambda c: self.compilations(c, inputs, sizes),
             inputs,
             empty_rows,
         )

@@ -1,8 +1,8 @@
 """Launching generated Triton kernels with little host time.
 
 Comes in: a generated module, as loaded. Goes out: the same module, in which `kernel[grid](*arguments, **options)` is a
-`Launcher`'s, and the functions that describe tensors to the copy engine remember what they made; or (`compiling`) a
-copy of its entry that compiles what it would launch.
+`Launcher`'s, and the functions that describe tensors to the copy engine remember what they made; or (`compilations`)
+what compiles the kernels that it would launch.
 
 `JITFunction.run` binds, specialises and hashes all arguments at every call, and every descriptor is made, checked and
 encoded anew: 40 µs and more for a kernel that takes four descriptors. What a kernel is compiled for depends on less:
@@ -14,9 +14,10 @@ of argument) goes through the JIT as before.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
 from typing import Any
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Launcher", "compiling", "install", "remembered"]
+__all__ = ["Launcher", "compilations", "install", "remembered"]
 
 KNOWN_VERSIONS = ("3.6.",)
 """Versions of Triton whose C launcher takes the arguments that `_launch_code` passes."""
@@ -53,37 +54,54 @@ def install(module: ModuleType) -> None:
             scope[f.__name__] = remembered(f)
 
 
-def compiling(run: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[..., Any] | None:
-    """A copy of a generated module's `run` that compiles its kernels for arguments like these and launches none of
-    them; None where it has none. It may run in a thread of its own. What the kernels would have written is 0: torch
-    operations after them may index by it. `inputs` are left as they are."""
+def compilations(
+    run: Callable[..., Any], inputs: Sequence[Tensor], sizes: Mapping[str, int]
+) -> list[Callable[[], object]]:
+    """What compiles each kernel that a generated module's `run` would launch with these inputs and sizes, in threads of
+    their own if one likes; they hold no memory. Nothing is launched meanwhile: what kernels would have written is 0
+    (torch operations after them may index by it), and `inputs` stay as they are."""
     scope = dict(run.__globals__)
     given = {x.untyped_storage().data_ptr() for x in inputs}
-    launchers = {name: value for name, value in scope.items() if isinstance(value, Launcher)}
+    found: list[Callable[[], object]] = []
     for name, value in run.__globals__.items():
-        if isinstance(value, FunctionType) and value.__globals__ is run.__globals__:
-            copy = FunctionType(value.__code__, scope, name, value.__defaults__, value.__closure__)
-            copy.__kwdefaults__ = value.__kwdefaults__
-            scope[name] = copy
-    scope.update({name: _Compiler(value.kernel, given) for name, value in launchers.items()})
-    return scope[run.__name__] if launchers else None
+        if isinstance(value, Launcher):
+            scope[name] = _Noting(value.kernel, given, found)
+        elif isinstance(value, FunctionType) and value.__globals__ is run.__globals__:
+            same = FunctionType(value.__code__, scope, name, value.__defaults__, value.__closure__)
+            same.__kwdefaults__ = value.__kwdefaults__
+            scope[name] = same
+    if any(isinstance(value, _Noting) for value in scope.values()):
+        scope[run.__name__](*inputs, **sizes)
+    return found
 
 
 @dataclass(frozen=True)
-class _Compiler:
+class _Noting:
     """Stands where a launcher does. `given`: the addresses of memory that is not ours to write."""
 
     kernel: Any
     given: set[int]
+    found: list[Callable[[], object]]
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def compiled(*arguments: Any, **options: Any) -> None:
-            self.kernel.run(*arguments, grid=grid, warmup=True, **options)
+        def noted(*arguments: Any, **options: Any) -> None:
+            addresses = [_address(x) for x in arguments]
+            self.found.append(functools.partial(self.kernel.run, *addresses, grid=grid, warmup=True, **options))
             for x in arguments:
                 if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in self.given:
                     x.zero_()
 
-        return compiled
+        return noted
+
+
+def _address(argument: Any) -> Any:
+    """An argument as compiling needs it: what a tensor's memory holds is nothing to it."""
+    if isinstance(argument, Tensor):
+        return Address(argument.data_ptr(), argument.dtype)
+    if isinstance(getattr(argument, "base", None), Tensor):
+        argument = copy.copy(argument)
+        argument.base = Address(argument.base.data_ptr(), argument.base.dtype)
+    return argument
 
 
 # --- descriptors -----------------------------------------------------------------------------------------------------

@@ -59,8 +59,8 @@ TRUSTED = ("library:sdpa", "tiled_torch")
 
 Run = Callable[[Candidate], tuple[Tensor, ...]]
 
-Compile = Callable[[Candidate], "Callable[[], object] | None"]
-"""What compiles a candidate's kernels and runs none of them; None for a candidate that has none."""
+Compilations = Callable[[Candidate], Sequence[Callable[[], object]]]
+"""What compiles each of a candidate's kernels; none of them runs."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,12 @@ def contenders(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def tune(
-    name: str, candidates: Sequence[Candidate], run: Run, compile: Compile, inputs: Sequence[Tensor], empty_rows: bool
+    name: str,
+    candidates: Sequence[Candidate],
+    run: Run,
+    compilations: Compilations,
+    inputs: Sequence[Tensor],
+    empty_rows: bool,
 ) -> Tuned:
     """The candidates' order for inputs like these. `name` is for the progress line; `empty_rows` as in `disagreement`.
 
@@ -114,7 +119,7 @@ def tune(
     failures: dict[Candidate, Exception] = {}
     start = compiled = time.perf_counter()
     if len(competing) > 1:
-        late = _compile_all(name, competing, compile, device, start + COMPILING, failures)
+        late = _compile_all(name, competing, compilations, device, start + COMPILING, failures)
         compiled = time.perf_counter()
         end = start + SECONDS
         trusted = _trusted(competing, run, failures)
@@ -152,37 +157,32 @@ def tune(
 def _compile_all(
     name: str,
     competing: Sequence[Candidate],
-    compile: Compile,
+    compilations: Compilations,
     device: torch.device,
     end: float,
     failures: dict[Candidate, Exception],
 ) -> set[Candidate]:
     """Compiles what has kernels, in threads; those that could not be go to `failures`. Returns those that are not
     compiled yet when the time is over."""
-    jobs: dict[Candidate, Callable[[], object]] = {}
+    tasks: dict[Candidate, list[Callable[[], object]]] = {}
     for candidate in competing:
         try:
-            job = compile(candidate)
+            if jobs := compilations(candidate):
+                tasks[candidate] = [partial(_on, device, job) for job in jobs]
+        except torch.OutOfMemoryError:
+            continue
         except Exception as error:
             failures[candidate] = error
-            continue
-        if job is not None:
-            jobs[candidate] = job
+    over = side_by_side(list(tasks.values()), end, lambda done: progress.tuning(done, len(tasks), "compiled", name))
+    compiled = {c: over[i] for i, c in enumerate(tasks) if i in over}
+    failures.update((c, error) for c, error in compiled.items() if isinstance(error, Exception))
+    return tasks.keys() - compiled.keys()
 
-    def work(job: Callable[[], object]) -> None:
-        own = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-        # several at once need more memory than one: what has too little now is compiled when its turn comes
-        with own, torch.no_grad(), contextlib.suppress(torch.OutOfMemoryError):
-            job()
 
-    ended = side_by_side(
-        [partial(work, job) for job in jobs.values()],
-        end,
-        lambda done: progress.tuning(done, len(jobs), "compiled", name),
-    )
-    over = list(jobs)
-    failures.update((over[i], raised) for i, raised in ended if isinstance(raised, Exception))
-    return set(over) - {over[i] for i, _ in ended}
+def _on(device: torch.device, job: Callable[[], object]) -> None:
+    """A job in a thread of its own, for whom the device is another than the first."""
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        job()
 
 
 def _trusted(

@@ -138,32 +138,41 @@ def test_compiling_ahead_launches_nothing_and_leaves_nothing_to_compile(
     sizes = {s: 200 if s in "MP" else 1 for s in plain.symbols}
     operands = tuple(inputs(plain, case, sizes).values())
     copies = [x.clone() for x in operands]
-    job = launch.compiling(run, operands)
-    assert job is not None
-    with ThreadPoolExecutor(1) as thread:
-        thread.submit(job, *operands, **sizes).result()
+    jobs = launch.compilations(run, operands, sizes)
+    assert len(jobs) == (2 if name == "documents" else 1)
+    with ThreadPoolExecutor(2) as threads:
+        for done in [threads.submit(job) for job in jobs]:
+            done.result()
     assert launched == []
     assert all(map(torch.equal, copies, operands))
     with contextlib.ExitStack() as stack:
         for launcher in _launchers(run):
             stack.enter_context(mock.patch.object(launcher.kernel, "_do_compile", side_effect=AssertionError))
         run(*operands, **sizes)
-    assert len(launched) == (2 if name == "documents" else 1)
+    assert len(launched) == len(jobs)
 
 
-def test_what_kernels_would_have_written_is_zero_when_compiled_ahead() -> None:
-    """Torch operations between kernels may index by it."""
-    compiled: list[bool] = []
-    kernel = SimpleNamespace(run=lambda *arguments, grid, warmup, **options: compiled.append(warmup))
+def test_compiling_ahead_holds_no_memory_and_writes_zeros() -> None:
+    """Torch operations between kernels may index by what those would have written."""
+    seen: list[Any] = []
+    kernel = SimpleNamespace(run=lambda *arguments, grid, warmup, **options: seen.extend((arguments, warmup, options)))
     given, made = torch.ones(3), torch.ones(3)
-    launch._Compiler(kernel, {given.untyped_storage().data_ptr()})[(1,)](given[1:], made, 5, BLOCK=16)
-    assert compiled == [True]
+    described = SimpleNamespace(base=given, block_shape=[1])
+    jobs: list[Any] = []
+    launch._Noting(kernel, {given.untyped_storage().data_ptr()}, jobs)[(1,)](given[1:], made, described, 5, BLOCK=16)
     assert given.tolist() == [1, 1, 1]
     assert made.tolist() == [0, 0, 0]
+    jobs[0]()
+    (first, second, third, number), warmup, options = seen
+    addresses = [given.data_ptr() + 4, made.data_ptr(), given.data_ptr()]
+    assert [first, second, third.base] == [launch.Address(at, torch.float32) for at in addresses]
+    assert (number, warmup, options) == (5, True, {"BLOCK": 16})
+    assert described.base is given
 
 
 def test_torch_code_has_nothing_to_compile() -> None:
-    assert launch.compiling(load(Source("torch", "def run(x):\n    return (x,)\n"), "plain"), []) is None
+    run = load(Source("torch", "def run(x):\n    raise AssertionError\n"), "plain")
+    assert launch.compilations(run, [torch.ones(1)], {}) == []
 
 
 @pytest.mark.parametrize("kind", ["gluon", "triton"])
