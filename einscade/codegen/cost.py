@@ -29,6 +29,8 @@ __all__ = [
     "Lengths",
     "contractions",
     "cost",
+    "crossed",
+    "crossed_tiles",
     "few_rows",
     "fits",
     "heads_in_groups",
@@ -65,6 +67,30 @@ def tiled_ranks(program: LoopProgram, lengths: Lengths) -> tuple[str, ...]:
     return tuple(found)
 
 
+def crossed(cascade: Cascade, nest: SerialNest) -> tuple[str, ...]:
+    """The two long grid ranks that meet in a nest's products, neither of them the loop's: rows and columns of its tile.
+    Nothing for the nests whose products have rows alone in the grid."""
+    for e in nest.einsums if nest.tile is None else ():
+        sides = [[r for r in e.output.ranks if r in s & {*nest.grid} and is_long(cascade, r)] for s in e.sides]
+        if sides and all(sides):
+            return tuple(sorted((side[-1] for side in sides), key=e.output.ranks.index))
+    return ()
+
+
+def crossed_tiles(cascade: Cascade, nest: SerialNest) -> dict[str, int]:
+    """Tiles of the `crossed` ranks, whatever a schedule says of them elsewhere: every value of the nest has a point for
+    each pair, and what a step multiplies has to fit on chip with the next step's."""
+    crossing = crossed(cascade, nest)
+    point = 0  # bytes that one more row and one more column read
+    for e in nest.einsums:
+        if e.sides and e.reduce:
+            width = prod(int(n) if (n := cascade.extent(r)).is_Integer else 64 for r in e.reduce.ranks)
+            read = [a for a in accesses(e.expr) if free_vars(a) & {*e.reduce.ranks}]
+            point += sum(_power(width) * _bytes(cascade.tensors[a.tensor].dtype) for a in read)
+    tile = next((n for n in (64, 32) if n * point <= CROSSED_BYTES), 16)
+    return dict.fromkeys(crossing, tile)
+
+
 def moving_inputs(nest: SerialNest) -> tuple[tuple[str, tuple[Expr, ...]], ...]:
     """Inputs of the nest whose index moves with the loop, with that index."""
     return _moving(nest, (a for e in nest.body for a in e.reads))
@@ -92,6 +118,8 @@ def row_ranks(cascade: Cascade, nest: SerialNest, tiles: Mapping[str, int]) -> t
     where the points of a tile would share nothing that the loop reads, and each reads vectors of its own: a tile of
     them would be a batch of products with one row."""
     tiled = [r for r in nest.grid if r in tiles]
+    if crossing := crossed(cascade, nest):
+        return crossing[:1]
     moving = moving_inputs(nest)
     shared = any(var(r) not in index for _, index in moving for r in tiled)
     wide = any(len({*e.ranks} - {*nest.grid, nest.serial, nest.tile}) for e in nest.body)
@@ -150,6 +178,10 @@ def _group(index: Expr, rank: str) -> Expr | None:
 
 MOST_ROWS = 128
 """A tile has no more rows than this."""
+
+
+CROSSED_BYTES = 64 << 10
+"""What a step of a nest with a tile of two grid ranks reads at most: three stages of it on Hopper, two on Ampere."""
 
 
 class Lengths:
@@ -241,7 +273,8 @@ def _tiles_of(cascade: Cascade, nest: SerialNest, schedule: Schedule) -> dict[st
     """The schedule's tiles, without those of grid ranks that this nest has no tiles of."""
     tiles = dict(schedule.tiles)
     rows = row_ranks(cascade, nest, tiles)
-    return {r: n for r, n in tiles.items() if r in rows or r not in nest.grid}
+    kept = {r: n for r, n in tiles.items() if r in rows or r not in nest.grid}
+    return kept | crossed_tiles(cascade, nest)
 
 
 def _tile_points(
@@ -294,8 +327,9 @@ def fits(cascade: Cascade, nest: SerialNest, schedule: Schedule, device: Device,
         return False
     least = max(tiles.values(), default=1)  # what a row statistic has, which no matrix unit reads
     scans = sum(elements(e.output.ranks) for e in nest.scans)
-    scores = max((elements(e.output.ranks) for e in nest.body if nest.tile in e.output.ranks), default=0)
-    wide = sum(1 for e in contractions(nest) if nest.tile in e.output.ranks)
+    columns = {nest.tile, *crossed(cascade, nest)[1:]}
+    scores = max((elements(e.output.ranks) for e in nest.body if columns & {*e.output.ranks}), default=0)
+    wide = sum(1 for e in contractions(nest) if columns & {*e.output.ranks})
     ranks_of = {(t, i): _box(cascade, i) for t, i in moving}
     multiplied = {a.tensor for e in contractions(nest) for a in e.reads}
     single = [

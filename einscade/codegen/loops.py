@@ -275,7 +275,7 @@ def _grid(cascade: Cascade, serial: str, tile: str | None, body: list[Einsum]) -
     grid = [r for r in grid if all(_aligned(cascade, a, r) for a in local)]
     long = {r for r in grid if is_long(cascade, r)}
     shared = [e for e in body if long <= set(e.output.ranks)]
-    return tuple(r for r in grid if r in long or all(r in e.output.ranks for e in shared))
+    return tuple(r for r in grid if r in long or cascade.extent(r) == 1 or all(r in e.output.ranks for e in shared))
 
 
 def _epilogue(
@@ -452,7 +452,9 @@ def _order(cascade: Cascade, nests: list[SerialNest], owner: Mapping[str, list[i
     for i, nest in enumerate(nests):
         unit[i] = max(position[e.name] for e in nest.einsums)
     flats = [e for e in cascade.body if e.name not in owner]
-    unit.update({e.name: position[e.name] for e in flats})
+    for e in reversed(flats):  # next to its first reader, where only flat statements read it
+        readers = [unit[x.name] if x.name not in owner else -1 for x in cascade.users(e.name) if x is not e]
+        unit[e.name] = min(readers, default=-1) if min(readers, default=-1) >= 0 else position[e.name]
     makers: dict[str, object] = {e.name: e.name for e in flats}
     for i, nest in enumerate(nests):
         makers.update(dict.fromkeys(nest.outputs, i))

@@ -35,7 +35,7 @@ class BoundsWriter(TileWriter):
 
     def edges(self) -> dict[str, tuple[Expr, Expr]]:
         found: dict[str, tuple[Expr, Expr]] = {}
-        for r in self.rows.ranks if self.rows else ():
+        for r in (*self.row_names(), *self.columns):
             found[r] = (var(f"{r}_lo"), var(f"{r}_hi") - 1)
         for r, n in self.widths.items():
             found[r] = (sympy.Integer(0), sympy.Integer(n - 1))
@@ -60,9 +60,6 @@ class BoundsWriter(TileWriter):
             elif all(r in self.points or r in self.row_names() for r in free_vars(a) & {*self.cascade.rank_table}):
                 found[a] = self.ends(a, kind)
         return found
-
-    def row_names(self) -> tuple[str, ...]:
-        return self.rows.ranks if self.rows else ()
 
     def ends(self, a: Access, kind: str) -> tuple[Expr | Boolean, Expr | Boolean]:
         """Variables with the least and greatest of an access that the loop does not move."""

@@ -16,6 +16,7 @@ from einscade.codegen.tiled_torch import TorchModule
 from einscade.codegen.triton_helpers import HELPERS
 from einscade.codegen.triton_kernel import Kernel, kernel
 from einscade.codegen.triton_memory import stored
+from einscade.codegen.triton_pairs import paired
 
 __all__ = ["emit", "emit_with_kernels"]
 
@@ -29,7 +30,7 @@ def emit_with_kernels(program: LoopProgram, schedule: Schedule) -> tuple[Source,
     """The same, with what is known of each kernel in it, for compiling without launching."""
     if not program.serial_nests:
         raise Unsupported("the program has no loop: there is nothing to write a kernel for")
-    module = _TritonModule(summarised(program, schedule), schedule)
+    module = _TritonModule(summarised(paired(program), schedule), schedule)
     return Source("triton", module.text()), tuple(module.kernels)
 
 

@@ -72,9 +72,12 @@ class _KernelWriter(BoundsWriter):
             self.main(f"{state.name} = {v.code}")
             self.scope.locals[state.name] = Local(state.name, ranks)
         states = ", ".join(v.name for v in self.loop.states)
-        step = self.write_step()
-        call, parameters = self.step_call(step)
-        self.write_loop(call, states)
+        step: str = ""
+        parameters: list[str] = []
+        if self.loop.body:
+            step = self.write_step()
+            call, parameters = self.step_call(step)
+            self.write_loop(call, states)
         self.scope.blocks = {r: b for r, b in self.scope.blocks.items() if r not in self.loop.coordinates}
         self.masks = {}
         self.statements(self.loop.epilogue)
@@ -91,7 +94,7 @@ class _KernelWriter(BoundsWriter):
     def write_head(self) -> None:
         here = self.main
         here("program = tl.program_id(0)")
-        tiled = tuple(zip(self.rows.ranks, self.rows.tiles, strict=True)) if self.rows else ()
+        tiled = self.tiled()
         for i, (r, size) in enumerate(tiled):
             extent = self.host(self.cascade.extent(r))
             here(f"{r}_tiles = tl.cdiv({extent}, {size})")
@@ -105,6 +108,8 @@ class _KernelWriter(BoundsWriter):
             here(f"{r}_hi = tl.minimum({r}_lo + {size}, {extent})")
         for line in self.rows.lines() if self.rows else ():
             here(line)
+        for r, n in self.columns.items():
+            here(f"{r} = {r}_lo + tl.arange(0, {n})")
         for i, r in enumerate(reversed(self.points)):
             extent = self.host(self.cascade.extent(r))
             if i == len(self.points) - 1:
@@ -114,6 +119,11 @@ class _KernelWriter(BoundsWriter):
                 here(f"program = program // {_wrapped(extent)}")
         for r in self.widths:
             here(f"{r} = tl.arange(0, {self.scope.blocks[r].size})")
+
+    def tiled(self) -> tuple[tuple[str, int], ...]:
+        """The grid ranks that a program has several points of, with how many, those of neighbouring programs first."""
+        rows = zip(self.rows.ranks, self.rows.tiles, strict=True) if self.rows else ()
+        return (*self.columns.items(), *rows)
 
     def write_step(self) -> str:
         self.here, self.in_step = self.step, True
@@ -171,14 +181,16 @@ class _KernelWriter(BoundsWriter):
         signature = [*tensors, *(s for s, _, _ in strides), *sizes, *flags]
         constants = [f"{p}: tl.constexpr" if p.endswith("_TMA") else p for p in parameters]
         where = self.loop.coordinate or self.nest.serial
-        text = _function(f"{self.step_name}", [*constants, "MASKED: tl.constexpr"],
-                         f"One tile along {where} of {self.name}: the values of {states} after it.", step)  # fmt: skip
-        tile = f"one tile of {', '.join(self.rows.ranks)}" if self.rows else "one point"
+        loops = f", and loops along {where}" if self.loop.body else ""
+        text = ""
+        if self.loop.body:
+            title = f"One tile along {where} of {self.name}: the values of {states} after it."
+            text = _function(self.step_name, [*constants, "MASKED: tl.constexpr"], title, step)
+        tile = f"one tile of {', '.join((*self.row_names(), *self.columns))}" if self.rows else "one point"
         at = f" at one {', '.join(self.points)}" if self.points and self.rows else ""
-        title = f"{', '.join(self.nest.outputs)}: a program is {tile}{at}, and loops along {where}."
+        title = f"{', '.join(self.nest.outputs)}: a program is {tile}{at}{loops}."
         text += _function(self.name, signature, title, self.main.text)
-        tiled = zip(self.rows.ranks, self.rows.tiles, strict=True) if self.rows else ()
-        programs = [f"-(-{_wrapped(self.grid_extent(r))} // {n})" for r, n in tiled]
+        programs = [f"-(-{_wrapped(self.grid_extent(r))} // {n})" for r, n in self.tiled()]
         programs += [_wrapped(self.grid_extent(r)) for r in self.points]
         return Kernel(self.name, text, " * ".join(programs) or "1", tensors, strides, sizes, self.described,
                       frozenset(self.scope.helpers), waits)  # fmt: skip

@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 
 import sympy
 
-from einscade.codegen.cost import row_ranks
+from einscade.codegen.cost import crossed, crossed_tiles, row_ranks
 from einscade.codegen.loops import SerialNest
 from einscade.codegen.schedule import Schedule
 from einscade.codegen.tiles import Statement, TileLoop
 from einscade.ir.cascade import Cascade
 from einscade.ir.expr import Access, Expr, FloorDiv, Mod, accesses, var
 
-__all__ = ["Rows", "Start", "boxed", "find_rows", "is_multiple", "starts_of"]
+__all__ = ["Rows", "Start", "boxed", "find_columns", "find_rows", "is_multiple", "starts_of"]
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,19 @@ def find_rows(cascade: Cascade, nest: SerialNest, schedule: Schedule) -> Rows | 
     ranks = row_ranks(cascade, nest, dict(schedule.tiles))
     if not ranks:
         return None
-    tiles = tuple(schedule.tile(r) or 1 for r in ranks)
+    own = crossed_tiles(cascade, nest)
+    tiles = tuple(own.get(r) or schedule.tile(r) or 1 for r in ranks)
     points = 1
     for n in tiles:
         points *= n
     dim = ranks[0] if len(ranks) == 1 else cascade.fresh("row")
     return Rows(ranks, tiles, dim, max(16, 1 << (points - 1).bit_length()))
+
+
+def find_columns(cascade: Cascade, nest: SerialNest) -> dict[str, int]:
+    """The grid rank that a tile has beside its rows, if it has one, with its tile."""
+    tiles = crossed_tiles(cascade, nest)
+    return {r: tiles[r] for r in crossed(cascade, nest)[1:]}
 
 
 # -- what is one number all over a tile -------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import sympy
 from sympy.logic.boolalg import Boolean
@@ -20,13 +20,24 @@ from einscade.codegen.matmul import Contraction, contraction
 from einscade.codegen.schedule import Schedule
 from einscade.codegen.source import Unsupported
 from einscade.codegen.tiles import State, Statement, TileLoop, tile_loop
-from einscade.codegen.triton_rows import boxed, find_rows, starts_of
-from einscade.codegen.triton_values import Block, Local, Memory, TritonScope, Value, align, aligned, scalar, value
+from einscade.codegen.triton_rows import boxed, find_columns, find_rows, starts_of
+from einscade.codegen.triton_values import (
+    Block,
+    Lines,
+    Local,
+    Memory,
+    TritonScope,
+    Value,
+    align,
+    aligned,
+    scalar,
+    value,
+)
 from einscade.ir.cascade import Cascade
 from einscade.ir.expr import Access, Expr, Mod, accesses, free_vars, var
 from einscade.ir.text import print_einsum
 
-__all__ = ["Lines", "TileWriter"]
+__all__ = ["TileWriter"]
 
 TRITON_DTYPES: Mapping[str, str] = {
     "f32": "float32", "f16": "float16", "bf16": "bfloat16", "f8e4m3": "float8e4nv", "f8e5m2": "float8e5",
@@ -35,21 +46,6 @@ TRITON_DTYPES: Mapping[str, str] = {
 _HALF = ("bf16", "f16")
 _LONGEST_INDEX = 32  # characters of an index that are written where it is used
 _BYTES = {"f32": 4, "f16": 2, "bf16": 2, "f8e4m3": 1, "f8e5m2": 1, "i32": 4, "i16": 2, "i8": 1, "u8": 1}
-
-
-@dataclass
-class Lines:
-    """Lines of one function's body."""
-
-    depth: int = 1
-    lines: list[str] = field(default_factory=list)
-
-    def __call__(self, line: str) -> None:
-        self.lines.append("    " * self.depth + line)
-
-    @property
-    def text(self) -> str:
-        return "\n".join(self.lines)
 
 
 def _power(n: int) -> int:
@@ -63,7 +59,7 @@ class TileWriter:
         self.cascade, self.nest, self.schedule, self.name = cascade, nest, schedule, name
         self.step_name = name.replace("_kernel", "_step")
         self.known = {var(s): sympy.Integer(n) for s, n in schedule.tiles}
-        self.rows = find_rows(cascade, nest, schedule)
+        self.rows, self.columns = find_rows(cascade, nest, schedule), find_columns(cascade, nest)
         loop = base2(tile_loop(cascade, nest, clip=False))
         self.step_size = self.step_extent(loop)
         self.starts = starts_of(self.rows, loop.coordinates, loop.coordinate, self.step_size)
@@ -81,7 +77,7 @@ class TileWriter:
         self.edge_counts: dict[str, int] = {}
         self.data_names: set[str] = set()
         self.masks: dict[Boolean, Value] = {}
-        self.points = [r for r in nest.grid if self.rows is None or r not in self.rows.ranks]
+        self.points = [r for r in nest.grid if r not in (*self.row_names(), *self.columns)]
         self.widths = self.find_widths()
         self.scope = self.make_scope()
 
@@ -122,6 +118,8 @@ class TileWriter:
             for i, r in enumerate(self.rows.ranks):  # all but the outermost are cut off by what they are divided by
                 whole = f"{r}_hi" if self.rows.padded else self.host(self.cascade.extent(r))
                 blocks[r] = Block(r, str(self.rows.size), None if i else whole, self.rows.dim)
+        for r, n in self.columns.items():
+            blocks[r] = Block(r, str(n), self.host(self.cascade.extent(r)), r)
         for x in self.loop.coordinates:
             blocks[x] = Block(x, str(self.step_size), None, x)
         for r, n in self.widths.items():
@@ -134,9 +132,11 @@ class TileWriter:
             strides = tuple(f"{name}_{r}" for r in t.ranks)
             extents = tuple(self.host(self.cascade.extent(r)) for r in t.ranks)
             memory[name] = Memory(name, strides, extents, t.dtype)
-        rows = (self.rows.dim,) if self.rows is not None else ()
-        order = (*rows, *self.loop.coordinates, *self.widths)
+        order = (*((self.rows.dim,) if self.rows else ()), *self.columns, *self.loop.coordinates, *self.widths)
         return TritonScope(order, points, blocks, memory, {}, "float32", self.load)
+
+    def row_names(self) -> tuple[str, ...]:
+        return self.rows.ranks if self.rows else ()
 
     def inherited(self) -> list[str]:
         """Tensors that only conditions read which the nest's points inherit from those of another nest."""
@@ -187,7 +187,7 @@ class TileWriter:
             code = aligned(v, ranks)
             if v.code.isdigit() or self.is_width(i):
                 term = f" + {code.tight(2)} * {stride}"
-            elif not v.ranks and f"{self.loop.coordinate}_lo" in free_vars(i):  # the loop's variable may be no tensor
+            elif not v.ranks and self.moves(i):  # the loop's variable may be no tensor
                 term = f" + tl.cast({v.code}, tl.int64) * {stride}"
             else:
                 term = f" + {code.tight()}.to(tl.int64) * {stride}"
@@ -289,8 +289,8 @@ class TileWriter:
             elif moving[0].name in self.loop.coordinates:
                 starts.append(self.start(rest + var(f"{self.loop.coordinate}_lo")))
                 block.append(self.step_size)
-            elif moving[0].name in self.widths and rest == 0:
-                starts.append("0")
+            elif rest == 0 and (moving[0].name in self.widths or self.columns):
+                starts.append("0" if moving[0].name in self.widths else f"{moving[0]}_lo")
                 block.append(int(self.scope.blocks[moving[0].name].size))
             else:
                 return False
@@ -529,7 +529,6 @@ class TileWriter:
         return "[" + ", ".join(map(self.size, ranks)) + "]"
 
     def size(self, dim: str) -> str:
-        """Places along a dimension, as code."""
         return next(b.size for b in self.scope.blocks.values() if b.dim == dim)
 
     def statements(self, statements: tuple[Statement, ...]) -> None:

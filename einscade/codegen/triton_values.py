@@ -19,9 +19,24 @@ from einscade.codegen.source import Unsupported
 from einscade.codegen.tiles import Finite
 from einscade.ir.expr import Access, Expr, FloorDiv, Mod, Round, Trunc, Where, free_vars
 
-__all__ = ["Block", "Local", "Memory", "TritonScope", "Value", "align", "scalar", "value"]
+__all__ = ["Block", "Lines", "Local", "Memory", "TritonScope", "Value", "align", "scalar", "value"]
 
 ATOM, UNARY, PRODUCT, SUM, COMPARISON = range(5)
+
+
+@dataclass
+class Lines:
+    """Lines of one function's body."""
+
+    depth: int = 1
+    lines: list[str] = field(default_factory=list)
+
+    def __call__(self, line: str) -> None:
+        self.lines.append("    " * self.depth + line)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.lines)
 
 
 @dataclass(frozen=True)

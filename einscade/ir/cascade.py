@@ -34,6 +34,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import inf, prod
 
 import sympy
 from sympy.logic.boolalg import Boolean
@@ -188,6 +189,18 @@ class Einsum:
         init = accesses(self.scan.init) if self.scan else ()
         return tuple(dict.fromkeys(accesses(self.expr) + accesses(self.domain) + init))
 
+    @cached_property
+    def sides(self) -> tuple[frozenset[str], ...]:
+        """Of a sum of products of two tensors' points: the output's ranks that only one has, and those that only the
+        other has; nothing where either has none, as where the statement is no such sum."""
+        if self.reduce is None or self.reduce.monoid != "sum" or self.scan:
+            return ()
+        reads = [free_vars(a) for a in accesses(self.expr) if free_vars(a) & {*self.reduce.ranks}]
+        if len(reads) != 2:
+            return ()
+        own = tuple((x - y) & {*self.output.ranks} for x, y in (reads, reads[::-1]))
+        return own if all(own) else ()
+
     def replace(self, **changes: object) -> Einsum:
         return replace(self, **changes)  # type: ignore[arg-type]
 
@@ -233,6 +246,38 @@ class Cascade:
             for key, value in t.layout.params
             if key in TENSOR_PARAMS and isinstance(value, str)
         )
+
+    @cached_property
+    def lengths(self) -> frozenset[str]:
+        """The ranks that are positions of a sequence, whatever their extents, by structure: they meet in pairs in a
+        product, and one of the pair is reduced after that. Where nothing but sums and products is between the two, as
+        in linear attention, that could be widths too: lengths are those that are longer than what is contracted."""
+        found: set[str] = set()
+        for e in self.body:
+            if e.reduce is None or found & {*e.reduce.ranks}:
+                continue
+            apart = frozenset().union(*e.sides)
+            reduced, scored = self._reduced_after(e.name)
+            if e.sides and reduced & apart:
+                contracted = self._points(e.reduce.ranks)
+                found |= {r for r in apart if scored or self._points((r,)) > contracted}
+        return frozenset(found | {origin for r in found if (origin := self.rank_table[r].origin)})
+
+    def _points(self, ranks: tuple[str, ...]) -> float:
+        extents = [self.extent(r) for r in ranks]
+        return prod(int(n) if n.is_Integer else inf for n in extents)
+
+    def _reduced_after(self, name: str) -> tuple[frozenset[str], bool]:
+        """The ranks that statements reduce which read a tensor, or what is computed of it point by point; and whether
+        that is more than sums of products."""
+        values, ranks, scored = {name}, set(), False
+        for e in self.body:
+            if any(a.tensor in values for a in e.reads):
+                ranks |= {*e.reduce.ranks} if e.reduce else set()
+                values |= {e.name} if e.reduce is None else set()
+                inside = {a.tensor for f in e.expr.atoms(sympy.Function) for x in f.args for a in accesses(x)}
+                scored |= bool(inside & values) or (e.reduce is not None and e.reduce.monoid != "sum")
+        return frozenset(ranks), scored
 
     def extent(self, rank: str) -> Expr:
         return self.rank_table[rank].extent

@@ -14,11 +14,11 @@ from einscade.ir import Access, Cascade, Einsum, Expr, accesses, var
 from einscade.passes.correction import Correction, NoCorrection, derive
 from einscade.passes.terms import closure
 
-__all__ = ["Carried", "Loop", "Plan", "inner_ranks", "is_long", "plan_loops"]
+__all__ = ["Carried", "Loop", "Plan", "along", "inner_ranks", "is_long", "plan_loops"]
 
-# A rank of constant extent below this is short: worth a loop only if reductions over it depend on each other, and small
-# enough to be kept whole on chip.
-LONG = 512
+# A rank of constant extent up to SHORT is short: worth a loop only if reductions over it depend on each other, and
+# small enough to be kept whole on chip. One of LONG is long. Between them, lengths are long and widths are short.
+SHORT, LONG = 16, 512
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,11 @@ class Plan:
 
 
 def is_long(cascade: Cascade, rank: str) -> bool:
-    """Whether a rank's extent is symbolic or at least `LONG`."""
+    """Whether a rank's extent is symbolic, at least `LONG`, or that of a length and above `SHORT`."""
     extent = cascade.extent(rank)
-    return not extent.is_Integer or int(extent) >= LONG
+    if not extent.is_Integer or int(extent) >= LONG:
+        return True
+    return int(extent) > SHORT and rank in cascade.lengths
 
 
 def plan_loops(cascade: Cascade, join: bool = True) -> Plan:
@@ -178,6 +180,11 @@ class _Walk:
 
     def _moves(self, name: str) -> bool:
         return not self.reductions.isdisjoint(closure(self.cascade, [name]))
+
+
+def along(cascade: Cascade, rank: str, statement: Einsum) -> tuple[str, ...]:
+    """The statements along a rank that a loop over it can compute inside for a statement that reduces it."""
+    return tuple(_Walk(cascade, rank, frozenset()).read(statement).along)
 
 
 def _levels(

@@ -11,8 +11,8 @@ so that a running variance does not cancel.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import sympy
@@ -24,6 +24,8 @@ from einscade.ir import (
     Cascade,
     Einsum,
     Expr,
+    FloorDiv,
+    Mod,
     Rank,
     Reduction,
     Scan,
@@ -31,12 +33,13 @@ from einscade.ir import (
     Where,
     accesses,
     ceil_div,
+    free_vars,
     var,
 )
 from einscade.passes.correction import Correction, derive, old
-from einscade.passes.fusion import Carried, Loop, Plan, common_ranks, plan_loops
+from einscade.passes.fusion import Carried, Loop, Plan, along, common_ranks, is_long, plan_loops
 from einscade.passes.rewrite import NotApplicable
-from einscade.passes.statements import Names, wide, without_unused
+from einscade.passes.statements import Names, redirect, wide, without_unused
 from einscade.passes.terms import closure, conjoin, conjuncts, depends, ordered, reads_outside_where
 
 __all__ = ["Loops", "Online"]
@@ -82,9 +85,67 @@ def _emitted(cascade: Cascade, plan: Plan, join: bool) -> Cascade:
     return cascade
 
 
+def crossed(cascade: Cascade, names: Iterable[str], reduced: Collection[str]) -> bool:
+    """Whether any of these statements is made of products over two long ranks that are not among those `reduced`, nor
+    parts of one index with them."""
+
+    def long(s: Einsum, side: frozenset[str]) -> bool:
+        with_reduced = {r for a in s.reads for i in a.index if free_vars(i) & {*reduced} for r in free_vars(i)}
+        return any(is_long(cascade, r) for r in side - with_reduced)
+
+    found = (cascade.definitions[n] for n in names)
+    return any(s.sides and all(long(s, side) for side in s.sides) for s in found)
+
+
+def merged(cascade: Cascade) -> Cascade:
+    """A sum over several ranks of what products over two others give (the gradient of a bias that heads share) as one
+    over a rank that counts the points of them all, so that no partial sums of the size of those two go to memory."""
+    for s in cascade.body:
+        ranks = s.reduce.ranks if s.reduce and s.reduce.monoid == "sum" and not s.scan else ()
+        inside = along(cascade, ranks[0], s) if len(ranks) > 1 else ()
+        if not crossed(cascade, inside, ranks):
+            continue
+        names, at = Names(cascade), {}
+        rank = Rank(names(ranks[-1]), sympy.Mul(*map(cascade.extent, ranks)))
+        rest: Expr = var(rank.name)
+        for r in reversed(ranks):
+            at[var(r)] = Mod(rest, cascade.extent(r)) if r != ranks[0] else rest
+            rest = FloorDiv(rest, cascade.extent(r))
+        cloned = {n: names(n) for n in inside if {*ranks} <= {*cascade.tensors[n].ranks}}
+        cascade = cascade.replace(ranks=(*cascade.ranks, rank), body=_with_clones(cascade, s, cloned, rank.name, at))
+    return cascade
+
+
+def _with_clones(
+    cascade: Cascade, s: Einsum, cloned: Mapping[str, str], rank: str, at: Mapping[Expr, Expr]
+) -> tuple[Einsum, ...]:
+    """The body with a reduction, and clones of the statements that it reads, over one rank in the place of several."""
+    merging = {str(r) for r in at}
+
+    def over(ranks: tuple[str, ...]) -> tuple[str, ...]:
+        return (*((rank,) if merging & {*ranks} else ()), *(r for r in ranks if r not in merging))
+
+    def read(a: Access) -> Expr:
+        if a.tensor not in cloned:
+            return Access(a.tensor, *(i.xreplace(dict(at)) for i in a.index))
+        return Access(cloned[a.tensor], *map(var, over(cascade.tensors[a.tensor].ranks)))
+
+    def clone(e: Einsum) -> Einsum:
+        e = redirect(e, read)
+        reduce = e.reduce and replace(e.reduce, ranks=over(e.reduce.ranks))
+        output = replace(e.output, name=cloned.get(e.name, e.name), ranks=over(e.output.ranks))
+        return Einsum(output, e.expr.xreplace(dict(at)), reduce, e.domain.xreplace(dict(at)))
+
+    body: list[Einsum] = []
+    for e in cascade.body:
+        body += [clone(e)] if e is s else [e, clone(e)] if e.name in cloned else [e]
+    return tuple(body)
+
+
 def separated(cascade: Cascade) -> Cascade:
     """A reduction over several ranks of what other statements compute, as one over the longest of them, then the rest:
     keys shared by a group of query heads get their gradient per head first."""
+    cascade = without_unused(merged(cascade))
     body: list[Einsum] = []
     names = Names(cascade)
     for s in cascade.body:
@@ -128,10 +189,11 @@ class _Emit:
     def __init__(self, cascade: Cascade, loop: Loop) -> None:
         self.cascade, self.loop, self.m = cascade, loop, loop.rank
         names = self.names = Names(cascade)
-        self.m1, self.m0, tile = names(f"{self.m}1"), names(f"{self.m}0"), names(f"{self.m.upper()}0")
-        self.extent, self.tile = cascade.extent(self.m), var(tile)
-        self.steps = ceil_div(self.extent, self.tile)
-        self.index = var(self.m1) * self.tile + var(self.m0)
+        self.m1, self.extent = names(f"{self.m}1"), cascade.extent(self.m)
+        self.m0 = None if self._crossed() else names(f"{self.m}0")
+        self.tile = var(names(f"{self.m.upper()}0")) if self.m0 else sympy.Integer(1)
+        self.steps = ceil_div(self.extent, self.tile) if self.m0 else self.extent
+        self.index = var(self.m1) * self.tile + (var(self.m0) if self.m0 else 0)
         self.reductions = {c.name for c in loop.reductions}
         tiles = {r for n in loop.along for r in cascade.tensors[n].ranks}
         common = common_ranks(cascade, [c.name for c in loop.reductions])
@@ -166,9 +228,16 @@ class _Emit:
             for n in c.outputs
             if n in self.reductions
         ]
-        ranks = (*c.ranks, Rank(self.m1, self.steps, self.m), Rank(self.m0, self.tile, self.m))
+        ranks = (*c.ranks, Rank(self.m1, self.steps, self.m))
+        ranks += (Rank(self.m0, self.tile, self.m),) if self.m0 else ()
         body = ordered([*kept, *self.made, *finals], [t.name for t in c.inputs])
         return without_unused(c.replace(ranks=ranks, body=body))
+
+    def _crossed(self) -> bool:
+        """Whether the loop computes products over two other long ranks (the scores, for a bias that sums their
+        gradient over the batch): it then takes one step at a time, with a tile of those two."""
+
+        return crossed(self.cascade, self.loop.along, (self.m,))
 
     def _sources(self) -> list[Einsum]:
         d = self.cascade.definitions
@@ -212,7 +281,14 @@ class _Emit:
             raise NotApplicable(f"{access} is read in a loop that makes {access.tensor} point by point")
 
     def _split(self, ranks: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(q for r in ranks for q in ((self.m1, self.m0) if r == self.m else (r,)))
+        parts = (self.m1, self.m0) if self.m0 else (self.m1,)
+        return tuple(q for r in ranks for q in (parts if r == self.m else (r,)))
+
+    def _reduction(self, monoid: str, ranks: tuple[str, ...]) -> Reduction | None:
+        """The part of a reduction that one step makes."""
+        own = tuple(self.m0 if r == self.m else r for r in ranks)
+        kept = tuple(r for r in own if r is not None)
+        return Reduction(monoid, kept) if kept else None
 
     # -- statements --
 
@@ -220,7 +296,9 @@ class _Emit:
         """The domain with the end of the rank, unless a statement along the rank that is read says it already. (One
         read inside a reduction of this statement's own says what is reduced, not that the point exists.)"""
         own = {r for r in s.reduce.ranks if r != self.m} if s.reduce and s.name in self.loop.along else set()
-        if any(a.tensor in self.loop.along and not depends(a, own) for a in reads_outside_where(s.expr)):
+        if self.m0 is None or any(
+            a.tensor in self.loop.along and not depends(a, own) for a in reads_outside_where(s.expr)
+        ):
             return domain
         return conjoin([self.index < self.extent, *conjuncts(domain)])
 
@@ -243,12 +321,11 @@ class _Emit:
     def _carry(self, carried: Carried) -> None:
         s = self.cascade.definitions[carried.name]
         assert s.reduce is not None
-        ranks = tuple(self.m0 if r == self.m else r for r in s.reduce.ranks)
         running = self.running[s.name]
         local = Tensor(self.names(f"{s.name}L"), running.ranks, running.dtype)
         expr = self._now(s.expr)
         domain = self._bounded(s, self._now(s.domain))
-        self.made.append(Einsum(local, expr, Reduction(s.reduce.monoid, ranks), domain))
+        self.made.append(Einsum(local, expr, self._reduction(s.reduce.monoid, s.reduce.ranks), domain))
         self._scan(running, local, s.reduce.monoid, carried.correction, carried)
 
     def _scan(self, running: Tensor, local: Tensor, monoid: str, correction: Correction, carried: Carried) -> None:
@@ -332,9 +409,9 @@ class _Emit:
         local = Tensor(self.names(f"{running.name}L"), kept, owner.dtype)
         self.aux.append((moment, running))
         correction = derive(moment, "sum", states, self.m)
-        bound = self.index < self.extent
-        inside = conjoin([bound, *(self._now(c) for c in domain)])
-        self.made.append(Einsum(local, self._now(moment), Reduction("sum", (self.m0,)), inside))
+        bound = [self.index < self.extent] if self.m0 else []
+        inside = conjoin([*bound, *(self._now(c) for c in domain)])
+        self.made.append(Einsum(local, self._now(moment), self._reduction("sum", (self.m,)), inside))
         self._scan(running, local, "sum", correction, Carried(s.name, moment, states, correction))
         return Access(running.name, *(step if r == self.m1 else var(r) for r in running.ranks))
 

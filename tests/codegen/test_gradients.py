@@ -40,6 +40,12 @@ CASES = {
     "dense bias": HEAD.format(more=", A[h,p,m]: f64", domain="")
     + "  C[b,h,p,m]: f64 = S[b,h,p,m] + A[h,p,m]\n"
     + SOFTMAX.format(s="C[b,h,p,m]"),
+    "dense bias of batches and heads together": HEAD.format(more=", A[p,m]: f64", domain="  if m <= p")
+    + "  C[b,h,p,m]: f64 = S[b,h,p,m] + A[p,m]\n"
+    + SOFTMAX.format(s="C[b,h,p,m]"),
+    "dense bias of each head": HEAD.format(more=", A[b,h,p,m]: f64", domain="")
+    + "  C[b,h,p,m]: f64 = S[b,h,p,m] + A[b,h,p,m]\n"
+    + SOFTMAX.format(s="C[b,h,p,m]"),
     "sigmoid": HEAD.format(more="", domain="  if m <= p") + SIGMOID,
     "keys and values in one tensor": (HEAD.format(more="", domain="  if m <= p") + SOFTMAX.format(s="S[b,h,p,m]"))
     .replace("K[b,g,m,e]: f64, V[b,g,m,f]: f64", "K[b,g,m,t]: f64")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,8 +17,13 @@ from einscade.codegen.loops import plan
 from einscade.codegen.schedule import Schedule, tile_symbols
 from einscade.codegen.triton_emit import emit
 from einscade.ir.interpret import interpret
+from einscade.ir.text import parse_cascade
+from einscade.passes.differentiate import differentiate
+from einscade.passes.online import Loops
 from tests.codegen.cascades import CASES, Case, cascade, inputs, relative_error
 from tests.codegen.generated import module, run_poisoned
+from tests.codegen.test_gradients import CASES as GRADIENTS
+from tests.codegen.test_gradients import values_of
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -53,6 +59,26 @@ def test_any_length_group_width(
     case: Case, p: int, m: int, heads: tuple[int, int], tiles: tuple[int, int], width: int
 ) -> None:
     assert error(case, {"B": 1, "P": p, "M": m}, tiles, h=heads[0], g=heads[1], e=width, f=width + 3) <= BOUND["f32"]
+
+
+@pytest.mark.parametrize("name", [n for n in GRADIENTS if "bias" in n])
+def test_gradients(name: str) -> None:
+    """The gradient of a bias has tiles of two grid ranks: one step at a time along what it sums, or without a loop."""
+    forward = parse_cascade(GRADIENTS[name].replace("f64", "f32"))
+    gradient = differentiate(forward)
+    program = plan(Loops().apply(gradient.cascade))
+    generator, sizes = torch.Generator().manual_seed(0), {"B": 2, "P": 70, "M": 37}
+    values = {n: v.float() for n, v in values_of(forward, sizes, generator).items()}
+    saved = interpret(gradient.forward, values)
+    values |= {n: saved[n].float() for n in gradient.saved}
+    for output, cotangent in gradient.cotangents.items():
+        values[cotangent] = torch.randn(saved[output].shape, generator=generator)
+    x = {t.name: values[t.name] for t in gradient.cascade.inputs}
+    chosen = {**dict.fromkeys(tile_symbols(program), 16), "p": 16, "m": 16}
+    source = emit(program, Schedule(tuple(chosen.items()), target="cuda:90", descriptors=True))
+    expected = interpret(gradient.cascade, x, {})
+    for output, value in zip(program.cascade.outputs, module(source).run(*x.values(), **sizes), strict=True):
+        assert relative_error(value, expected[output]) <= 4 * BOUND["f32"], output
 
 
 def test_strides() -> None:
