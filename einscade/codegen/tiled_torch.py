@@ -150,11 +150,10 @@ class TorchModule:
         if order is not None:
             parts = {g.rank: (g.outer, g.inner) for g in self.groups}
             ranks = tuple(x for r in order for x in parts.get(r, (r,)))
-        shape = ", ".join(self.extent(r) for r in ranks)
+        shape = ", ".join(self.extent(r) for r in ranks) or "()"
         make = "zeros" if zeros else "empty"
         dtype = TORCH_DTYPES[t.dtype]
-        comma = "," if len(ranks) == 1 else ""
-        code = f"torch.{make}(({shape}{comma}), dtype=torch.{dtype}, device={self.device})"
+        code = f"torch.{make}({shape}, dtype=torch.{dtype}, device={self.device})"
         if ranks != t.ranks:
             code += f".permute({', '.join(str(ranks.index(r)) for r in t.ranks)})"
         self.out(f"{self.code(tensor)} = {code}")

@@ -63,7 +63,8 @@ def lower(
             symbols = [sizes.of(region.sizes[s]) for s in region.cascade.symbols]
             values = None if written is None else _written_in(before, region, symbols, written, made)
             if values is None:
-                node = gm.graph.call_function(operators.cascade, (list(region.inputs), symbols, program.text))
+                inputs = [_itself(n) for n in region.inputs]
+                node = gm.graph.call_function(operators.cascade, (inputs, symbols, program.text))
                 made.append(node)
                 values = [gm.graph.call_function(operator.getitem, (node, i)) for i in range(len(region.outputs))]
                 made += values
@@ -182,6 +183,18 @@ def _written_in(
         here[node] = present or new
     returned: Any = traced.output_node().args[0]
     return [here[n] for n in returned]
+
+
+def _itself(node: fx.Node) -> fx.Node:
+    """The node that this one is a view of from one end to the other: making it would cost a call for nothing."""
+
+    def layout(n: fx.Node) -> list[str]:
+        value = n.meta["val"]
+        return [str(x) for x in (value.dtype, *value.shape, *value.stride(), value.storage_offset())]
+
+    while node.target in (aten.expand.default, aten.view.default) and layout(node) == layout(node.args[0]):  # type: ignore[arg-type]
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def _earlier(node: fx.Node) -> fx.Node | None:

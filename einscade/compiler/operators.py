@@ -98,7 +98,7 @@ def _fake_backward(
     ]
 
 
-# --- autograd --------------------------------------------------------------------------------------------------------
+# --- calls -----------------------------------------------------------------------------------------------------------
 
 
 def _keys(*names: str) -> int:
@@ -106,6 +106,47 @@ def _keys(*names: str) -> int:
     for name in names:
         bits |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)).raw_repr()
     return bits
+
+
+_PLAIN = _keys("CPU", "CUDA", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA")
+"""What a tensor has that is no subclass, no view with a bit pending, no part of a transform, and dense."""
+
+_USUAL = _keys("BackendSelect", "ADInplaceOrView")
+"""What a thread has outside of all modes and transforms."""
+
+
+class _Operator(torch._ops.OpOverload):
+    """The operator, which runs its kernel without a trip through the dispatcher where that would do nothing but turn
+    the arguments into its own kind and back: that takes longer than all the rest of a call. In a mode, a transform, a
+    trace or a profile, for subclasses and where gradients are recorded, the dispatcher decides."""
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 3 and _is_plain(args[0]):
+            return _run(*args)
+        return self._op(*args, **kwargs)
+
+
+def _is_plain(
+    inputs: Sequence[Tensor],
+    keys: Any = torch._C._dispatch_keys,
+    included: Any = torch._C._dispatch_tls_local_include_set,
+    functions: Any = torch._C._len_torch_function_stack,
+    profiles: Any = torch._C._autograd._profiler_enabled,
+) -> bool:
+    """Whether nothing but the kernel has a say in a call with these inputs, and nobody watches."""
+    if functions() or profiles() or included().raw_repr() & ~_USUAL:
+        return False
+    records = torch.is_grad_enabled()
+    for x in inputs:
+        if type(x) is not Tensor or keys(x).raw_repr() & ~_PLAIN or (records and x.requires_grad):
+            return False
+    return True
+
+
+cascade.__class__ = _Operator
+
+
+# --- autograd --------------------------------------------------------------------------------------------------------
 
 
 # What the dispatcher would do between autograd and a device's kernel: modes, subclasses, functionalization, lazy

@@ -62,7 +62,7 @@ class Call:
             "_number": device.index if device.type == "cuda" else None,
             "_run_undisturbed": self._run_undisturbed,
             "_laid_out": _laid_out,
-            "_deterministic": torch.are_deterministic_algorithms_enabled,
+            "_deterministic": torch._C._get_deterministic_algorithms,
         }
         exec(_text(program), scope)
         self.run: Callable[[Sequence[Tensor], Sequence[int]], list[Tensor]] = scope["_call"]

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from unittest import mock
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from einscade.compiler import gradients
 from einscade.compiler.operators import cascade, gradient_of
@@ -136,6 +142,60 @@ def test_autocast_around_it_casts_nothing() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         (out,) = cascade(inputs, sizes, TEXT)
     torch.testing.assert_close(out, _plain(*inputs), rtol=1e-5, atol=1e-5)
+
+
+class _Dispatch(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        return func(*args, **(kwargs or {}))
+
+
+class _Function(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        return func(*args, **(kwargs or {}))
+
+
+class _Subclass(torch.Tensor):
+    pass
+
+
+AROUND: dict[str, tuple[Callable[[], AbstractContextManager[object]], Callable[[torch.Tensor], torch.Tensor], bool]] = {
+    "nothing": (nullcontext, lambda x: x, False),
+    "no gradients": (torch.no_grad, lambda x: x.requires_grad_(), False),
+    "inference": (torch.inference_mode, lambda x: x, False),
+    "autocast": (lambda: torch.autocast("cpu"), lambda x: x, False),
+    "gradients": (nullcontext, lambda x: x.requires_grad_(), True),
+    "a dispatch mode": (_Dispatch, lambda x: x, True),
+    "a function mode": (_Function, lambda x: x, True),
+    "a negation to come": (nullcontext, lambda x: torch._neg_view(-x), True),
+    "a subclass": (nullcontext, lambda x: x.as_subclass(_Subclass), True),
+    "a profile": (lambda: torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]), lambda x: x, True),
+    "a parameter": (torch.no_grad, lambda x: torch.nn.Parameter(x), True),
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_the_dispatcher_decides_where_it_has_anything_to_decide(around: str) -> None:
+    """Elsewhere the kernel is called at once; the result is the same."""
+    context, change, decides = AROUND[around]
+    inputs, sizes = _inputs()
+    expected = _plain(*inputs)
+    dispatched = mock.Mock(side_effect=cascade._op)
+    changed = [change(inputs[0].clone()), *inputs[1:]]
+    with mock.patch.object(cascade, "_op", dispatched), context():
+        (out,) = cascade(changed, sizes, TEXT)
+    assert (dispatched.call_count > 0) == decides
+    assert out.requires_grad == (around == "gradients")
+    assert out.is_inference() == (around == "inference")
+    torch.testing.assert_close(torch.Tensor(out.detach()), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_transforms_are_not_passed_by() -> None:
+    inputs, sizes = _inputs()
+    stack = [torch.stack([x, -x]) for x in inputs]
+    dispatched = mock.Mock(side_effect=cascade._op)
+    with mock.patch.object(cascade, "_op", dispatched), contextlib.suppress(RuntimeError):  # there is no batching rule
+        torch.func.vmap(lambda *xs: cascade(list(xs), sizes, TEXT)[0])(*stack)
+    assert dispatched.call_count > 0
 
 
 def test_host_time_beside_the_kernel() -> None:

@@ -18,7 +18,7 @@ import torch
 
 def run(Q, K, V, *, B, M, P) -> tuple[torch.Tensor, ...]:
     Q = Q.unflatten(1, (8, 4))
-    O = torch.empty((B, 8, 4, P, 128), dtype=torch.bfloat16, device=Q.device)
+    O = torch.empty(B, 8, 4, P, 128, dtype=torch.bfloat16, device=Q.device)
     for p_lo in range(0, P, 128):
         p_hi = min(p_lo + 128, P)
         G = torch.full((B, 8, 4, p_hi - p_lo), -torch.inf, dtype=torch.float32, device=Q.device)

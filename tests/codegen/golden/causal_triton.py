@@ -129,7 +129,7 @@ def causal_kernel(
 
 
 def run(Q, K, V, *, B, M, P) -> tuple[torch.Tensor, ...]:
-    O = torch.empty((B, 32, P, 128), dtype=torch.bfloat16, device=Q.device)
+    O = torch.empty(B, 32, P, 128, dtype=torch.bfloat16, device=Q.device)
     K_read, K_TMA = described(K, (1, 1, 64, 128))
     V_read, V_TMA = described(V, (1, 1, 64, 128))
     grid = (-(-P // 128) * B * 32,)
