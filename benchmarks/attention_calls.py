@@ -36,8 +36,15 @@ _WHOLE = {
     "aten::_scaled_dot_product_cudnn_attention",
     "aten::_native_multi_head_attention",
 }
-_PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::mv": 0, "aten::dot": 0, "aten::addmm": 1, "aten::baddbmm": 1,
-             "aten::convolution": 0}  # fmt: skip  (the place of the first operand)
+_PRODUCTS = {
+    "aten::mm": 0,
+    "aten::bmm": 0,
+    "aten::mv": 0,
+    "aten::dot": 0,
+    "aten::addmm": 1,
+    "aten::baddbmm": 1,
+    "aten::convolution": 0,
+}  # fmt: skip  (the place of the first operand)
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def ours(row: Row, checked: int, device: str) -> dict[str, Any]:
         for key in c.kernels
     ]
     found["kernels"] = [k.candidate for k in kernels]
-    found["schedules"] = [_schedule(k.schedule) for k in kernels]
+    found["schedules"] = [schedule_record(k.schedule) for k in kernels]
     found["tuning"] = [tuning(k) for k in kernels]
     sites = einscade.report(fast).sites
     rewritten = sum(s.status == "rewritten" for s in sites)
@@ -144,13 +144,13 @@ def tuning(kernel: Kernel) -> dict[str, Any]:
         "untuned": round(guess / best, 3) if guess and best else None,
         "library": round(library / chosen.seconds, 3) if library and chosen else None,
         "measured": [
-            {"rank": t.rank, "kind": t.kind, "ms": round(1e3 * t.seconds, 4)} | _schedule(t.schedule)
+            {"rank": t.rank, "kind": t.kind, "ms": round(1e3 * t.seconds, 4)} | schedule_record(t.schedule)
             for t in kernel.timings
         ],
     }
 
 
-def _schedule(schedule: Schedule) -> dict[str, Any]:
+def schedule_record(schedule: Schedule) -> dict[str, Any]:
     """What a schedule says, where it says something of its own."""
     plain = {f.name: f.default for f in fields(Schedule)}
     said = {name: value for name, value in vars(schedule).items() if name in plain and value != plain[name]}

@@ -11,9 +11,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import counters, cpu_model, end_to_end, h200, record, warm, zoo
+from benchmarks import counters, cpu_model, end_to_end, h200, launch, record, replay, warm, zoo
 from benchmarks.measure import interleaved_medians, peak_extra_memory
 from einscade.codegen.schedule import Schedule
+from einscade.ir.device import H200
+from einscade.ir.text import parse_cascade
+from einscade.passes.pipeline import run
+from einscade.runtime.candidates import candidates
+from einscade.runtime.program import Program
 from einscade.runtime.tuning import Timing
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/clear_refs is Linux's")
@@ -169,6 +174,27 @@ def test_what_tuning_was_for() -> None:
     untuned = h200.tuning(SimpleNamespace(timings=(), untried=0, spent=(0.0, 0.0), candidate="gluon", schedule=fast))
     results = {"a": {"tuning": [found | {"measured": measured}]}, "b": {"tuning": [untuned]}, "c": {"problem": "none"}}
     assert h200.summary(results) == {"untuned_median": 1.5, "untuned_worst": 1.5, "tuning_s_most": 5.0}
+
+
+def test_replaying_recorded_times() -> None:
+    """The first of the model's present order that was measured, against the best of all that was."""
+    program = Program("exact", parse_cascade(launch.ATTENTION))
+    sizes = {"B": 4, "M": 4096, "P": 4096}
+    found = candidates(program, run(program.cascade, "exact").cascade, (), H200, sizes)
+    assert len([c for c in found if c.kind == "gluon"]) >= 3
+    ms = [None, 1.2, 1.0, *[3.0] * (len(found) - 3)]
+    measured = [
+        {"rank": i, "kind": c.kind, "ms": x} | h200.schedule_record(c.schedule)
+        for i, (c, x) in enumerate(zip(found, ms, strict=True))
+        if x is not None
+    ]
+    gone = {"rank": 99, "kind": "gluon", "ms": 0.8, "p": 7}  # measured once, no candidate any more
+    row = {"programs": [{"text": program.text, "sizes": sizes}], "tuning": [{"measured": [*measured, gone]}]}
+    assert replay.ratios(json.loads(json.dumps(row)), H200) == pytest.approx([1.5])
+    assert replay.ratios({"programs": row["programs"], "tuning": [{"measured": []}]}, H200) == []
+    assert replay.device_of({"gpu": "NVIDIA H200"}) is H200
+    with pytest.raises(ValueError, match="does not describe"):
+        replay.device_of({"gpu": None})
 
 
 @pytest.mark.slow

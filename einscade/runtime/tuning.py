@@ -173,7 +173,10 @@ def _compile_all(
             continue
         except Exception as error:
             failures[candidate] = error
-    over = side_by_side(list(tasks.values()), end, lambda done: progress.tuning(done, len(tasks), "compiled", name))
+    try:
+        over = side_by_side(list(tasks.values()), end, lambda done: progress.tuning(done, len(tasks), "compiled", name))
+    except RuntimeError:  # no thread can be started: each is compiled when its turn comes
+        return set()
     compiled = {c: over[i] for i, c in enumerate(tasks) if i in over}
     failures.update((c, error) for c, error in compiled.items() if isinstance(error, Exception))
     return tasks.keys() - compiled.keys()

@@ -198,6 +198,14 @@ def test_what_is_not_compiled_in_time_is_not_measured(monkeypatch: pytest.Monkey
     assert {TRITON, GLUON} <= {*found.order}
 
 
+def test_without_threads_candidates_are_compiled_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading.Thread, "start", lambda self: (_ for _ in ()).throw(RuntimeError("no more threads")))
+    _seconds(monkeypatch, {GLUON: 2.0, TRITON: 1.0, TILED: 9.0, SDPA: 9.0})
+    found = tune("site", ALL, _same, lambda c: [lambda: None], [X], False)
+    assert found.order[0] == TRITON
+    assert found.failures == {}
+
+
 def test_progress_is_drawn(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(progress, "_visible", lambda: True)
     _seconds(monkeypatch, dict.fromkeys(ALL, 1.0))
