@@ -110,6 +110,16 @@ def _floor_div(a: Expr, b: Expr) -> Expr:
     return FloorDiv(a, b)
 
 
+def _whole(size: Expr, up: bool) -> Expr:
+    """A quotient of lengths as a whole number, rounded up or down: the length of an `arange` with a float step."""
+    exact = size.xreplace({f: sympy.Integer(int(f)) for f in size.atoms(sympy.Float) if f == int(f)})
+    above, below = sympy.fraction(sympy.together(exact))
+    whole = below.is_Integer and above.is_polynomial() and above.is_integer
+    if not whole or not (up or above.is_nonnegative):  # towards 0 is not down where it is negative
+        raise Unraisable(f"a size is {size}, rounded")
+    return above if below == 1 else FloorDiv(above + (below - 1 if up else 0), below)
+
+
 _FUNCTIONS: dict[str, Callable[..., Expr]] = {
     "FloorDiv": _floor_div,
     "CleanDiv": _floor_div,
@@ -119,7 +129,9 @@ _FUNCTIONS: dict[str, Callable[..., Expr]] = {
     "PythonMod": lambda a, b: Mod(a, b),
     "Max": sympy.Max,
     "Min": sympy.Min,
-    "TruncToInt": lambda a: a,
+    "CeilToInt": lambda a: _whole(a, up=True),
+    "FloorToInt": lambda a: _whole(a, up=False),
+    "TruncToInt": lambda a: _whole(a, up=False),
     "ToFloat": lambda a: a,
     "IntTrueDiv": operator.truediv,
     "FloatTrueDiv": operator.truediv,

@@ -698,6 +698,21 @@ def chunked_queries_causal(q, k, v):
 CASES[-1] = Case("chunked_queries_causal", chunked_queries_causal, ("qs", "ks", "vs"), sites=2)
 
 
+@spelling("qs ks vs head", domain=lambda p, m: m <= p)
+def descending_positions(q, k, v, slopes):
+    n = q.shape[-2]
+    back = torch.arange(n - 1, -1, -1.0, dtype=q.dtype)
+    far = back[None] - back[:, None]
+    s = q @ k.mT * SCALE - slopes[:, None, None] * far
+    return s.masked_fill(far < 0, -torch.inf).softmax(-1) @ v
+
+
+@spelling("qs ks vs")
+def first_half_of_keys(q, k, v):
+    half = int(k.shape[-2] / 2)
+    return (q @ k[:, :, :half].mT * SCALE).softmax(-1) @ v[:, :, :half]
+
+
 @spelling("q k v")
 def hard_assignment(q, k, v):
     soft = (q @ k.mT * SCALE).softmax(-2)
