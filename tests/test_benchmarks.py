@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -195,6 +196,17 @@ def test_replaying_recorded_times() -> None:
     assert replay.device_of({"gpu": "NVIDIA H200"}) is H200
     with pytest.raises(ValueError, match="does not describe"):
         replay.device_of({"gpu": None})
+
+
+@pytest.mark.slow
+def test_the_models_choice_is_near_the_best_that_was_measured() -> None:
+    """What runs under EINSCADE_AUTOTUNE=0 takes at most 1.15 of the best candidate's time, as the median of rows: with
+    today's order of candidates, and the times that a GPU had for them."""
+    kept = json.loads((record.RESULTS / "h200-tuning.json").read_text())
+    device = replay.device_of(kept["environment"])
+    found = [ratio for row in kept["figures"].values() for ratio in replay.ratios(row, device)]
+    assert len(found) >= 8
+    assert statistics.median(found) <= 1.15
 
 
 @pytest.mark.slow
