@@ -54,6 +54,9 @@ _CAST_BY_AUTOCAST = {aten.scaled_dot_product_attention.default, aten.linear.defa
 _CALLS_FIRST_ARGUMENT = ("tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint")
 """Higher order operators of the form `op(graph, *args)`: the graph runs once, on exactly these arguments."""
 
+_DIFFERENTIATING = ("_grad_increment_nesting", "_autograd_grad", "grad", "backward")
+"""Calls of torch.func.grad and its like, torch.autograd.grad and `.backward()`: tracing runs without gradients."""
+
 
 class CaptureError(Exception):
     """The graph has something whose meaning we could not keep; the message says what."""
@@ -73,6 +76,10 @@ def to_aten(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     Raises CaptureError where that is not possible; `gm` is not changed in any case.
     """
     mode = _mode_of(example_inputs)
+    for node in gm.graph.nodes:
+        if getattr(node.target, "__name__", node.target) in _DIFFERENTIATING:
+            raise CaptureError("the graph differentiates a part of itself")
+    level = torch._C._functorch.maybe_current_level()
     try:
         graph_module = _trace(gm, example_inputs, mode)
         if any(_mutates(n) for n in graph_module.graph.nodes):
@@ -81,6 +88,9 @@ def to_aten(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
         raise
     except Exception as error:
         raise CaptureError(first_line(error)) from error
+    finally:  # a vmap that the trace stopped in is still open
+        while torch._C._functorch.maybe_current_level() != level:
+            torch._C._functorch.pop_dynamic_layer_stack()
     return Captured(graph_module, _uses_autocast(gm))
 
 

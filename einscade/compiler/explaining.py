@@ -9,8 +9,12 @@ go on, and the report lists the breaks.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+import random
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,13 +54,13 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], repo
     except _Captured:
         return
     except TorchDynamoException as stop:
-        report.breaks.append(first_line(stop))
+        report.breaks.append(_told(stop))
         del report.sites[:]
         report.graphs = 0
         try:
             _piecewise(model, args, kwargs, report)
         except Exception as error:  # the zeros in place of results can break code that looks at values
-            report.unchanged_graphs.append(f"tracing stopped: {first_line(error)}")
+            report.unchanged_graphs.append(f"tracing stopped: {_told(error)}")
 
 
 class _Captured(BaseException):
@@ -86,8 +90,32 @@ def _piecewise(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
         values = fx.node.map_arg(results, lambda n: n.meta.get("example_value"))
         return lambda *_: pytree.tree_map_only(FakeTensor, _zeros, values)
 
-    model, args, kwargs = copy.deepcopy((model, args, kwargs))
-    _call(model, backend, args, kwargs, fullgraph=False)
+    given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and not t.is_leaf]
+    memo: dict[int, Any] = {id(t): t.detach().clone().requires_grad_() for t in given}  # copy takes leaves only
+    model, args, kwargs = copy.deepcopy((model, args, kwargs), memo)
+    with _random_state_kept():
+        _call(model, backend, args, kwargs, fullgraph=False)
+
+
+@contextlib.contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Code between graphs runs, and may draw random numbers: none of the caller's."""
+    numpy = sys.modules.get("numpy")
+    python_state, numpy_state = random.getstate(), numpy and numpy.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python_state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
+
+
+def _told(error: Exception) -> str:
+    """The error in one line; where Dynamo ran an operation that fails, what that operation said."""
+    cause = re.search(r"got (\w+\(.*\))$", str(error), re.MULTILINE)
+    return cause[1][:300] if cause else first_line(error)
 
 
 def _call(model: nn.Module, backend: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fullgraph: bool) -> None:

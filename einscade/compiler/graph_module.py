@@ -74,6 +74,8 @@ class OptimizedGraphModule(fx.GraphModule):
         state: _State | None = self.__dict__.get("_einscade")
         if state is None or torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)
+        if torch._C._functorch.maybe_current_level() is not None:  # torch.func: no graph was made for its tensors
+            return state.original(*args, **kwargs)
         flat = flat_inputs(state.original, args, kwargs)
         variant = state.variant_for(flat)
         if variant is None or not apart(flat, variant.updated, range(len(flat))):
@@ -95,6 +97,11 @@ class OptimizedGraphModule(fx.GraphModule):
         result = memo[id(self)] = optimized(original, state.recipe, state.inner, state.dynamic, None, report)
         result.__dict__["report"] = report
         return result
+
+    def __reduce__(self) -> Any:
+        """Pickled as the original: what was made so far is special to inputs, modes and this process."""
+        state: _State | None = self.__dict__.get("_einscade")
+        return super().__reduce__() if state is None else state.original.__reduce__()
 
     def _adopt(self, variant: Variant | None) -> None:
         """Makes the variant's graph this module's own."""

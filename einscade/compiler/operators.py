@@ -5,7 +5,8 @@
 `inputs` in cascade order, `sizes` in the order of `cascade.symbols`, `program` as `runtime.program` writes it. The
 operator is functional: fresh outputs, with the strides that the program's memory order says. Fake tensors get shapes
 from the cascade's extents; gradients come from another program (`gradients`), run by the same operator; where there is
-none, from `einscade::cascade_backward`, which recomputes the cascade in its flat form under autograd.
+none, from `einscade::cascade_backward`, which recomputes the cascade in its flat form under autograd. Gradients of
+gradients and tangents come from the flat form too.
 
 Importing the package registers the operators, so that saved programs load; what they need to run is imported when the
 first of them runs.
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 if TYPE_CHECKING:
     from einscade.compiler.gradients import Gradient
@@ -38,11 +40,13 @@ def _compiler() -> SimpleNamespace:
     from einscade.compiler.gradients import gradient
     from einscade.runtime.call import call_for
     from einscade.runtime.program import parse_program
-    from einscade.runtime.recompute import recompute_gradients
+    from einscade.runtime.recompute import flat_form, gradients_with_graph, recompute_gradients
 
     return SimpleNamespace(
         gradient=gradient,
         call_for=call_for,
+        flat_form=flat_form,
+        gradients_with_graph=gradients_with_graph,
         recompute_gradients=recompute_gradients,
         parse_program=parse_program,
     )
@@ -118,7 +122,7 @@ _USUAL = _keys("BackendSelect", "ADInplaceOrView")
 class _Operator(torch._ops.OpOverload):
     """The operator, which runs its kernel without a trip through the dispatcher where that would do nothing but turn
     the arguments into its own kind and back: that takes longer than all the rest of a call. In a mode, a transform, a
-    trace or a profile, for subclasses and where gradients are recorded, the dispatcher decides."""
+    trace or a profile, for subclasses and where gradients are recorded or tangents carried, the dispatcher decides."""
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 3 and _is_plain(args[0]):
@@ -134,7 +138,7 @@ def _is_plain(
     profiles: Any = torch._C._autograd._profiler_enabled,
 ) -> bool:
     """Whether nothing but the kernel has a say in a call with these inputs, and nobody watches."""
-    if functions() or profiles() or included().raw_repr() & ~_USUAL:
+    if functions() or profiles() or forward_ad._current_level >= 0 or included().raw_repr() & ~_USUAL:
         return False
     records = torch.is_grad_enabled()
     for x in inputs:
@@ -178,15 +182,21 @@ class _Differentiable(torch.autograd.Function):
         return tuple(results)
 
     @staticmethod
+    @torch._disable_dynamo  # a compiled function may call backward; Dynamo would trace into kernels
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         plan: Gradient = ctx.plan
         kept = ctx.saved_tensors  # once: checkpointing unpacks them, by computing them again
         inputs, saved = kept[: len(plan.inputs)], kept[len(plan.inputs) :]
         needed = list(ctx.needs_input_grad[3:])
+        if torch.is_grad_enabled():  # create_graph: what the program saved is no function of the inputs for autograd
+            sizes = plan.forward_sizes(ctx.sizes)
+            return None, None, None, *_compiler().gradients_with_graph(plan.forward, inputs, grads, needed, sizes)
         return None, None, None, *plan.run(inputs, saved, grads, needed, ctx.sizes, ctx.shapes)
 
 
 def _autograd(keyset: Any, inputs: Sequence[Tensor], sizes: Sequence[int], program: str) -> Sequence[Tensor]:
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        return list(_compiler().flat_form(program, inputs, sizes))
     needed = tuple([x.requires_grad for x in inputs]) if torch.is_grad_enabled() else ()
     if True not in needed:
         return _below(keyset, inputs, sizes, program)

@@ -7,6 +7,7 @@ with the cascade, the rewrites with their pass counts, the kernel and the way gr
 from __future__ import annotations
 
 import re
+import sys
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -104,10 +105,23 @@ class Report:
         return Report(self.recipe, self.inner)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return Report, (self.recipe, self.inner)
+        loaded = "this model was loaded, as the plain model: pass it to einscade.optimize again"
+        return Report, (self.recipe, self.inner, [], 0, [loaded])
 
     def __str__(self) -> str:
-        return "\n".join(_lines(self))
+        return _printable("\n".join(_lines(self)))
+
+
+def _printable(text: str) -> str:
+    """The text in characters that standard output has: a C locale or an old console must not make printing fail."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        for character, plain in (("·", "|"), ("→", "->"), ("×", "x"), ("…", "...")):
+            text = text.replace(character, plain)
+        return text.encode(encoding, "backslashreplace").decode(encoding)
+    return text
 
 
 def _lines(report: Report) -> Iterable[str]:

@@ -31,14 +31,19 @@ _FORMAT = "einscade-cache-1"
 
 
 def default_directory() -> Path:
-    """`EINSCADE_CACHE_DIR`, or `einscade` in the user's cache folder of this platform."""
-    if chosen := os.environ.get("EINSCADE_CACHE_DIR"):
+    """`EINSCADE_CACHE_DIR`, or `einscade` in the user's cache folder of this platform. Raises OSError where that is in
+    the home of a user who has none."""
+    chosen = os.environ.get("EINSCADE_CACHE_DIR")
+    if not chosen and sys.platform == "darwin":
+        chosen = "~/Library/Caches/einscade"
+    elif not chosen and sys.platform == "win32":
+        chosen = f"{os.environ.get('LOCALAPPDATA') or '~/AppData/Local'}/einscade"
+    elif not chosen:
+        chosen = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/einscade"
+    try:
         return Path(chosen).expanduser()
-    if sys.platform == "darwin":
-        return Path("~/Library/Caches/einscade").expanduser()
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", "~/AppData/Local")).expanduser() / "einscade"
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "einscade"
+    except RuntimeError:
+        raise OSError(f"no home folder is known for {chosen}") from None
 
 
 def key(parts: Mapping[str, Any]) -> str:
@@ -77,13 +82,13 @@ class DiskCache:
 
     def get(self, address: str) -> dict[str, Any] | None:
         """The entry at `address`; None when there is none, or when what is there was not written by `put`."""
-        path = self.path(address)
         try:
+            path = self.path(address)
             raw = path.read_bytes()
         except FileNotFoundError:
             return None
         except OSError as error:
-            _warn_once(f"cannot read the cache {self.directory}: {error.strerror or error}; compiling again")
+            self._warn("read", error, "compiling again")
             return None
         entry = _decode(raw, address)
         if entry is None:
@@ -93,9 +98,9 @@ class DiskCache:
 
     def put(self, address: str, entry: Mapping[str, Any]) -> bool:
         """Stores `entry` (JSON values); whether that worked. The last of several writers wins, whole."""
-        path = self.path(address)
         temporary: str | None = None
         try:
+            path = self.path(address)
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
             with os.fdopen(descriptor, "wb") as file:
@@ -108,8 +113,13 @@ class DiskCache:
             if temporary is not None:
                 with contextlib.suppress(OSError):
                     os.unlink(temporary)
-            _warn_once(f"cannot write the cache {self.directory}: {error.strerror or error}; results are not kept")
+            self._warn("write", error, "results are not kept")
             return False
+
+    def _warn(self, what: str, error: OSError, then: str) -> None:
+        where = f" {self.directory}" if error.strerror else ""  # without: it is the directory that is not known
+        reason = error.strerror or error
+        _warn_once(f"cannot {what} the cache{where}: {reason}; {then} (EINSCADE_CACHE_DIR says where it is)")
 
 
 def _encode(address: str, entry: Mapping[str, Any]) -> bytes:
@@ -128,4 +138,4 @@ def _decode(raw: bytes, address: str) -> dict[str, Any] | None:
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    warnings.warn(f"einscade: {message}", RuntimeWarning, stacklevel=4)
+    warnings.warn(f"einscade: {message}", RuntimeWarning, stacklevel=5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -116,6 +117,25 @@ def test_a_read_only_directory_still_reads(cache: DiskCache) -> None:
             assert not cache.put(key({"program": "elsewhere"}), ENTRY)
     finally:
         cache.directory.chmod(0o700)
+
+
+def test_a_home_that_nobody_has_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a user of a container who is in no list of users."""
+    cache_module._warn_once.cache_clear()
+    monkeypatch.setenv("EINSCADE_CACHE_DIR", "~nobody-of-this-name/cache")
+    with pytest.warns(RuntimeWarning, match="no home folder is known for ~nobody-of-this-name/cache; results"):
+        assert not DiskCache().put(key({"program": "p"}), ENTRY)
+    with pytest.warns(RuntimeWarning, match=r"compiling again \(EINSCADE_CACHE_DIR says where it is\)"):
+        assert DiskCache().get(key({"program": "p"})) is None
+
+
+def test_a_directory_that_is_deleted_is_made_again(cache: DiskCache) -> None:
+    address = key({"program": "p"})
+    cache.put(address, ENTRY)
+    shutil.rmtree(cache.directory)
+    assert cache.get(address) is None
+    assert cache.put(address, ENTRY)
+    assert cache.get(address) == ENTRY
 
 
 _WRITER = """
