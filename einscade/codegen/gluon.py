@@ -148,9 +148,7 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
                 f"    tma.async_copy_global_to_shared({x.name}_map, at, {x.name}_full, {x.name}_tile.index(group))",
             ]
         lines += self._copy_tables(self._at("tile", "end - 1"), *first)
-        taken = 'following = gl.num_programs(0) + gl.atomic_add(taken, 1, sem="relaxed")'
         lines += [
-            *([taken] if self.dynamic else []),
             *(["still_phase ^= 1", "stage = next_stage", "phase = next_phase"] if self.resident else []),
             *([] if self.resident else ["stage = 0", "phase = 1"]),
             "for visit in range(1, count):" if self.listed else "for tile in range(end - 1 - first):",
@@ -166,6 +164,7 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
             "    stage = next_stage",
             "    phase = next_phase",
             *(["    tile = next_tile"] if self.listed else []),
+            *self._take_place(),
             *(line for r in late for line in self._copy(r, self._at("tile", "first"), "stage", "phase")),
         ]
         if self.resident:  # one before the first stage, none of which has been read

@@ -78,8 +78,8 @@ class Places(Visits):
 
     def _each_place(self, lines: Sequence[str], loads: bool = False) -> list[str]:
         """The lines for all places that a program takes, one after another. Where loops differ in length, it takes the
-        next that nobody has: the loading warp (`loads`) asks which that is while its first tiles are on their way, and
-        tells the warpgroups through shared memory."""
+        next that nobody has: the loading warp (`loads`) asks which that is before its last tile, late enough for a
+        good balance, and tells the warpgroups through shared memory."""
         place = call(self._placed(), "place", ["program", *self._lists(), *self.sizes])
         if not self.dynamic:
             head = "for program in range(gl.program_id(0), programs, gl.num_programs(0)):"
@@ -99,6 +99,10 @@ class Places(Visits):
             ]
         body = [line for x in (place, *lines, *last) for line in x.splitlines()]
         return ["program = gl.program_id(0)", "while program < programs:", *indent(body)]
+
+    def _take_place(self) -> list[str]:
+        """The loading warp's question for the next place."""
+        return ['following = gl.num_programs(0) + gl.atomic_add(taken, 1, sem="relaxed")'] if self.dynamic else []
 
     def _sharing(self) -> int:
         """How many neighbours along the innermost batch rank read the same keys."""

@@ -42,8 +42,8 @@ STARTS = {False: 6.5, True: 2.0}
 """What a tile of rows takes besides its loop, in the time of 64 rows by 128 columns: a program of its own, and one tile
 of a resident program, whose loads run ahead. Estimated from packed documents."""
 
-UNEVEN = 1.04
-"""What it costs resident programs to count the places that are taken, where loops differ in length."""
+UNEVEN = 1.1
+"""What resident programs lose where tiles of rows have loops of different lengths, as long causal rows showed."""
 
 LEAST_ROWS = 32
 """With fewer rows a warpgroup computes mostly padding."""
