@@ -119,7 +119,7 @@ def tune(
     failures: dict[Candidate, Exception] = {}
     start = compiled = time.perf_counter()
     if len(competing) > 1:
-        late = _compile_all(name, competing, compilations, device, start + COMPILING, failures)
+        late = _compile_all(name, competing, compilations, device, start + COMPILING)
         compiled = time.perf_counter()
         end = start + SECONDS
         trusted = _trusted(competing, run, failures)
@@ -155,31 +155,20 @@ def tune(
 
 
 def _compile_all(
-    name: str,
-    competing: Sequence[Candidate],
-    compilations: Compilations,
-    device: torch.device,
-    end: float,
-    failures: dict[Candidate, Exception],
+    name: str, competing: Sequence[Candidate], compilations: Compilations, device: torch.device, end: float
 ) -> set[Candidate]:
-    """Compiles what has kernels, in threads; those that could not be go to `failures`. Returns those that are not
-    compiled yet when the time is over."""
+    """Compiles what has kernels, in threads. Returns those that are not compiled yet when the time is over. What raises
+    here is told when it is run: only that decides whether a candidate failed."""
     tasks: dict[Candidate, list[Callable[[], object]]] = {}
     for candidate in competing:
-        try:
+        with contextlib.suppress(Exception):
             if jobs := compilations(candidate):
                 tasks[candidate] = [partial(_on, device, job) for job in jobs]
-        except torch.OutOfMemoryError:
-            continue
-        except Exception as error:
-            failures[candidate] = error
     try:
         over = side_by_side(list(tasks.values()), end, lambda done: progress.tuning(done, len(tasks), "compiled", name))
     except RuntimeError:  # no thread can be started: each is compiled when its turn comes
         return set()
-    compiled = {c: over[i] for i, c in enumerate(tasks) if i in over}
-    failures.update((c, error) for c, error in compiled.items() if isinstance(error, Exception))
-    return tasks.keys() - compiled.keys()
+    return {c for i, c in enumerate(tasks) if i not in over}
 
 
 def _on(device: torch.device, job: Callable[[], object]) -> None:

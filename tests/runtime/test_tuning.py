@@ -138,7 +138,7 @@ def test_too_little_memory_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_candidates_are_compiled_side_by_side_before_any_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What does not compile is out, without a second try; what has nothing to compile is measured all the same."""
+    """What has nothing to compile is measured all the same; what raises is out only if it does so when it is run."""
     monkeypatch.setattr(ahead, "_cores", lambda: 2)
     both = threading.Barrier(2, timeout=60)
     done: list[Candidate] = []
@@ -158,14 +158,15 @@ def test_candidates_are_compiled_side_by_side_before_any_is_measured(monkeypatch
     def run(candidate: Candidate) -> tuple[Tensor, ...]:
         assert done.count(GLUON) == 2
         assert done.count(TRITON) >= 1
-        assert candidate in (GLUON, SDPA)
+        if candidate is TRITON:
+            raise RuntimeError("does not compile")
         return (X * 2,)
 
-    _seconds(monkeypatch, {GLUON: 1.0, SDPA: 2.0})
+    _seconds(monkeypatch, {GLUON: 1.0, TILED: 3.0, SDPA: 2.0})
     found = tune("site", ALL, run, compilations, [X], False)
-    assert found.order == (GLUON, SDPA, FLAT, INTERPRETER)
-    assert {c: type(e) for c, e in found.failures.items()} == {TRITON: RuntimeError, TILED: SyntaxError}
-    assert [(t.rank, t.kind) for t in found.timings(ALL)] == [(0, "gluon"), (3, "library:sdpa")]
+    assert found.order == (GLUON, SDPA, TILED, FLAT, INTERPRETER)
+    assert {c: type(e) for c, e in found.failures.items()} == {TRITON: RuntimeError}
+    assert [(t.rank, t.kind) for t in found.timings(ALL)] == [(0, "gluon"), (2, "tiled_torch"), (3, "library:sdpa")]
 
 
 def test_what_is_not_compiled_in_time_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
