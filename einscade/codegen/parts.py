@@ -27,7 +27,7 @@ from einscade.passes.split import Split
 if TYPE_CHECKING:
     from einscade.codegen.schedule import Schedule
 
-__all__ = ["part_length", "parted", "split_rank", "with_parts"]
+__all__ = ["part_lengths", "parted", "split_rank", "with_parts"]
 
 SHORTEST = 256
 """A part has at least so many positions: its program's start and its partial results must be worth their while."""
@@ -35,7 +35,7 @@ SHORTEST = 256
 LONG_FOR_TILES = 4096
 """So many positions are worth splitting for tiles that are full of rows."""
 
-WAVES = (1, 2, 4, 8, 16)
+WAVES = (1, 2, 3, 4, 8, 16)
 """Programs per multiprocessor to aim at. More are balanced better, and merge more."""
 
 RAGGED_SHORTEST, RAGGED_WAVES = 1024, (64,)
@@ -92,14 +92,14 @@ def parted(program: LoopProgram) -> tuple[SerialNest, str, str] | None:
     return None
 
 
-def part_length(
+def part_lengths(
     program: LoopProgram, schedule: Schedule, device: Device, lengths: Lengths
-) -> tuple[tuple[str, str], ...]:
-    """The symbol of the parts' length with its expression, whole tiles that give the programs that the model wants; or
-    nothing, where no loop runs in parts."""
+) -> list[tuple[tuple[str, str], ...]]:
+    """The symbol of the parts' length with its expression, whole tiles that give the programs that the model wants: the
+    model's choice first; or once nothing, where no loop runs in parts."""
     found = parted(program)
     if found is None:
-        return ()
+        return [()]
     nest, part, symbol = found
     cascade, tiles = program.cascade, dict(schedule.tiles)
     step = lengths.number(cascade.extent(nest.tile), tiles) if nest.tile else 1
@@ -116,8 +116,10 @@ def part_length(
     def seconds(waves: int) -> float:
         return _seconds(program, nest, part, length(waves), schedule, device, lengths)
 
-    best = min(RAGGED_WAVES if ragged else WAVES, key=seconds)
-    return ((symbol, print_expr(length(best))),)
+    distinct: dict[int, int] = {}  # at these lengths
+    for waves in sorted(RAGGED_WAVES if ragged else WAVES, key=seconds):
+        distinct.setdefault(lengths.number(length(waves), tiles), waves)
+    return [((symbol, print_expr(length(waves))),) for waves in distinct.values()]
 
 
 def _seconds(
@@ -132,7 +134,8 @@ def _seconds(
     others = prod(ceil(lengths.rank(r, tiles) / tiles.get(r, 1)) for r in nest.grid if r != part)
     step = lengths.rank(nest.tile, tiles) if nest.tile else 1
     moved = step_bytes(cascade, nest, schedule, lengths)
-    side_by_side = device.processors * max(1, min(4, device.shared // max(1, schedule.stages * moved)))
+    kept = max(1, schedule.stages - 1) * moved  # one stage is in registers
+    side_by_side = device.processors * max(1, min(4, device.shared // max(1, kept)))
     rate = device.bandwidth / side_by_side * max(1.0, min(2.0, side_by_side / (others * parts)))
     reading = ceil(others * parts / side_by_side) * (PROGRAM_SECONDS + positions / step * moved / rate)
     partial = sum(

@@ -24,7 +24,7 @@ from einscade.codegen.cost import (
     tiled_ranks,
 )
 from einscade.codegen.loops import LoopProgram
-from einscade.codegen.parts import part_length
+from einscade.codegen.parts import part_lengths
 from einscade.ir.device import Device
 from einscade.ir.text import parse_expr
 
@@ -97,12 +97,12 @@ def candidates(program: LoopProgram, device: Device, sizes: Mapping[str, int]) -
             scored.append((sum(c for c in costs if c is not None), schedule))
     scored.sort(key=lambda pair: pair[0])
     found = tuple(s for _, s in scored) or (next(iter(space)),)
-    return tuple(_launched(program, s, device, lengths) for s in found)
+    return tuple(_launched(program, s, device, lengths)[0] for s in found)
 
 
-def _launched(program: LoopProgram, schedule: Schedule, device: Device, lengths: Lengths) -> Schedule:
-    """The schedule with the length of parts, if the program has a loop in parts."""
-    return replace(schedule, launch=part_length(program, schedule, device, lengths))
+def _launched(program: LoopProgram, schedule: Schedule, device: Device, lengths: Lengths) -> list[Schedule]:
+    """The schedule with the lengths of parts that are worth trying, if the program has a loop in parts."""
+    return [replace(schedule, launch=found) for found in part_lengths(program, schedule, device, lengths)]
 
 
 def target_of(device: Device) -> str:
@@ -157,14 +157,17 @@ def _narrow_space(
 ) -> tuple[Schedule, ...]:
     """All rows that share what the loop reads in one tile. Such a loop waits for memory: what counts is how many bytes
     are on their way, so the space is that of the stages' sizes."""
-    space = []
+    space: list[Schedule] = []
+    others: list[Schedule] = []
     gathered = any(map(is_gathered, program.serial_nests))
     for m, warps, ahead in _NARROW:
         stages = 2 * ahead - 1 if gathered else ahead
         tiles = {**dict.fromkeys(tile_symbols(program), m), **rows, **narrow_steps(program, lengths)}
         schedule = Schedule(tuple(sorted(tiles.items())), warps, stages, (), target_of(device), has_descriptors(device))
-        space.append(_launched(program, schedule, device, lengths))
-    return tuple(space)
+        best, *rest = _launched(program, schedule, device, lengths)
+        space.append(best)
+        others += rest[:1]
+    return (*space[:2], *others[:2], *space[2:])
 
 
 _NARROW = (

@@ -134,6 +134,15 @@ def test_a_merge_may_be_launched_before_its_parts_have_ended() -> None:
         assert emit(loops, chosen).text.count("launch_pdl=True") == overlap
 
 
+def test_parts_of_several_lengths_are_tried() -> None:
+    """Of the likeliest tiles the two best lengths; the same one not twice, where the shortest is all there is."""
+    loops = program(textbook(case("full"), "bf16", (32, 8), 128), parts=True)
+    long, short = (candidates(loops, H200, {"B": 1, "P": 1, "M": m}) for m in (131072, 2048))
+    assert len({(s.tiles, s.warps, s.stages) for s in long}) == len(long) - 2 == len(short)
+    assert len({(s.tiles, s.warps, s.stages, s.launch) for s in long}) == len(long)
+    assert [s.tiles for s in long[:4]] == [long[0].tiles, long[1].tiles, long[0].tiles, long[1].tiles]
+
+
 def test_pages_are_boxes_where_a_tile_fits_one() -> None:
     loops = program(textbook(paged(128), "bf16", (32, 8), 128), parts=True)
     text = emit(loops, schedule(loops, {"h": 4, "p": 1}, step=64, part="64 * Max(4, N)")).text
