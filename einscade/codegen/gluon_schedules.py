@@ -29,7 +29,7 @@ SPACE = (
 )  # fmt: skip
 """Warpgroups of 64 rows, the tile of the loop, and the depth of the rings; the likely ones first."""
 
-IN_ORDER = ((3, 64, 2),)
+IN_ORDER = ((2, 128, 2), (3, 64, 2))
 """The same of loops with several products that are issued one after another."""
 
 SLOWER = {128: 1.0, 64: 1.15, 32: 1.5}
