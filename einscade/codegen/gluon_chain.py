@@ -417,7 +417,7 @@ class Chain(Module):
         for score in self.turns[1 + self.order[0].index(x)]:
             lines += self._issue_product(score, it)
         if (factor := self.rescales[self.shape.sums.index(x)]) is not None:
-            lines.append(f"{name} = {name} * gl.convert_layout({printer.value(factor).code}, RESULT_ROW)[:, None]")
+            lines.append(self._rescale(name, printer.value(factor).code))
         it.issued.add(x.state.name)
         it.flying.append(name)
         return [*lines, f"{name} = warpgroup_mma({weights}, {ring.name}_tile, {name}, is_async=True)"]
