@@ -284,7 +284,9 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
 
     def _pack(self) -> list[str]:
         """The weights, which iterations hand on, in the form in which products read them: first of all where they are
-        read."""
+        read. With fewer than three warpgroups the compiler finds that by itself."""
+        if self.groups < 3:
+            return []
         self.used.add("packed")
         return [f"{name} = packed({name})" for name in self.weight_names.values()]
 

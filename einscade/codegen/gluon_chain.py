@@ -422,6 +422,10 @@ class Chain(Module):
         it.flying.append(name)
         return [*lines, f"{name} = warpgroup_mma({weights}, {ring.name}_tile, {name}, is_async=True)"]
 
+    def _rescale(self, name: str, factor: str) -> str:
+        """Plainly: a branch takes registers that there are not."""
+        return f"{name} = {name} * gl.convert_layout({factor}, RESULT_ROW)[:, None]"
+
     def _await(self, it: Iteration, *names: str) -> str:
         """Wait for the first of the names, and what was issued before it; the others are kept until then."""
         return self._waited(len(it.flying) - it.flying.index(names[0]) - 1, names, names)

@@ -45,13 +45,6 @@ def settled(x):
     return gl.inline_asm_elementwise("add.f32 $0, $1, 0f80000000;", "=f,f", [x], gl.float32, is_pure=True, pack=1)
 
 
-@gluon.jit
-def packed(x):
-    """x, whose pairs of 16 bits are put together here: in a loop and behind it, the compiler then does so once, in
-    front of both, where it costs nothing. Else it takes pairs apart and joins them in every iteration."""
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], x.dtype, is_pure=True, pack=2)
-
-
 @gluon.constexpr_function
 def share(width):
     """So many values of a row of a tile are one instance of the assembly's."""
@@ -200,7 +193,6 @@ def weigh(S, G, Z, m_first, p_, b, h, B, M, P, MASKED: gl.constexpr):
 def advance(tile, G, Z, N, weights, stage, phase, Q_tile, K_tiles, V_tiles, K_full, K_empty, V_full, V_empty,
             zero, p_, b, h, B, M, P, MASKED: gl.constexpr, group: gl.constexpr):
     """One iteration: the next scores are issued before the last weights meet their values."""
-    weights = packed(weights)
     last_stage = stage
     last_phase = phase
     stage += 1
@@ -252,7 +244,6 @@ def compute(O_map, Q_tile, K_tiles, V_tiles, Q_full, K_full, K_empty, V_full, V_
         tile -= 1
         G, Z, N, weights, stage, phase = advance(tile, G, Z, N, weights, stage, phase, Q_rows, K_tiles, V_tiles,
             K_full, K_empty, V_full, V_empty, zero, p_, b, h, B, M, P, False, group)
-    weights = packed(weights)
     mbarrier.wait(V_full.index(stage), phase)
     V_tile = V_tiles.index(stage)._reinterpret(gl.bfloat16, [128, 128], TILE_128)
     N = warpgroup_mma(weights, V_tile, N, is_async=True)
