@@ -340,7 +340,7 @@ def fits(cascade: Cascade, nest: SerialNest, schedule: Schedule, device: Device,
     if single:  # split into parts in registers before they multiply, or multiplied there
         parts = 4 if row_ranks(cascade, nest, dict(schedule.tiles)) else 1
         scores += parts * max(elements(tuple(r)) for r in single)
-    if any(set(r) & set(nest.grid) & set(tiles) for r in ranks_of.values()):
+    if len(columns) == 1 and any(set(r) & set(nest.grid) & set(tiles) for r in ranks_of.values()):
         scores *= 3  # a mask or bias is read with an address of 64 bits for each score
     threads = schedule.warps * (64 if device.kind == "hip" else 32)
     registers = _REGISTERS.get((device.kind, device.capability[0]), 215)

@@ -2,7 +2,8 @@
 
 Comes in: a `LoopProgram` with more than one nest, and a `Schedule` with tiles for all of them. Goes out: `Source`, a
 module whose `run` launches the kernels in order; flat nests (statistics of rows, sums of a group of heads) are torch
-operations, as the torch emitter writes them.
+operations, as the torch emitter writes them. Nests with a tile of two grid ranks (`cost.crossed`: the gradient of a
+bias) are Triton kernels in the same module.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from math import ceil, prod
 
 import sympy
 
-from einscade.codegen.cost import Lengths
+from einscade.codegen.cost import Lengths, crossed
 from einscade.codegen.gluon import IMPORTS
 from einscade.codegen.gluon_chain import Chain
 from einscade.codegen.gluon_form import Form, nest_form
@@ -26,7 +27,9 @@ from einscade.codegen.gluon_text import RUN_MAP, TILE_MAP
 from einscade.codegen.loops import FlatNest, LoopProgram, SerialNest
 from einscade.codegen.schedule import Schedule
 from einscade.codegen.source import Source, Unsupported
-from einscade.codegen.tiled_torch import TorchModule
+from einscade.codegen.triton_emit import TritonModule
+from einscade.codegen.triton_memory import stored
+from einscade.codegen.triton_pairs import paired
 from einscade.ir.device import Device
 from einscade.ir.text import print_einsum
 
@@ -44,7 +47,7 @@ from triton.experimental.gluon.language._core import builtin
 
 def emit(program: LoopProgram, schedule: Schedule) -> Source:
     """The program's module. Raises `Unsupported` where a nest or the schedule does not fit."""
-    return Source("triton", _Program(program, schedule).text())
+    return Source("triton", _Program(paired(program), schedule).text())
 
 
 def schedules(
@@ -53,9 +56,9 @@ def schedules(
     """Schedules for the program: first those that add up one nest's sums from another's programs, where that fits; then
     every nest at its first choice of tiles, at the second, and so on. Raises `Unsupported` as `emit` does, and where at
     these sizes a loop would leave most of the device idle."""
-    if not program.serial_nests:
+    forms = [nest_form(program.cascade, nest) for nest in _own(program)]
+    if not forms:
         raise Unsupported("the program has no loop: there is nothing to write a kernel for")
-    forms = [nest_form(program.cascade, nest) for nest in program.serial_nests]
     if device is not None and sizes is not None:
         lengths = Lengths(program.cascade, sizes)
         for shape in forms:
@@ -70,6 +73,11 @@ def schedules(
         unordered = [replace(_schedule(tiles), unordered=True) for tiles in _rows(choices)] if all(choices) else []
         found[:0] = unordered
     return tuple(found)
+
+
+def _own(program: LoopProgram) -> tuple[SerialNest, ...]:
+    """The nests that are Gluon kernels."""
+    return tuple(n for n in program.serial_nests if not crossed(program.cascade, n))
 
 
 def _schedule(tiles: Mapping[str, int]) -> Schedule:
@@ -121,13 +129,16 @@ def _chain(shape: Form, schedule: Schedule, spread: Spread | None) -> Chain:
     return Chain(shape, schedule) if spread is None else SpreadChain(shape, schedule, spread)
 
 
-class _Program(TorchModule):
+class _Program(TritonModule):
     """Launches in place of the serial nests' loops."""
 
     def __init__(self, program: LoopProgram, schedule: Schedule) -> None:
-        super().__init__(program, schedule, in_place=True, grouped=False)
-        self.kernels: list[str] = []
-        nests = program.serial_nests
+        super().__init__(program, schedule)
+        nests = _own(program)
+        others = tuple(n for n in program.serial_nests if n not in nests)
+        self.texts: list[str] = []
+        self.kernel_schedule = replace(schedule, stages=3, descriptors=False)
+        self.memory = stored(replace(program, nests=(*others, FlatNest((), (), ()))), schedule)
         merged = _merged(program, [nest_form(self.cascade, n) for n in nests]) if schedule.unordered else {}
         self.spreads = {nests[i]: how for i, (_, how) in merged.items()}
         self.left_out = {nests[other] for other, _ in merged.values()}
@@ -135,7 +146,10 @@ class _Program(TorchModule):
     def preamble(self) -> str:
         adds = [ADD_IMPORTS.strip("\n") + "\n", ADD_TILE.strip("\n")] if self.spreads else []
         maps = [TILE_MAP.strip("\n"), RUN_MAP.strip("\n") + "\n"]
-        return "\n\n\n".join([IMPORTS.strip("\n") + "\n", *adds, *self.kernels, *maps])
+        imports = IMPORTS.strip("\n") + "\n"
+        if self.kernels:
+            imports = imports.replace("torch\n", "torch\nimport triton\nimport triton.language as tl\n", 1)
+        return "\n\n\n".join([imports, *adds, *self.texts, *maps]) + self.kernel_texts()
 
     def nest(self, nest: SerialNest | FlatNest) -> None:
         if isinstance(nest, FlatNest):
@@ -144,9 +158,12 @@ class _Program(TorchModule):
             return
         if nest in self.left_out:
             return
+        if crossed(self.cascade, nest):
+            super().nest(nest)
+            return
         chain = _chain(nest_form(self.cascade, nest), self.schedule, self.spreads.get(nest))
-        mark = f"_{len(self.kernels) + 1}"
-        self.kernels.append(_marked("\n\n\n".join(chain.parts()), mark))
+        mark = f"_{len(self.texts) + 1}"
+        self.texts.append(_marked("\n\n\n".join(chain.parts()), mark))
         outputs = [*nest.outputs, *chain.added]
         for output in outputs:
             self._allocate(output, chain)
@@ -177,8 +194,8 @@ class _Program(TorchModule):
             return False
         for e, x in zip(nest.einsums, found, strict=True):
             assert x is not None
-            name = f"slices_{len(self.kernels) + 1}"
-            self.kernels.append(x.kernel(name))
+            name = f"slices_{len(self.texts) + 1}"
+            self.texts.append(x.kernel(name))
             self.out(f"# {print_einsum(e)}")
             self.allocate(x.name)
             self.names[x.name] = self.stored(x.name)
@@ -191,8 +208,8 @@ class _Program(TorchModule):
         found = row_sum(self.cascade, nest.einsums[0]) if len(nest.einsums) == 1 else None
         if found is None or found.name in self.cascade.outputs:
             return False
-        name = f"rows_{len(self.kernels) + 1}"
-        self.kernels.append(found.kernel(name))
+        name = f"rows_{len(self.texts) + 1}"
+        self.texts.append(found.kernel(name))
         self.out(f"# {print_einsum(nest.einsums[0])}")
         result = self.names[found.name] = self.stored(found.name)
         for line in found.launch(name, result.code, {t: self.code(t) for t, _ in found.tensors}, self.device):

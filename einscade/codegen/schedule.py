@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
+from math import prod
 
 from einscade.codegen.cost import (
     Lengths,
@@ -96,7 +97,8 @@ def candidates(program: LoopProgram, device: Device, sizes: Mapping[str, int]) -
         if all(c is not None for c in costs):
             scored.append((sum(c for c in costs if c is not None), schedule))
     scored.sort(key=lambda pair: pair[0])
-    found = tuple(s for _, s in scored) or (next(iter(space)),)
+    # Where nothing fits, the model may be wrong of the smallest.
+    found = tuple(s for _, s in scored) or (min(space, key=lambda s: (prod(n for _, n in s.tiles), s.stages)),)
     return tuple(_launched(program, s, device, lengths)[0] for s in found)
 
 

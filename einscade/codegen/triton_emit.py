@@ -18,7 +18,7 @@ from einscade.codegen.triton_kernel import Kernel, kernel
 from einscade.codegen.triton_memory import stored
 from einscade.codegen.triton_pairs import paired
 
-__all__ = ["emit", "emit_with_kernels"]
+__all__ = ["TritonModule", "emit", "emit_with_kernels"]
 
 
 def emit(program: LoopProgram, schedule: Schedule) -> Source:
@@ -30,7 +30,7 @@ def emit_with_kernels(program: LoopProgram, schedule: Schedule) -> tuple[Source,
     """The same, with what is known of each kernel in it, for compiling without launching."""
     if not program.serial_nests:
         raise Unsupported("the program has no loop: there is nothing to write a kernel for")
-    module = _TritonModule(summarised(paired(program), schedule), schedule)
+    module = TritonModule(summarised(paired(program), schedule), schedule)
     return Source("triton", module.text()), tuple(module.kernels)
 
 
@@ -46,12 +46,13 @@ def described(tensor: torch.Tensor, block: tuple[int, ...]) -> tuple[torch.Tenso
 '''
 
 
-class _TritonModule(TorchModule):
+class TritonModule(TorchModule):
     """Launches in place of the serial nests' loops."""
 
     def __init__(self, program: LoopProgram, schedule: Schedule) -> None:
         super().__init__(program, schedule, in_place=True, grouped=False)
         self.kernels: list[Kernel] = []
+        self.kernel_schedule = schedule
         self.memory = stored(self.program, schedule)
 
     def nest(self, nest: SerialNest | FlatNest) -> None:
@@ -60,7 +61,7 @@ class _TritonModule(TorchModule):
             return
         several = len(self.program.serial_nests) > 1
         name = f"{self.cascade.name}_kernel" + (f"{len(self.kernels) + 1}" if several else "")
-        k = kernel(self.memory, nest, self.schedule, name, *self.neighbours(nest))
+        k = kernel(self.memory, nest, self.kernel_schedule, name, *self.neighbours(nest))
         self.kernels.append(k)
         made_in_body = {e.name for e in nest.body}
         for argument in dict.fromkeys(map(self.memory.argument, nest.outputs)):
@@ -87,7 +88,7 @@ class _TritonModule(TorchModule):
         arguments += self.strides(k)
         arguments += k.sizes
         arguments += [f"{t}_TMA={t}_TMA" for t in k.described]
-        arguments += [f"num_warps={self.schedule.warps}", f"num_stages={self.schedule.stages}"]
+        arguments += [f"num_warps={self.kernel_schedule.warps}", f"num_stages={self.kernel_schedule.stages}"]
         arguments += ["launch_pdl=True"] if k.waits else []
         self.out(f"grid = ({k.grid},)")
         self.out(f"{k.name}[grid](")
@@ -117,6 +118,9 @@ class _TritonModule(TorchModule):
             text += DESCRIBED
         if any(k.waits for k in self.kernels):
             imports += "from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait\n"
+        return imports + text + self.kernel_texts()
+
+    def kernel_texts(self) -> str:
+        """The kernels, after the functions that they call."""
         helpers = sorted({h for k in self.kernels for h in k.helpers})
-        text += "".join(f"\n{HELPERS[h]}" for h in helpers)
-        return imports + text + "".join(k.text for k in self.kernels)
+        return "".join(f"\n{HELPERS[h]}" for h in helpers) + "".join(k.text for k in self.kernels)

@@ -543,9 +543,10 @@ class TileWriter:
             elif s.name in self.nest.outputs:
                 v = self.evaluate(s)
                 read = any(a.tensor == s.name for x in (*statements, *self.loop.epilogue) for a in x.reads)
-                if read:
-                    self.define(s, v)
-                    local = self.scope.locals[s.name]
+                if read:  # by another name: its own is the pointer's
+                    made = replace(s, name=f"{s.name}_made")
+                    self.define(made, v)
+                    local = self.scope.locals[s.name] = self.scope.locals.pop(made.name)
                     v = Value(local.code, local.ranks, local.kind)
                 self.store(s, v)
             else:

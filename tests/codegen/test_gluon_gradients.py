@@ -123,6 +123,23 @@ def test_a_sum_over_programs_compiles(name: str, shape: dict[str, Any]) -> None:
         assert int(re.search(r"(\d+) bytes spill stores", report)[1]) <= 512, report  # type: ignore[index]
 
 
+def test_the_gradient_of_a_bias_is_a_triton_kernel_beside_them() -> None:
+    """What sums over the batch with a tile of queries and keys has no Hopper kernel, which costs the others nothing."""
+    forward = scan_free(parse_cascade(text(BY_NAME["additive"], **NARROW)), "exact")
+    gradient = differentiate(forward)
+    loops = plan(run(gradient.cascade, "exact").cascade)
+    made = module(emit(loops, schedules(loops)[0]))
+    sizes = {"B": 2, "P": 300, "M": 300}
+    launched: list[tuple[int, ...]] = []
+    made.additive_gradient_kernel1 = type(
+        "Kernel", (), {"__getitem__": lambda self, grid: lambda *given, **options: launched.append(grid)}
+    )()
+    used = {n: s for n, s in sizes.items() if n in loops.cascade.symbols}
+    for shared, _ in compiled(made, example(gradient, "additive", NARROW, sizes), used).values():
+        assert shared <= 227 << 10
+    assert launched == [(5 * 5 * 2,)]
+
+
 # -- a sum over programs ----------------------------------------------------------------------------------------------
 
 

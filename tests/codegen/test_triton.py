@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,10 @@ from einscade.codegen.schedule import Schedule, candidates, promises_no_spills, 
 from einscade.codegen.source import Unsupported
 from einscade.codegen.tiled_torch import emit as emit_torch
 from einscade.codegen.triton_emit import emit
+from einscade.compiler.gradients import scan_free
 from einscade.ir.device import A100, H200, MI300X, Device
 from einscade.ir.text import parse_cascade
+from einscade.passes.differentiate import differentiate
 from einscade.passes.pipeline import run
 from tests.codegen.cascades import CASES, cascade
 from tests.codegen.test_gluon_operands import HALVES
@@ -76,6 +79,22 @@ def test_compiles_for_widths(width: int, dtype: str) -> None:
     for found in compile_offline(loops, schedule, "cuda:90", True):
         assert found.shared <= SHARED_LIMITS["cuda:90"]
         assert found.spilled == 0 or not promises_no_spills(loops)
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "target"),
+    [("additive", 64, "cuda:90"), ("additive", 128, "cuda:80"), ("documents", 64, "cuda:90")],
+)
+def test_gradients_of_short_static_lengths_fit(name: str, width: int, target: str) -> None:
+    """At the cost model's first choice; a length below 512 is tiled as a long one is."""
+    plain = cascade(next(c for c in CASES if c.name == name), dtype="bf16", e=width, f=width)[0]
+    short = {"B": 2, "P": 333, "M": 333}
+    forward = parse_cascade(re.sub(r"< ([BPM])\b", lambda m: f"< {short[m[1]]}", str(plain)))
+    loops = plan(run(differentiate(scan_free(forward, "exact")).cascade, "exact").cascade)
+    schedule = candidates(loops, H200 if target == "cuda:90" else A100, {})[0]
+    assert {"p", "m"} <= {r for r, n in schedule.tiles if n > 1}
+    for found in compile_offline(loops, schedule, target, target == "cuda:90"):
+        assert found.shared <= SHARED_LIMITS[target]
 
 
 def test_one_tensor_read_in_two_ways() -> None:
