@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,9 @@ from einscade.codegen.loops import plan
 from einscade.codegen.schedule import candidates
 from einscade.codegen.source import Source
 from einscade.ir.device import A100, H200
-from einscade.runtime import call, kernels, launch
+from einscade.ir.text import parse_cascade
+from einscade.runtime import call, kernels, launch, tuning
+from einscade.runtime import candidates as candidates_of
 from einscade.runtime.modules import load
 from tests.codegen.cascades import CASES, cascade, inputs
 
@@ -150,6 +153,33 @@ def test_compiling_ahead_launches_nothing_and_leaves_nothing_to_compile(
             stack.enter_context(mock.patch.object(launcher.kernel, "_do_compile", side_effect=AssertionError))
         run(*operands, **sizes)
     assert len(launched) == len(jobs)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_tuning_compiles_nothing_but_ahead(
+    launched: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Every kernel is compiled by a thread, also for tensors in place of which compiling gets addresses. (Launches do
+    nothing here, so that results are whatever the memory had.)"""
+    from triton import knobs
+
+    compilers: list[tuple[str, bool]] = []
+
+    def compiled(cache_hit: bool, **_: Any) -> None:
+        compilers.append((threading.current_thread().name, cache_hit))
+
+    monkeypatch.setenv("EINSCADE_CACHE_DIR", str(tmp_path / "kernels"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.setattr(candidates_of, "MOST_SCHEDULES", {"gluon": 1, "triton": 1, "tiled_torch": 1})
+    monkeypatch.setattr(knobs.compilation, "listener", compiled)
+    program = parse_cascade(benchmark.ATTENTION)
+    sizes = {"B": 1, "M": 1024, "P": 1024}
+    kernel = kernels.build(program, "exact", torch.device("cpu"), sizes)
+    assert [c.kind for c in tuning.contenders(kernel.candidates)] == ["gluon", "triton", "library:sdpa"]
+    kernel([torch.randn(1, h, 1024, 128).bfloat16() for h in (32, 8, 8)], [1, 1024, 1024])
+    assert len(compilers) == 2
+    assert all(name.startswith("einscade") and not hit for name, hit in compilers)
+    assert len(launched) >= 2
 
 
 def test_compiling_ahead_holds_no_memory_and_writes_zeros() -> None:
