@@ -49,8 +49,6 @@ class Schedule:
     in_order: an iteration's products are issued one after another, each where its result is next, rather than all of
         the next iteration's beforehand: fewer registers where there are several (`codegen.gluon_chain`).
     resident: so many programs at most, each of which takes one tile of rows after another; 0: a program for each.
-    overlap: a kernel that follows another is launched before that one has ended, and waits on the device for what it
-        wrote (programmatic dependent launch, from Hopper on).
     """
 
     tiles: tuple[tuple[str, int], ...] = ()
@@ -64,7 +62,6 @@ class Schedule:
     unordered: bool = False
     resident: int = 0
     in_order: bool = False
-    overlap: bool = False
 
     def tile(self, name: str) -> int | None:
         return dict(self.tiles).get(name)

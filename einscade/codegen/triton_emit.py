@@ -61,7 +61,7 @@ class TritonModule(TorchModule):
             return
         several = len(self.program.serial_nests) > 1
         name = f"{self.cascade.name}_kernel" + (f"{len(self.kernels) + 1}" if several else "")
-        k = kernel(self.memory, nest, self.kernel_schedule, name, *self.neighbours(nest))
+        k = kernel(self.memory, nest, self.kernel_schedule, name)
         self.kernels.append(k)
         made_in_body = {e.name for e in nest.body}
         for argument in dict.fromkeys(map(self.memory.argument, nest.outputs)):
@@ -71,13 +71,6 @@ class TritonModule(TorchModule):
                 size = self.size(self.memory.elements())
                 self.out(f"{argument} = torch.empty({size}, dtype=torch.float32, device={self.device})")
         self.launch(k)
-
-    def neighbours(self, nest: SerialNest) -> tuple[bool, bool]:
-        """Whether the kernel of a nest overlaps with one right before it, and with one right after it."""
-        nests, at = self.program.nests, self.program.nests.index(nest)
-        before, after = nests[max(0, at - 1) : at], nests[at + 1 : at + 2]
-        overlaps = [self.schedule.overlap and any(isinstance(n, SerialNest) for n in side) for side in (before, after)]
-        return overlaps[0], overlaps[1]
 
     def launch(self, k: Kernel) -> None:
         described = {}
@@ -89,7 +82,6 @@ class TritonModule(TorchModule):
         arguments += k.sizes
         arguments += [f"{t}_TMA={t}_TMA" for t in k.described]
         arguments += [f"num_warps={self.kernel_schedule.warps}", f"num_stages={self.kernel_schedule.stages}"]
-        arguments += ["launch_pdl=True"] if k.waits else []
         self.out(f"grid = ({k.grid},)")
         self.out(f"{k.name}[grid](")
         for line in textwrap.wrap(", ".join(arguments), 108, break_long_words=False):
@@ -116,8 +108,6 @@ class TritonModule(TorchModule):
         if any(k.described for k in self.kernels):
             imports += "from triton.tools.tensor_descriptor import TensorDescriptor\n"
             text += DESCRIBED
-        if any(k.waits for k in self.kernels):
-            imports += "from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait\n"
         return imports + text + self.kernel_texts()
 
     def kernel_texts(self) -> str:

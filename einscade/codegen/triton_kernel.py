@@ -29,8 +29,7 @@ __all__ = ["Kernel", "kernel"]
 class Kernel:
     """`text`: the functions. `name`: the kernel's. `grid`: code of the number of programs. `arguments`: what it takes,
     in order: tensors, strides, sizes. `described`: the block of each input read through a descriptor, if strides
-    allow; for each the kernel takes a flag that says whether they did. `helpers`: functions it needs. `waits`: whether
-    it may be launched before the kernel in front of it has ended."""
+    allow; for each the kernel takes a flag that says whether they did. `helpers`: functions it needs."""
 
     name: str
     text: str
@@ -40,15 +39,11 @@ class Kernel:
     sizes: tuple[str, ...]
     described: Mapping[str, tuple[int, ...]]
     helpers: frozenset[str]
-    waits: bool
 
 
-def kernel(
-    stored: Stored, nest: SerialNest, schedule: Schedule, name: str, waits: bool = False, awaited: bool = False
-) -> Kernel:
-    """Write the kernel, or raise `Unsupported`. `waits`: for the kernel in front of it to end, whatever it reads, so
-    that having waited for a kernel is having waited for all before it. `awaited`: the next one may be launched."""
-    return _KernelWriter(stored.cascade, nest, schedule, name).write(stored, waits, awaited)
+def kernel(stored: Stored, nest: SerialNest, schedule: Schedule, name: str) -> Kernel:
+    """Write the kernel, or raise `Unsupported`."""
+    return _KernelWriter(stored.cascade, nest, schedule, name).write(stored)
 
 
 class _KernelWriter(BoundsWriter):
@@ -63,7 +58,7 @@ class _KernelWriter(BoundsWriter):
 
     # -- the text --
 
-    def write(self, stored: Stored, waits: bool, awaited: bool) -> Kernel:
+    def write(self, stored: Stored) -> Kernel:
         self.write_head()
         self.statements(self.loop.prologue)
         for state in self.loop.states:
@@ -82,14 +77,10 @@ class _KernelWriter(BoundsWriter):
         self.masks = {}
         self.statements(self.loop.epilogue)
         head = Lines()
-        if awaited:
-            head("gdc_launch_dependents()  # the next kernel comes on chip where there is room, and waits")
-        if waits:
-            head("gdc_wait()  # until the kernel before this one has ended")
         for line in stored.lines(self.scope.memory):
             head(line)
         self.main.lines[:0] = head.lines
-        return self.assemble(stored, step, parameters, states, waits)
+        return self.assemble(stored, step, parameters, states)
 
     def write_head(self) -> None:
         here = self.main
@@ -167,7 +158,7 @@ class _KernelWriter(BoundsWriter):
     def main_names(self) -> list[str]:
         return re.findall(r"^    ([A-Za-z_]\w*) = ", self.main.text, re.M)
 
-    def assemble(self, stored: Stored, step: str, parameters: list[str], states: str, waits: bool) -> Kernel:
+    def assemble(self, stored: Stored, step: str, parameters: list[str], states: str) -> Kernel:
         used = _names(self.main.text + step)
         tensors = tuple(dict.fromkeys(map(stored.argument, self.scope.memory)))
         strides = tuple(
@@ -193,7 +184,7 @@ class _KernelWriter(BoundsWriter):
         programs = [f"-(-{_wrapped(self.grid_extent(r))} // {n})" for r, n in self.tiled()]
         programs += [_wrapped(self.grid_extent(r)) for r in self.points]
         return Kernel(self.name, text, " * ".join(programs) or "1", tensors, strides, sizes, self.described,
-                      frozenset(self.scope.helpers), waits)  # fmt: skip
+                      frozenset(self.scope.helpers))  # fmt: skip
 
     def grid_extent(self, rank: str) -> str:
         return self.host(self.cascade.extent(rank))

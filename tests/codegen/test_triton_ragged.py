@@ -119,21 +119,6 @@ def test_the_number_of_parts_follows_the_lengths_at_launch() -> None:
     assert best.multiples == {symbol: step}
 
 
-def test_a_merge_may_be_launched_before_its_parts_have_ended() -> None:
-    """It then waits for them before it reads anything, and nothing waits where schedules do not say so."""
-    loops = program(textbook(case("full"), "bf16", (32, 8), 128), parts=True)
-    best = candidates(loops, H200, DECODE)[0]
-    for overlap in (True, False):
-        chosen = replace(best, overlap=overlap)
-        parts, merge = compile_offline(loops, chosen, "cuda:90", descriptors=True)
-        assert parts.assembly.count("griddepcontrol.launch_dependents") == overlap
-        assert merge.assembly.count("griddepcontrol.wait") == overlap
-        assert "griddepcontrol.wait" not in parts.assembly
-        assert "griddepcontrol.launch_dependents" not in merge.assembly
-        assert not re.search(r"ld\.global.*griddepcontrol", merge.assembly, re.S) or not overlap
-        assert emit(loops, chosen).text.count("launch_pdl=True") == overlap
-
-
 def test_parts_of_several_lengths_are_tried() -> None:
     """Of the likeliest tiles the two best lengths; the same one not twice, where the shortest is all there is."""
     loops = program(textbook(case("full"), "bf16", (32, 8), 128), parts=True)
