@@ -124,8 +124,7 @@ class TileWriter:
             blocks[x] = Block(x, str(self.step_size), None, x)
         for r, n in self.widths.items():
             blocks[r] = Block(r, str(_power(n)), None if _power(n) == n else str(n), r)
-        points = {r: r for r in self.points}
-        points[self.nest.serial] = self.nest.serial
+        points = {r: r for r in (*self.points, self.nest.serial)} | {s: str(n) for s, n in self.schedule.tiles}
         memory = {}
         for name in dict.fromkeys((*self.nest.inputs, *self.inherited(), *self.nest.outputs)):
             t = self.cascade.tensors[name]

@@ -129,6 +129,26 @@ def test_a_domain_decides_which_loops_are_written() -> None:
     assert loops_of("boolean") == 1  # every tile may be partial
 
 
+def test_a_row_of_another_statement_in_a_loop_over_rows() -> None:
+    """What is computed before the kernels is stored by tiles, and read at a place that a tile's size gives."""
+    text = """cascade rows(
+        Q[b,p,e]: bf16, K[b,m,e]: bf16, Q1[b,p,e]: bf16, K1[b,m,e]: bf16, N[b,p,f], Z[b,p], Y[b,p,f]: bf16
+    ) -> D[b,m,e]: bf16, D1[b,p,e]: bf16
+      where b < 2, p < 521, m < 521, e < 64, f < 64
+      S[b,p,m] = sum(e) Q[b,p,e] * K[b,m,e]
+      S1[b,p,m] = sum(e) Q1[b,p,e] * K1[b,m,e]
+      R[b,p]   = sum(f) Y[b,p,f] * Where(Z[b,p] != 0, -N[b,p,f] / Z[b,p]**2, 0)
+      W[b,p,m] = (S1[b,p,m] + R[b,p]) * exp(S[b,p,m])
+      D[b,m,e]: bf16 = sum(p) W[b,p,m] * Q[b,p,e]
+      D1[b,p,e]: bf16 = sum(m) W[b,p,m] * K[b,m,e]
+    """
+    loops = plan(run(parse_cascade(text), "exact").cascade)
+    sizes = {*tile_symbols(loops)}
+    for schedule in candidates(loops, H200, {}):
+        code = "\n".join(line.split("#")[0] for line in emit(loops, schedule).text.splitlines())
+        assert not sizes & set(re.findall(r"[A-Za-z_]\w*", code.split('"""')[-1]))
+
+
 def test_refuses_with_the_reason() -> None:
     with pytest.raises(Unsupported, match="float64"):
         emit(program("causal", dtype="f64"), Schedule((("M0", 16), ("p", 16))))
