@@ -81,6 +81,8 @@ class SerialWriter(Writer):
             v = Value(v.code, (), "f")
         v = self.spread(v, ranks)
         code = v.code if v.owned and v.code.startswith("torch.full") else f"{v.tight()}.clone()"
+        if not ranks and state.init.is_number:
+            code = f"torch.full((), {v.code}, dtype=torch.{self.scope.acc}, device={self.module.device})"
         self.define(state.name, Value(code, ranks, "f", True), state.ranks)
 
     # -- the loop along the serial rank --

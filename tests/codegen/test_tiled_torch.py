@@ -13,6 +13,7 @@ from einscade.codegen.tiled_torch import emit, emit_flat
 from einscade.ir.device import Device
 from einscade.ir.interpret import interpret
 from einscade.ir.text import parse_cascade
+from einscade.passes.pipeline import run
 from tests import strategies
 from tests.codegen.cascades import CASES, DTYPES, Case, cascade, inputs, relative_error
 from tests.codegen.generated import module
@@ -165,3 +166,13 @@ def test_candidates_fit_and_the_first_is_near_square() -> None:
     found = candidates(plan(rewritten), Device.of("cpu"), {"B": 1, "P": 4096, "M": 4096})
     assert len(found) == len(set(found))
     assert all(s.tile("p") and s.tile("M0") for s in found)
+
+
+def test_a_loop_without_rows() -> None:
+    """Running values that are one number each, as the gradient of a scale has them."""
+    text = "cascade c(X[m]: f32) -> Z[]: f32\n  where m < M\n  G[] = max(m) X[m]\n  Z[] = sum(m) exp(X[m] - G[])"
+    program = plan(run(parse_cascade(text), "exact").cascade)
+    assert program.serial_nests
+    x = torch.randn(100)
+    (out,) = module(emit(program, Schedule(tuple((s, 16) for s in tile_symbols(program))))).run(x, M=100)
+    torch.testing.assert_close(out, (x - x.max()).exp().sum())
