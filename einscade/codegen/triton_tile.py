@@ -124,7 +124,8 @@ class TileWriter:
             blocks[x] = Block(x, str(self.step_size), None, x)
         for r, n in self.widths.items():
             blocks[r] = Block(r, str(_power(n)), None if _power(n) == n else str(n), r)
-        points = {r: r for r in (*self.points, self.nest.serial)} | {s: str(n) for s, n in self.schedule.tiles}
+        sizes = {s: str(n) for s, n in self.schedule.tiles if s not in self.cascade.rank_table}
+        points = {r: r for r in (*self.points, self.nest.serial)} | sizes
         memory = {}
         for name in dict.fromkeys((*self.nest.inputs, *self.inherited(), *self.nest.outputs)):
             t = self.cascade.tensors[name]
