@@ -271,16 +271,11 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
         ]
         for name, factor in zip(sums, self.rescales, strict=True):
             if factor is not None:
-                lines.append(self._rescale(name, self.rescale_names[factor]))
+                lines.append(f"{name} = {name} * gl.convert_layout({self.rescale_names[factor]}, RESULT_ROW)[:, None]")
         lines.append(f"return {', '.join([*states, *sums, *(f'next_{w}' for w in weights), 'stage', 'phase'])}")
         last = ["last"] if self.resident else []
         constants = [*last, self._masked_argument(), *self._table_constants(), "group: gl.constexpr"]
         return function("advance", [*self._advance_arguments(), *constants], lines)
-
-    def _rescale(self, name: str, factor: str) -> str:
-        """A running sum times a factor for each row."""
-        self.used.add("rescaled")
-        return f"{name} = rescaled({name}, gl.convert_layout({factor}, RESULT_ROW)[:, None])"
 
     def _pack(self) -> list[str]:
         """The weights, which iterations hand on, in the form in which products read them: first of all where they are

@@ -417,14 +417,10 @@ class Chain(Module):
         for score in self.turns[1 + self.order[0].index(x)]:
             lines += self._issue_product(score, it)
         if (factor := self.rescales[self.shape.sums.index(x)]) is not None:
-            lines.append(self._rescale(name, printer.value(factor).code))
+            lines.append(f"{name} = {name} * gl.convert_layout({printer.value(factor).code}, RESULT_ROW)[:, None]")
         it.issued.add(x.state.name)
         it.flying.append(name)
         return [*lines, f"{name} = warpgroup_mma({weights}, {ring.name}_tile, {name}, is_async=True)"]
-
-    def _rescale(self, name: str, factor: str) -> str:
-        """Plainly: a branch takes registers that there are not."""
-        return f"{name} = {name} * gl.convert_layout({factor}, RESULT_ROW)[:, None]"
 
     def _await(self, it: Iteration, *names: str) -> str:
         """Wait for the first of the names, and what was issued before it; the others are kept until then."""

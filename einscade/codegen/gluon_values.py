@@ -36,36 +36,6 @@ def packed(x):
     front of both, where it costs nothing. Else it takes pairs apart and joins them in every iteration."""
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], x.dtype, is_pure=True, pack=2)
 ''',
-    "rescaled": '''
-@gluon.constexpr_function
-def share(width):
-    """So many values of a row of a tile are one instance of the assembly's."""
-    return min(32, width // 2)
-
-
-@gluon.constexpr_function
-def rescaling(n):
-    """n products, in place, which a warp branches around where all of its factors are 1. Of a tile's registers two
-    belong to one row, the next two to another, and so on: two rows a thread."""
-    tests = [f"setp.neu.f32 p, ${2 * n}, 0f3F800000;", f"setp.neu.f32 q, ${2 * n + 2}, 0f3F800000;"]
-    products = [f"mul.f32 ${i}, ${i}, ${2 * n + i};" for i in range(n)]
-    lines = [".reg .pred p, q;", *tests, "or.pred p, p, q;", "vote.sync.any.pred p, p, -1;", "@!p bra.uni same;"]
-    return " ".join(["{", *lines, *products, "same: }"])
-
-
-@gluon.constexpr_function
-def rescaling_operands(n):
-    return ",".join(["=f"] * n + [str(i) for i in range(n)] + ["f"] * n)
-
-
-@gluon.jit
-def rescaled(x, factor):
-    """x * factor, a factor for each row: mostly 1 (the maximum of a row seldom moves), and then left out."""
-    n: gl.constexpr = share(x.shape[1])
-    text: gl.constexpr = rescaling(n)
-    operands: gl.constexpr = rescaling_operands(n)
-    return gl.inline_asm_elementwise(text, operands, [x, factor], gl.float32, is_pure=True, pack=n)
-''',
     "finite": '''
 @gluon.jit
 def finite(x):

@@ -380,8 +380,6 @@ class Simulator:
         if found := re.fullmatch(r"bar\.(sync|arrive) (\d+), (\d+); mov\.u32 \$0, 0;", text):
             self._named(found[1], int(found[2]), int(found[3]))
             return block(0, dtype)
-        if "@!p bra.uni same;" in text:  # products with factors, left out where these are 1
-            return arguments[0] * arguments[1]
         check(text in ASSEMBLY, f"inline assembly that the simulator does not know: {text}")
         return ASSEMBLY[text](*arguments).to(dtype)
 

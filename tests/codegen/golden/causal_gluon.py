@@ -45,36 +45,6 @@ def settled(x):
     return gl.inline_asm_elementwise("add.f32 $0, $1, 0f80000000;", "=f,f", [x], gl.float32, is_pure=True, pack=1)
 
 
-@gluon.constexpr_function
-def share(width):
-    """So many values of a row of a tile are one instance of the assembly's."""
-    return min(32, width // 2)
-
-
-@gluon.constexpr_function
-def rescaling(n):
-    """n products, in place, which a warp branches around where all of its factors are 1. Of a tile's registers two
-    belong to one row, the next two to another, and so on: two rows a thread."""
-    tests = [f"setp.neu.f32 p, ${2 * n}, 0f3F800000;", f"setp.neu.f32 q, ${2 * n + 2}, 0f3F800000;"]
-    products = [f"mul.f32 ${i}, ${i}, ${2 * n + i};" for i in range(n)]
-    lines = [".reg .pred p, q;", *tests, "or.pred p, p, q;", "vote.sync.any.pred p, p, -1;", "@!p bra.uni same;"]
-    return " ".join(["{", *lines, *products, "same: }"])
-
-
-@gluon.constexpr_function
-def rescaling_operands(n):
-    return ",".join(["=f"] * n + [str(i) for i in range(n)] + ["f"] * n)
-
-
-@gluon.jit
-def rescaled(x, factor):
-    """x * factor, a factor for each row: mostly 1 (the maximum of a row seldom moves), and then left out."""
-    n: gl.constexpr = share(x.shape[1])
-    text: gl.constexpr = rescaling(n)
-    operands: gl.constexpr = rescaling_operands(n)
-    return gl.inline_asm_elementwise(text, operands, [x, factor], gl.float32, is_pure=True, pack=n)
-
-
 @gluon.jit
 def finite(x):
     """x, or 0 where a row had no points: the reference of an exponential."""
@@ -212,7 +182,7 @@ def advance(tile, G, Z, N, weights, stage, phase, Q_tile, K_tiles, V_tiles, K_fu
     G, Z, rescale, next_weights = weigh(S, G, Z, tile * STEP, p_, b, h, B, M, P, MASKED)
     N, weights = warpgroup_mma_wait(0, deps=[next_N, weights])
     mbarrier.arrive(V_empty.index(last_stage))
-    N = rescaled(N, gl.convert_layout(rescale, RESULT_ROW)[:, None])
+    N = N * gl.convert_layout(rescale, RESULT_ROW)[:, None]
     return G, Z, N, next_weights, stage, phase
 
 
