@@ -96,7 +96,7 @@ def test_right_in_any_order(name: str, shape: dict[str, Any], lengths: tuple[int
     ],
 )  # fmt: skip
 def test_compiles(name: str, shape: dict[str, Any]) -> None:
-    """For Hopper, in the background, without spills (but of two registers, outside of the loops)."""
+    """For Hopper, in the background, without spills (but of three registers, outside of the loops)."""
     gradient, loops = program(name, tuple(shape.items()))
     sizes = {"B": 1, "P": 300, "M": 300}
     used = {n: s for n, s in sizes.items() if n in loops.cascade.symbols}
@@ -104,7 +104,7 @@ def test_compiles(name: str, shape: dict[str, Any]) -> None:
     for shared, report in compiled(made, example(gradient, name, shape, sizes), used).values():
         assert shared <= 227 << 10
         assert "serialized" not in report
-        assert int(re.search(r"(\d+) bytes spill stores", report)[1]) <= 8, report  # type: ignore[index]
+        assert int(re.search(r"(\d+) bytes spill stores", report)[1]) <= 12, report  # type: ignore[index]
 
 
 @pytest.mark.parametrize(
