@@ -9,9 +9,11 @@ core. Nothing is waited for after the deadline: what is under way then ends by i
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 __all__ = ["side_by_side"]
@@ -28,6 +30,26 @@ def side_by_side(
     told how many are over. Every task has a job."""
     if not tasks:
         return {}
+    with _without_collections():
+        return _over_by(tasks, end, progress)
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """Python counts how deep its parser is for all threads together. A collection in the midst of parsing, which may
+    call finalizers, lets another thread in, and both then fail with a SystemError (CPython issue 106905)."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _over_by(
+    tasks: Sequence[Sequence[Callable[[], object]]], end: float, progress: Callable[[int], None]
+) -> dict[int, BaseException | None]:
     pool = ThreadPoolExecutor(min(_cores(), sum(map(len, tasks))), thread_name_prefix="einscade")
     try:
         started = [[pool.submit(job) for job in jobs] for jobs in tasks]

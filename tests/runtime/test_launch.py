@@ -178,7 +178,7 @@ def test_tuning_compiles_nothing_but_ahead(
     assert [c.kind for c in tuning.contenders(kernel.candidates)] == ["gluon", "triton", "library:sdpa"]
     kernel([torch.randn(1, h, 1024, 128).bfloat16() for h in (32, 8, 8)], [1, 1024, 1024])
     assert len(compilers) == 2
-    assert all(name.startswith("einscade") and not hit for name, hit in compilers)
+    assert [c for c in compilers if not c[0].startswith("einscade") or c[1]] == []
     assert len(launched) >= 2
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import gc
 import os
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -135,6 +138,32 @@ def test_too_little_memory_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> Non
     found = tune("site", ALL, run, _nothing, [X], False)
     assert found.order == (TRITON, TILED, SDPA, GLUON, FLAT, INTERPRETER)
     assert found.failures == {}
+
+
+def test_threads_may_parse_python_side_by_side() -> None:
+    """As building a kernel's first IR does. A collection that calls finalizers would let one thread into another's."""
+    text = "".join(f"y{i} = (x + {i}) * [a for a in (x, {i})][0]\n" for i in range(300))
+
+    class Ring:
+        def __init__(self) -> None:
+            self.me = self
+            weakref.finalize(self, sum, range(300))
+
+    def parse() -> None:
+        for _ in range(30):
+            Ring()
+            ast.parse(text)
+
+    before, interval = gc.get_threshold(), sys.getswitchinterval()
+    gc.set_threshold(50, 5, 5)
+    sys.setswitchinterval(1e-6)
+    try:
+        over = ahead.side_by_side([[parse]] * 4, time.perf_counter() + 60, lambda done: None)
+    finally:
+        gc.set_threshold(*before)
+        sys.setswitchinterval(interval)
+    assert over == dict.fromkeys(range(4))
+    assert gc.isenabled()
 
 
 def test_candidates_are_compiled_side_by_side_before_any_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
