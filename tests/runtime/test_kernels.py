@@ -137,16 +137,8 @@ def test_a_call_takes_the_kernel_that_build_would(monkeypatch: pytest.MonkeyPatc
     assert len(found.kernels) == 7
 
 
-def test_a_choice_serves_the_lengths_around_it(monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None) -> None:
+def test_a_choice_serves_the_lengths_around_it(tuned: list[str], fresh_dynamo: None) -> None:
     """With lengths as symbols, one that was measured is not measured again a little above or below a power of two."""
-    tuned: list[str] = []
-    plain = tuning.tune
-
-    def noting(name: str, *arguments: object) -> tuning.Tuned:
-        tuned.append(name)
-        return plain(name, *arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(tuning, "tune", noting)
     layer = CausalAttention()
     fast = einscade.optimize(layer, dynamic=True, inner="eager")
     with torch.no_grad():

@@ -96,6 +96,16 @@ def _without_output(call: tuple[Any, ...], inputs: tuple[Tensor, ...]) -> tuple[
     return tuple(map(plain, head)), tuple(plain(x) for i, x in enumerate(rest) if i not in constants)
 
 
+def _case(name: str) -> tuple[Any, tuple[torch.Tensor, ...], dict[str, int]]:
+    """The Gluon module of a case, with operands and sizes for it."""
+    case = BY_NAME[name]
+    plain, rewritten = cascade(case, **SHAPE)
+    loops = plan(rewritten)
+    run = load(gluon.emit(loops, gluon.schedules(loops)[0]), name)
+    sizes = {s: 200 if s in "MP" else 1 for s in plain.symbols}
+    return run, tuple(inputs(plain, case, sizes).values()), sizes
+
+
 @pytest.mark.parametrize("kind", ["gluon", "triton", "triton, no descriptors"])
 def test_a_launch_passes_what_the_jit_passes(kind: str, launched: list[tuple[Any, ...]]) -> None:
     run = load(_source(kind), "causal")
@@ -112,12 +122,7 @@ def test_a_launch_passes_what_the_jit_passes(kind: str, launched: list[tuple[Any
 @pytest.mark.parametrize("name", ["documents", "table"])
 def test_every_kernel_of_a_module_is_launched_so(name: str, launched: list[tuple[Any, ...]]) -> None:
     """A list of tiles that a kernel of its own makes, and operands of other ranks and dtypes."""
-    case = BY_NAME[name]
-    plain, rewritten = cascade(case, **SHAPE)
-    loops = plan(rewritten)
-    run = load(gluon.emit(loops, gluon.schedules(loops)[0]), name)
-    sizes = {s: 200 if s in "MP" else 1 for s in plain.symbols}
-    operands = tuple(inputs(plain, case, sizes).values())
+    run, operands, sizes = _case(name)
     for _ in range(2):
         launched.clear()
         run(*operands, **sizes)
@@ -134,12 +139,7 @@ def test_every_kernel_of_a_module_is_launched_so(name: str, launched: list[tuple
 def test_compiling_ahead_launches_nothing_and_leaves_nothing_to_compile(
     name: str, launched: list[tuple[Any, ...]]
 ) -> None:
-    case = BY_NAME[name]
-    plain, rewritten = cascade(case, **SHAPE)
-    loops = plan(rewritten)
-    run = load(gluon.emit(loops, gluon.schedules(loops)[0]), name)
-    sizes = {s: 200 if s in "MP" else 1 for s in plain.symbols}
-    operands = tuple(inputs(plain, case, sizes).values())
+    run, operands, sizes = _case(name)
     copies = [x.clone() for x in operands]
     jobs = launch.compilations(run, operands, sizes)
     assert len(jobs) == (2 if name == "documents" else 1)

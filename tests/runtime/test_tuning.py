@@ -249,15 +249,9 @@ def test_progress_is_drawn(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert drawn.endswith("\r\x1b[K")
 
 
-def test_equal_layers_are_tuned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None) -> None:
-    tuned: list[str] = []
-    plain = tuning.tune
-
-    def noting(name: str, *arguments: object) -> tuning.Tuned:
-        tuned.append(name)
-        return plain(name, *arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(tuning, "tune", noting)
+def test_equal_layers_are_tuned_once(
+    tuned: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None
+) -> None:
     monkeypatch.setenv("EINSCADE_CACHE_DIR", str(tmp_path))
     kernels._build.cache_clear()
     call._calls.clear()
