@@ -40,7 +40,7 @@ from einscade.passes.correction import Correction, derive, old
 from einscade.passes.fusion import Carried, Loop, Plan, along, common_ranks, is_long, plan_loops
 from einscade.passes.rewrite import NotApplicable
 from einscade.passes.statements import Names, redirect, wide, without_unused
-from einscade.passes.terms import closure, conjoin, conjuncts, depends, ordered, reads_outside_where
+from einscade.passes.terms import closure, conjoin, conjuncts, depends, existence, ordered, reads_outside_where
 
 __all__ = ["Loops", "Online"]
 
@@ -323,10 +323,21 @@ class _Emit:
         assert s.reduce is not None
         running = self.running[s.name]
         local = Tensor(self.names(f"{s.name}L"), running.ranks, running.dtype)
-        expr = self._now(s.expr)
-        domain = self._bounded(s, self._now(s.domain))
-        self.made.append(Einsum(local, expr, self._reduction(s.reduce.monoid, s.reduce.ranks), domain))
+        part = self._reduction(s.reduce.monoid, s.reduce.ranks)
+        if part is None:
+            self.made.append(self._point(local, s.expr, s.domain, self._identity(s.name)))
+        else:
+            self.made.append(Einsum(local, self._now(s.expr), part, self._bounded(s, self._now(s.domain))))
         self._scan(running, local, s.reduce.monoid, carried.correction, carried)
+
+    def _point(self, local: Tensor, expr: Expr, domain: Boolean, identity: Expr) -> Einsum:
+        """What a step of a single point adds. A reduction passes over points that are missing: there it is the
+        identity, since a running value needs every step's."""
+        taken = dict.fromkeys((*conjuncts(domain), *existence(self.cascade)(expr)))
+        moving = [c for c in taken if depends(c, (self.m,))]
+        rest = conjoin(c for c in conjuncts(domain) if c not in moving)
+        expr = Where(conjoin(moving), expr, identity) if moving else expr
+        return Einsum(local, self._now(expr), domain=self._now(rest))
 
     def _scan(self, running: Tensor, local: Tensor, monoid: str, correction: Correction, carried: Carried) -> None:
         step = var(self.m1)
@@ -409,9 +420,12 @@ class _Emit:
         local = Tensor(self.names(f"{running.name}L"), kept, owner.dtype)
         self.aux.append((moment, running))
         correction = derive(moment, "sum", states, self.m)
-        bound = [self.index < self.extent] if self.m0 else []
-        inside = conjoin([*bound, *(self._now(c) for c in domain)])
-        self.made.append(Einsum(local, self._now(moment), self._reduction("sum", (self.m,)), inside))
+        part = self._reduction("sum", (self.m,))
+        if part is None:
+            self.made.append(self._point(local, moment, conjoin(domain), sympy.Integer(0)))
+        else:
+            inside = conjoin([self.index < self.extent, *(self._now(c) for c in domain)])
+            self.made.append(Einsum(local, self._now(moment), part, inside))
         self._scan(running, local, "sum", correction, Carried(s.name, moment, states, correction))
         return Access(running.name, *(step if r == self.m1 else var(r) for r in running.ranks))
 

@@ -99,4 +99,15 @@ def test_gradients(looped: bool, case: Case, tile: int, sink: float) -> None:
     assume(all(bool(t.isfinite().all()) for t in inputs))
     backward = run(gradient.cascade, "exact").cascade if looped else gradient.cascade
     named = dict(zip((t.name for t in backward.inputs), inputs, strict=True))
+    tiles = {s: case.sizes.get(s, tile) for s in backward.symbols}
+    expected = interpret(
+        gradient.cascade,
+        {t.name: x for t, x in zip(gradient.cascade.inputs, inputs, strict=True)},
+        {s: case.sizes[s] for s in gradient.cascade.symbols},
+    )
+    rewritten = interpret(backward, named, tiles)
+    for old, new in zip(gradient.cascade.outputs, backward.outputs, strict=True):
+        torch.testing.assert_close(
+            rewritten[new], expected[old], rtol=1e-8, atol=1e-9, equal_nan=True, msg=f"{new} of\n{backward}"
+        )
     assert_kernel(plan(backward) if looped else flat(backward), named, case.sizes, tile)

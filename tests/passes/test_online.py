@@ -186,3 +186,17 @@ def test_booleans_run_along() -> None:
     assert {s.scan.rank for s in after.body if s.scan} == {"m1"}
     assert_equal(before, after, SIZES, tiles=(1, 3, 16))
     assert_equal(before, run(before, "exact").cascade, SIZES, tiles=(1, 3, 16))
+
+
+def test_a_step_of_one_point_adds_nothing_where_it_is_missing() -> None:
+    """The gradient of a bias that rows of a batch share, which have lengths of their own: a running sum passes over
+    what one row does not have."""
+    before = cascade("""
+        cascade shared(Q[b,p,e], K[b,m,e], L[b]: i64, C[b,p]) -> O
+          where b < B, p < P, m < M, e < 3
+          S[b,p,m] = sum(e) Q[b,p,e] * K[b,m,e]   if m < L[b]
+          O[p,m]   = sum(b) C[b,p] * exp(S[b,p,m])
+    """)
+    after = rewritten(before)
+    assert any(s.scan for s in after.body)
+    assert_equal(before, after, {"B": 4, "P": 3, "M": 9}, tiles=(1,))
