@@ -36,7 +36,8 @@ def existence(cascade: Cascade) -> tuple[Mapping[str, Boolean], Mapping[str, Boo
         return And(*parts)
 
     for e in cascade.body:
-        points[e.name] = And(e.domain, exists(e.expr, e.name))
+        known = dict.fromkeys(conjuncts(e.domain), sympy.true)
+        points[e.name] = And(e.domain, exists(e.expr, e.name).xreplace(known))
         reduced = set(e.reduce.ranks) if e.reduce else set()
         results[e.name] = And(*(c for c in conjuncts(points[e.name]) if not free_vars(c) & reduced))
     return points, results

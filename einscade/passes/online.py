@@ -332,12 +332,14 @@ class _Emit:
 
     def _point(self, local: Tensor, expr: Expr, domain: Boolean, identity: Expr) -> Einsum:
         """What a step of a single point adds. A reduction passes over points that are missing: there it is the
-        identity, since a running value needs every step's."""
+        identity, since a running value needs every step's. Conditions that do not move say where the result exists:
+        they are its own, since only one branch of the `Where` reads what they came from."""
         taken = dict.fromkeys((*conjuncts(domain), *existence(self.cascade)(expr)))
         moving = [c for c in taken if depends(c, (self.m,))]
-        rest = conjoin(c for c in conjuncts(domain) if c not in moving)
-        expr = Where(conjoin(moving), expr, identity) if moving else expr
-        return Einsum(local, self._now(expr), domain=self._now(rest))
+        if not moving:
+            return Einsum(local, self._now(expr), domain=self._now(domain))
+        rest = conjoin(c for c in taken if c not in moving)
+        return Einsum(local, self._now(Where(conjoin(moving), expr, identity)), domain=self._now(rest))
 
     def _scan(self, running: Tensor, local: Tensor, monoid: str, correction: Correction, carried: Carried) -> None:
         step = var(self.m1)

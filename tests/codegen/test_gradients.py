@@ -46,6 +46,14 @@ CASES = {
     "dense bias of each head": HEAD.format(more=", A[b,h,p,m]: f64", domain="")
     + "  C[b,h,p,m]: f64 = S[b,h,p,m] + A[b,h,p,m]\n"
     + SOFTMAX.format(s="C[b,h,p,m]"),
+    "dense bias of sequences with lengths": HEAD.format(more=", L[b]: i64, A[h,p,m]: f64", domain="  if m < L[b]")
+    + "  C[b,h,p,m]: f64 = S[b,h,p,m] + A[h,p,m]\n"
+    + SOFTMAX.format(s="C[b,h,p,m]"),
+    "dense bias of causal sequences with lengths and heads together": HEAD.format(
+        more=", L[b]: i64, A[p,m]: f64", domain="  if m < L[b] & m <= p"
+    )
+    + "  C[b,h,p,m]: f64 = S[b,h,p,m] + A[p,m]\n"
+    + SOFTMAX.format(s="C[b,h,p,m]"),
     "sigmoid": HEAD.format(more="", domain="  if m <= p") + SIGMOID,
     "keys and values in one tensor": (HEAD.format(more="", domain="  if m <= p") + SOFTMAX.format(s="S[b,h,p,m]"))
     .replace("K[b,g,m,e]: f64, V[b,g,m,f]: f64", "K[b,g,m,t]: f64")
@@ -66,7 +74,7 @@ def values_of(cascade: Cascade, sizes: dict[str, int], generator: torch.Generato
     for t in cascade.inputs:
         shape = [int(n.xreplace({s: sizes[s.name] for s in n.free_symbols})) for n in cascade.shape(t.name)]
         draw = torch.randn(shape, generator=generator, dtype=torch.float64)
-        values[t.name] = draw > 0 if t.dtype == "bool" else draw
+        values[t.name] = draw > 0 if t.dtype == "bool" else (20 * draw.abs()).long() if t.dtype == "i64" else draw
     return values
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import sympy
 
+from einscade.codegen.existence import existence
 from einscade.ir import Cascade, ceil_div, var
 from einscade.ir.verify import verify
 from einscade.passes.defer import Defer
@@ -188,15 +189,17 @@ def test_booleans_run_along() -> None:
     assert_equal(before, run(before, "exact").cascade, SIZES, tiles=(1, 3, 16))
 
 
-def test_a_step_of_one_point_adds_nothing_where_it_is_missing() -> None:
+@pytest.mark.parametrize("domain", ["m < L[b]", "m < L[b] & m <= p"])
+def test_a_step_of_one_point_adds_nothing_where_it_is_missing(domain: str) -> None:
     """The gradient of a bias that rows of a batch share, which have lengths of their own: a running sum passes over
-    what one row does not have."""
-    before = cascade("""
+    what one row does not have. What no row has is missing in the result."""
+    before = cascade(f"""
         cascade shared(Q[b,p,e], K[b,m,e], L[b]: i64, C[b,p]) -> O
           where b < B, p < P, m < M, e < 3
-          S[b,p,m] = sum(e) Q[b,p,e] * K[b,m,e]   if m < L[b]
+          S[b,p,m] = sum(e) Q[b,p,e] * K[b,m,e]   if {domain}
           O[p,m]   = sum(b) C[b,p] * exp(S[b,p,m])
     """)
     after = rewritten(before)
     assert any(s.scan for s in after.body)
+    assert existence(after)[1]["O"] == existence(before)[1]["O"]
     assert_equal(before, after, {"B": 4, "P": 3, "M": 9}, tiles=(1,))
