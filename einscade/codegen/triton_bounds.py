@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import sympy
-from sympy.logic.boolalg import And, Boolean
+from sympy.logic.boolalg import And, Boolean, Or
 
 from einscade.codegen.summaries import summary_of
 from einscade.codegen.triton_tile import TileWriter
@@ -94,6 +94,16 @@ class BoundsWriter(TileWriter):
         limits = [(b.index, b.limit) for r in self.row_names() if (b := self.scope.blocks[r]).limit is not None]
         return " & ".join(f"({index} < {limit})" for index, limit in limits)
 
+    def reached(self) -> Boolean:
+        """Whether a tile of two grid ranks may hold points of what its nest writes, by where it lies; true for nests
+        whose tile is along the loop."""
+        if not self.columns:
+            return sympy.true
+        placed = {*self.row_names(), *self.columns, *self.points, *self.cascade.symbols}
+        rows = [s.row for s in self.loop.statements if s.name in self.nest.outputs]
+        own = [And(*(c for c in conjuncts(row) if free_vars(c) <= placed and not c.has(Access))) for row in rows]
+        return Or(*(possible(c, self.edges()) for c in own)).xreplace(self.known)
+
     # -- the loops --
 
     def masked_predicate(self) -> Boolean:
@@ -115,7 +125,12 @@ class BoundsWriter(TileWriter):
         x, here, size = self.loop.coordinate, self.main, self.step_size
         if x is None:
             serial = self.nest.serial
-            here(f"for {serial} in range({self.host(self.cascade.extent(serial))}):")
+            steps = self.host(self.cascade.extent(serial))
+            if (reached := self.reached()) != sympy.true:
+                here("# none in a tile without points")
+                here(f"{serial}_stop = tl.where({scalar(reached, {})}, {steps}, 0)")
+                steps = f"{serial}_stop"
+            here(f"for {serial} in range({steps}):")
             self.write_call(2, states, call.format(masked=True))
             return
         edges, domain, lo = self.edges(), self.loop.domain, var(f"{x}_lo")

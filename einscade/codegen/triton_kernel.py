@@ -11,14 +11,17 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import sympy
+from sympy.logic.boolalg import Boolean
 
 from einscade.codegen.loops import SerialNest
 from einscade.codegen.schedule import Schedule
 from einscade.codegen.triton_bounds import BoundsWriter
 from einscade.codegen.triton_memory import Stored
 from einscade.codegen.triton_tile import Lines
-from einscade.codegen.triton_values import Local, value
+from einscade.codegen.triton_values import Local, Value, scalar, value
 from einscade.ir.expr import free_vars, var
 from einscade.passes.domains import span
 
@@ -60,6 +63,8 @@ class _KernelWriter(BoundsWriter):
 
     def write(self, stored: Stored) -> Kernel:
         self.write_head()
+        if not self.loop.body and (reached := self.reached()) != sympy.true:
+            self.write_empty(reached)
         self.statements(self.loop.prologue)
         for state in self.loop.states:
             ranks = self.state_ranks(state)
@@ -110,6 +115,17 @@ class _KernelWriter(BoundsWriter):
                 here(f"program = program // {_wrapped(extent)}")
         for r in self.widths:
             here(f"{r} = tl.arange(0, {self.scope.blocks[r].size})")
+
+    def write_empty(self, reached: Boolean) -> None:
+        """A tile without points is zeros, and done."""
+        self.main(f"if ~({scalar(reached, {})}):")
+        self.main.depth += 1
+        for s in self.loop.prologue:
+            if s.name in self.nest.outputs:
+                ranks = self.scope.dims(s.ranks)
+                self.store(replace(s, row=sympy.true), Value(f"tl.zeros({self.shape(ranks)}, tl.float32)", ranks))
+        self.main("return")
+        self.main.depth -= 1
 
     def tiled(self) -> tuple[tuple[str, int], ...]:
         """The grid ranks that a program has several points of, with how many, those of neighbouring programs first."""

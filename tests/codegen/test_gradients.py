@@ -46,6 +46,9 @@ CASES = {
     "dense bias of each head": HEAD.format(more=", A[b,h,p,m]: f64", domain="")
     + "  C[b,h,p,m]: f64 = S[b,h,p,m] + A[b,h,p,m]\n"
     + SOFTMAX.format(s="C[b,h,p,m]"),
+    "dense bias of each head, causal": HEAD.format(more=", A[b,h,p,m]: f64", domain="  if m <= p")
+    + "  C[b,h,p,m]: f64 = S[b,h,p,m] + A[b,h,p,m]\n"
+    + SOFTMAX.format(s="C[b,h,p,m]"),
     "dense bias of sequences with lengths": HEAD.format(more=", L[b]: i64, A[h,p,m]: f64", domain="  if m < L[b]")
     + "  C[b,h,p,m]: f64 = S[b,h,p,m] + A[h,p,m]\n"
     + SOFTMAX.format(s="C[b,h,p,m]"),
