@@ -21,9 +21,9 @@ import networkx as nx
 import sympy
 from sympy.logic.boolalg import And, Boolean
 
-from einscade.codegen.existence import existence
 from einscade.ir.cascade import Cascade, Einsum, Tensor
 from einscade.ir.expr import Access, accesses, free_vars, var
+from einscade.passes.existence import existence
 from einscade.passes.fusion import is_long
 from einscade.passes.terms import conjuncts
 
@@ -410,7 +410,7 @@ def _flagged(cascade: Cascade, name: str, condition: Boolean, outside: set[str])
     made = replace(made, domain=And(*rest, flag.output()))
     body = tuple(x for e in cascade.body for x in ((flag, made) if e.name == name else (e,)))
     cascade = cascade.replace(body=body)
-    points, _ = existence(cascade)
+    points = existence(cascade).points
 
     def reads_flag(e: Einsum) -> Einsum:
         implied = [c for c in conjuncts(points[e.name]) if any(a.tensor == flag.name for a in accesses(c))]

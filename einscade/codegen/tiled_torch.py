@@ -17,10 +17,7 @@ from einscade.codegen.grouping import Group, split_groups
 from einscade.codegen.loops import FlatNest, LoopProgram, SerialNest, flat, plan
 from einscade.codegen.schedule import Schedule
 from einscade.codegen.source import Source
-from einscade.codegen.tiles import (
-    existence,
-    tile_loop,
-)
+from einscade.codegen.tiles import tile_loop, whole_scans
 from einscade.codegen.torch_flat import FlatWriter
 from einscade.codegen.torch_serial import SerialWriter
 from einscade.codegen.torch_values import Name, python
@@ -59,7 +56,8 @@ class TorchModule:
         self.cascade = self.program.cascade
         self.schedule, self.in_place = schedule, in_place
         self.out = Lines()
-        self.points, self.results = existence(self.cascade)
+        found = whole_scans(self.cascade)
+        self.points, self.results = found.points, found.results
         self.acc = accumulation_dtype(self.cascade)
         self.device = f"{self.code(self.original.inputs[0].name)}.device" if self.original.inputs else '"cpu"'
         self.names: dict[str, Name] = {t.name: self.stored(t.name) for t in self.cascade.inputs}

@@ -22,16 +22,18 @@ from functools import cached_property
 import sympy
 from sympy.logic.boolalg import And, Boolean, Or
 
-from einscade.codegen.existence import existence
 from einscade.codegen.loops import SerialNest
+from einscade.codegen.source import Unsupported
 from einscade.ir.cascade import MONOIDS, Cascade, Einsum
 from einscade.ir.expr import Access, Expr, accesses, var
+from einscade.ir.text import print_expr
 from einscade.passes.domains import implied_limit
+from einscade.passes.existence import Existence, existence
 from einscade.passes.terms import conjuncts
 
 __all__ = [
-    "Finite", "State", "Statement", "TileLoop", "existence", "guarded", "may_be_infinite", "missing_value",
-    "reads_maxima", "tile_loop", "with_fills",
+    "Finite", "State", "Statement", "TileLoop", "guarded", "may_be_infinite", "missing_value", "reads_maxima",
+    "tile_loop", "whole_scans", "with_fills",
 ]  # fmt: skip
 
 
@@ -114,6 +116,19 @@ class TileLoop:
         return self.prologue + self.body + self.epilogue
 
 
+def whole_scans(cascade: Cascade) -> Existence:
+    """Where the points of a cascade exist, if every scan has all of its steps. Raises `Unsupported` else: a scan ends
+    at the first step that is missing, and what the emitters print would go on."""
+    found = existence(cascade)
+    if found.ended:
+        scan, condition = found.ended
+        raise Unsupported(
+            f"the scan {scan.name} has a step only if {print_expr(condition)}, and no values after one that is "
+            "missing: choose with Where, inside the expression, what such a step does"
+        )
+    return found
+
+
 # -- missing points ----------------------------------------------------------------------------------------------------
 
 
@@ -164,7 +179,8 @@ def tile_loop(cascade: Cascade, nest: SerialNest, clip: bool = True) -> TileLoop
 class _Builder:
     def __init__(self, cascade: Cascade, nest: SerialNest, clip: bool) -> None:
         self.cascade, self.nest, self.clip = cascade, nest, clip
-        self.points, self.results = existence(cascade)
+        found = whole_scans(cascade)
+        self.points, self.results = found.points, found.results
         self.taken = {*cascade.tensors, *cascade.rank_table, *cascade.symbols}
         self.step = self._step()
         self.coordinates = self._coordinates()

@@ -21,6 +21,7 @@ Semantics every layer agrees on (the interpreter is the definition):
   and its own point of the other ranks (or, where the statement reduces, at the reduced ranks); at `t = 0` that read
   gives `init`, and so does any other statement's read of a scan at -1: the value before the first step (and the last
   value of a scan without steps). `max`-, `sum`-like running values, states of linear attention, online softmax.
+  A step that is missing ends the scan: all after it read it. (Emitters refuse such a scan.)
 * `topk` reduces a rank to the *indices* of its k largest points (largest first; ties to the smaller index;
   missing points last), along a new rank `slot` of the output; k, the slot's extent, is at most the rank's. All k
   slots exist: one that names a missing point is for the reader's domain to drop.

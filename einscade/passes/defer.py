@@ -15,9 +15,10 @@ import sympy
 from sympy.logic.boolalg import Boolean
 
 from einscade.ir import Cascade, Einsum, Expr, Tensor, Where, accesses
+from einscade.passes.existence import Existence, existence
 from einscade.passes.rewrite import NotApplicable
 from einscade.passes.statements import Names, wide
-from einscade.passes.terms import conjoin, conjuncts, depends, existence, reduced_over, split_factors
+from einscade.passes.terms import conjoin, conjuncts, depends, reduced_over, split_factors
 
 __all__ = ["Defer", "guards"]
 
@@ -43,9 +44,7 @@ class Defer:
         return cascade.replace(body=tuple(body))
 
 
-def _deferred(
-    s: Einsum, names: Names, over: dict[str, frozenset[str]], points: Callable[[Expr], tuple[Boolean, ...]]
-) -> list[Einsum]:
+def _deferred(s: Einsum, names: Names, over: dict[str, frozenset[str]], points: Existence) -> list[Einsum]:
     if s.reduce is None or s.reduce.monoid != "sum" or s.scan is not None:
         return [s]
     ranks = s.reduce.ranks
@@ -62,13 +61,13 @@ def _deferred(
     if set(parts) == {sympy.Integer(1)}:
         return [s]
     # A point that one term misses is missing from all: what the other terms do not say themselves, they are told.
-    everywhere = [c for c in points(s.expr) if depends(c, ranks)]
+    everywhere = [c for c in conjuncts(points.of(s.expr)) if depends(c, ranks)]
     sums: list[Einsum] = []
     total: list[tuple[Boolean, Expr]] = []
     for factor, rests in parts.items():
         constant, inner = split_factors(sympy.Add(*rests), ranks)
         tensor = Tensor(names("N"), s.output.ranks, wide(s.output.dtype))
-        domain = conjoin([*conjuncts(s.domain), *(c for c in everywhere if c not in points(inner))])
+        domain = conjoin([*conjuncts(s.domain), *(c for c in everywhere if c not in conjuncts(points.of(inner)))])
         sums.append(Einsum(tensor, inner, s.reduce, domain))
         total.append((conjoin(guards(factor)), constant * factor * tensor()))
     if len(total) == 1:

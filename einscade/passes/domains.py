@@ -72,40 +72,39 @@ def extremes(expr: Expr, tiles: Ranges, data: Data = NO_DATA) -> tuple[Expr, Exp
 
 def possible(condition: Boolean, tiles: Ranges, data: Data = NO_DATA) -> Boolean:
     """False only where no point of the tile satisfies the condition."""
-    if isinstance(condition, (sympy.And, sympy.Or)):
-        return condition.func(*(possible(a, tiles, data) for a in condition.args))
-    if isinstance(condition, sympy.Not):
-        return sympy.Not(certain(condition.args[0], tiles, data))
-    if isinstance(condition, Access):
-        return data.get(condition, (sympy.false, sympy.true))[1]
-    difference = _nonnegative(condition)
-    if difference is not None:
-        ends = extremes(difference, tiles, data)
-        return sympy.true if ends is None else sympy.Ge(ends[1], 0)
-    if isinstance(condition, Relational) and (ends := extremes(_gap(condition), tiles, data)) is not None:
-        if isinstance(condition, sympy.Eq):
-            return sympy.And(sympy.Le(ends[0], 0), sympy.Ge(ends[1], 0))
-        return sympy.Or(sympy.Ne(ends[0], 0), sympy.Ne(ends[1], 0))
-    return sympy.false if condition == sympy.false else sympy.true
+    return _holds(condition, tiles, data, everywhere=False)
 
 
 def certain(condition: Boolean, tiles: Ranges, data: Data = NO_DATA) -> Boolean:
     """True only where every point of the tile satisfies the condition."""
+    return _holds(condition, tiles, data, everywhere=True)
+
+
+def _holds(condition: Boolean, tiles: Ranges, data: Data, everywhere: bool) -> Boolean:
+    """Whether the condition holds at some point, or at all; what is not known of it errs to the side of a tile that is
+    visited, and masked."""
+    unknown = sympy.false, sympy.true
+    end = 0 if everywhere else 1
     if isinstance(condition, (sympy.And, sympy.Or)):
-        return condition.func(*(certain(a, tiles, data) for a in condition.args))
+        return condition.func(*(_holds(a, tiles, data, everywhere) for a in condition.args))
     if isinstance(condition, sympy.Not):
-        return sympy.Not(possible(condition.args[0], tiles, data))
+        return sympy.Not(_holds(condition.args[0], tiles, data, not everywhere))
     if isinstance(condition, Access):
-        return data.get(condition, (sympy.false, sympy.true))[0]
+        return data.get(condition, unknown)[end]
     difference = _nonnegative(condition)
     if difference is not None:
         ends = extremes(difference, tiles, data)
-        return sympy.false if ends is None else sympy.Ge(ends[0], 0)
+        return unknown[end] if ends is None else sympy.Ge(ends[end], 0)
     if isinstance(condition, Relational) and (ends := extremes(_gap(condition), tiles, data)) is not None:
+        low, high = ends
         if isinstance(condition, sympy.Eq):
-            return sympy.And(sympy.Eq(ends[0], 0), sympy.Eq(ends[1], 0))
-        return sympy.Or(sympy.Gt(ends[0], 0), sympy.Lt(ends[1], 0))
-    return sympy.true if condition == sympy.true else sympy.false
+            if everywhere:
+                return sympy.And(sympy.Eq(low, 0), sympy.Eq(high, 0))
+            return sympy.And(sympy.Le(low, 0), sympy.Ge(high, 0))
+        if everywhere:
+            return sympy.Or(sympy.Gt(low, 0), sympy.Lt(high, 0))
+        return sympy.Or(sympy.Ne(low, 0), sympy.Ne(high, 0))
+    return condition if condition in (sympy.true, sympy.false) else unknown[end]
 
 
 def _gap(condition: Relational) -> Expr:

@@ -37,10 +37,11 @@ from einscade.ir import (
     var,
 )
 from einscade.passes.correction import Correction, derive, old
+from einscade.passes.existence import existence
 from einscade.passes.fusion import Carried, Loop, Plan, along, common_ranks, is_long, plan_loops
 from einscade.passes.rewrite import NotApplicable
 from einscade.passes.statements import Names, redirect, wide, without_unused
-from einscade.passes.terms import closure, conjoin, conjuncts, depends, existence, ordered, reads_outside_where
+from einscade.passes.terms import closure, conjoin, conjuncts, depends, ordered, reads_outside_where
 
 __all__ = ["Loops", "Online"]
 
@@ -334,7 +335,7 @@ class _Emit:
         """What a step of a single point adds. A reduction passes over points that are missing: there it is the
         identity, since a running value needs every step's. Conditions that do not move say where the result exists:
         they are its own, since only one branch of the `Where` reads what they came from."""
-        taken = dict.fromkeys((*conjuncts(domain), *existence(self.cascade)(expr)))
+        taken = dict.fromkeys((*conjuncts(domain), *conjuncts(existence(self.cascade).of(expr))))
         moving = [c for c in taken if depends(c, (self.m,))]
         if not moving:
             return Einsum(local, self._now(expr), domain=self._now(domain))

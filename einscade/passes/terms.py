@@ -6,7 +6,7 @@ Comes in: expressions and statements. Goes out: new ones; nothing here decides w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
 import sympy
@@ -20,7 +20,6 @@ __all__ = [
     "conjoin",
     "conjuncts",
     "depends",
-    "existence",
     "fold",
     "ordered",
     "reads_outside_where",
@@ -164,26 +163,3 @@ def reduced_over(cascade: Cascade) -> dict[str, frozenset[str]]:
         own = frozenset(s.reduce.ranks) if s.reduce else frozenset()
         found[s.name] = own.union(*(found.get(a.tensor, frozenset()) for a in s.reads))
     return found
-
-
-def existence(cascade: Cascade) -> Callable[[Expr], tuple[Boolean, ...]]:
-    """A function that gives the conditions under which everything exists that an expression always reads."""
-    known: dict[str, tuple[Boolean, ...]] = {}
-
-    def of(expr: Expr) -> tuple[Boolean, ...]:
-        found: dict[Boolean, None] = {}
-        for a in sorted(reads_outside_where(expr), key=sympy.default_sort_key):
-            made = cascade.definitions.get(a.tensor)
-            if made is not None and made.scan is None:
-                place = at(made, a)
-                found |= dict.fromkeys(c.xreplace(place) for c in conditions(made))
-        return tuple(found)
-
-    def conditions(made: Einsum) -> tuple[Boolean, ...]:
-        if made.name not in known:
-            inner = made.reduce.ranks if made.reduce else ()
-            everything = (*conjuncts(made.domain), *of(made.expr))
-            known[made.name] = tuple(dict.fromkeys(c for c in everything if not depends(c, inner)))
-        return known[made.name]
-
-    return of

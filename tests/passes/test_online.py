@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import sympy
 
-from einscade.codegen.existence import existence
 from einscade.ir import Cascade, ceil_div, var
 from einscade.ir.verify import verify
 from einscade.passes.defer import Defer
+from einscade.passes.existence import existence
 from einscade.passes.online import Loops, Online
 from einscade.passes.pipeline import run
 from einscade.passes.rewrite import NotApplicable
@@ -201,5 +201,5 @@ def test_a_step_of_one_point_adds_nothing_where_it_is_missing(domain: str) -> No
     """)
     after = rewritten(before)
     assert any(s.scan for s in after.body)
-    assert existence(after)[1]["O"] == existence(before)[1]["O"]
+    assert existence(after).results["O"] == existence(before).results["O"]
     assert_equal(before, after, {"B": 4, "P": 3, "M": 9}, tiles=(1,))

@@ -1,0 +1,82 @@
+"""Where the points of a cascade's Einsums exist, as predicates over their own rank variables.
+
+Comes in: a cascade. Goes out: for every Einsum, the predicate of the points it iterates over and that of its results,
+with the existence of what it reads written out ("Existence" in `ir.cascade` is what this says as predicates).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import sympy
+from sympy import Basic
+from sympy.logic.boolalg import And, Boolean, Not, Or
+
+from einscade.ir.cascade import Cascade, Einsum
+from einscade.ir.expr import Access, Where, free_vars, var
+from einscade.ir.intervals import decide, rank_ranges
+from einscade.passes.terms import conjuncts
+
+__all__ = ["Existence", "existence"]
+
+
+@dataclass(frozen=True)
+class Existence:
+    """`points`: of every Einsum, where the points that it iterates over exist; `results`: of every Einsum and input,
+    where its elements do; both over rank variables, a scan's previous value taken to exist (see `ended`)."""
+
+    cascade: Cascade
+    points: Mapping[str, Boolean]
+    results: Mapping[str, Boolean]
+
+    def of(self, expr: Basic) -> Boolean:
+        """Where everything exists that an expression reads; of a `Where` the branch that it takes."""
+        return _exists(self.cascade, self.results, expr)
+
+    @property
+    def ended(self) -> tuple[Einsum, Boolean] | None:
+        """A scan with the condition under which it has a step, where some step may be missing: what reads a missing
+        value is missing, so that there are no values after that. None where all scans have all steps."""
+        ranges = rank_ranges(self.cascade)
+        for e in self.cascade.body:
+            for c in conjuncts(self.results[e.name]) if e.scan else ():
+                if e.scan and e.scan.rank in free_vars(c) and decide(c, ranges) is not True:
+                    return e, c
+        return None
+
+
+def existence(cascade: Cascade) -> Existence:
+    """Where the points of a verified cascade exist."""
+    points: dict[str, Boolean] = {}
+    results: dict[str, Boolean] = {t.name: sympy.true for t in cascade.inputs}
+    for e in cascade.body:
+        reads = (_exists(cascade, results, x) for x in (*conjuncts(e.domain), e.expr))
+        points[e.name] = And(e.domain, *reads)
+        reduced = set(e.reduce.ranks) if e.reduce else set()
+        results[e.name] = And(*(c for c in conjuncts(points[e.name]) if not free_vars(c) & reduced))
+    return Existence(cascade, points, results)
+
+
+def _exists(cascade: Cascade, results: Mapping[str, Boolean], expr: Basic) -> Boolean:
+    """A tensor without a result yet is a scan that reads itself."""
+    parts = [_exists(cascade, results, a) for a in expr.args]
+    if isinstance(expr, Where):
+        return And(parts[0], _chosen(expr.args[0], *parts[1:]))
+    if isinstance(expr, (And, Or)) and any(p != sympy.true for p in parts):
+        deciding = expr.args if isinstance(expr, Or) else map(Not, expr.args)
+        return Or(And(*parts), *map(And, parts, deciding))
+    if isinstance(expr, Access) and results.get(expr.tensor, sympy.true) != sympy.true:
+        ranks = cascade.tensors[expr.tensor].ranks
+        parts.append(results[expr.tensor].xreplace(dict(zip(map(var, ranks), expr.index, strict=True))))
+    return And(*parts)
+
+
+def _chosen(condition: Boolean, yes: Boolean, no: Boolean) -> Boolean:
+    """`yes` where the condition holds, else `no`, each without what the condition implies."""
+    yes, no = _given(condition, yes), _given(Not(condition), no)
+    return yes if yes == no else Or(And(condition, yes), And(Not(condition), no))
+
+
+def _given(known: Boolean, predicate: Boolean) -> Boolean:
+    return And(*(c for c in conjuncts(predicate) if c not in conjuncts(known)))
