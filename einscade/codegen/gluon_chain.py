@@ -1,11 +1,11 @@
 """The Gluon emitter for loops with several products: gradients, as warp-specialised Hopper kernels.
 
-Comes in: a form. Goes out: the text of one kernel. The frame is that of `gluon.Module` (one warp loads, warpgroups own
-64 rows each); what differs is the iteration. With two products and two sums there are no registers to hold the next
-scores while the last weights are used. So an iteration goes through its statements in order: all products are issued,
-each weighted sum as soon as its weights exist, and waited for as late as possible; one warpgroup's products then run
-behind the other's arithmetic. The weights (a transposed tile of probabilities, say) stay in registers, as the left
-operand of the sum.
+Comes in: a form. Goes out: the text of one kernel. The frame is `gluon_frame`'s (one warp loads, warpgroups own 64
+rows each); the iteration differs from `gluon_overlap`'s. With two products and two sums there are no registers to hold
+the next scores while the last weights are used. So an iteration goes through its statements in order: all products are
+issued, each weighted sum as soon as its weights exist, and waited for as late as possible; one warpgroup's products
+then run behind the other's arithmetic. The weights (a transposed tile of probabilities, say) stay in registers, as the
+left operand of the sum.
 
 Where sums are rescaled (several softmaxes), a product is issued together with the sum before it: the tile of one
 score at a time is in registers, and a third warpgroup fits.
@@ -21,8 +21,8 @@ from functools import cached_property
 import sympy
 
 from einscade.codegen.base2 import Exp2
-from einscade.codegen.gluon import Module
 from einscade.codegen.gluon_form import Operand, WeightedSum
+from einscade.codegen.gluon_frame import Frame
 from einscade.codegen.gluon_plan import GROUP_ROWS, REGISTERS, SHARED, Load, Ring, Table
 from einscade.codegen.gluon_points import GLUON_DTYPES
 from einscade.codegen.gluon_text import call, function, indent, paren, wrapped
@@ -51,7 +51,7 @@ class Iteration:
     issued: set[str] = field(default_factory=set)
 
 
-class Chain(Module):
+class Chain(Frame):
     """One nest's kernel."""
 
     spilled = 0
@@ -286,13 +286,7 @@ class Chain(Module):
     def _load(self) -> str:
         names = ", ".join(x.name for x in (*self.stills, *self.rings))
         lines = [f'"""The loading warp: all of a program\'s tiles of {names}."""']
-        for x in self.stills:
-            lines += [
-                f"mbarrier.expect({x.name}_full, GROUPS * {x.name}_map.block_type.nbytes)",
-                "for group in gl.static_range(GROUPS):",
-                f"    at = {self._coordinates(x.operand, f'row + group * {GROUP_ROWS}')}",
-                f"    tma.async_copy_global_to_shared({x.name}_map, at, {x.name}_full, {x.name}_tile.index(group))",
-            ]
+        lines += [line for x in self.stills for line in self._copy_still(x)]
         lines += ["stage = 0", "phase = 1", *self._walk()]
         lines += indent(line for r in self._in_order() for line in self._copy_all(r))
         lines += indent(self._next_stage())

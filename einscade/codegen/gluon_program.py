@@ -17,9 +17,9 @@ from math import ceil, prod
 import sympy
 
 from einscade.codegen.cost import Lengths, crossed
-from einscade.codegen.gluon import IMPORTS
 from einscade.codegen.gluon_chain import Chain
 from einscade.codegen.gluon_form import Form, nest_form
+from einscade.codegen.gluon_frame import IMPORTS
 from einscade.codegen.gluon_plan import GROUP_ROWS
 from einscade.codegen.gluon_rows import row_sum, slice_sum
 from einscade.codegen.gluon_spread import ADD_TILE, Spread, SpreadChain, spread

@@ -14,6 +14,7 @@ from math import ceil
 import sympy
 
 from einscade.codegen.cost import Lengths
+from einscade.codegen.gluon_chain import Chain
 from einscade.codegen.gluon_form import Form
 from einscade.codegen.gluon_plan import GROUP_ROWS
 from einscade.codegen.gluon_tables import Tables
@@ -126,8 +127,6 @@ def _plan(shape: Form, schedule: Schedule) -> Tables | None:
     """The kernel under a schedule, if it fits on chip."""
     try:
         if schedule.in_order:
-            from einscade.codegen.gluon_chain import Chain  # which builds on the emitter that asks
-
             chain = Chain(shape, schedule)
             return None if chain.tables else chain
         plan = Tables(shape, schedule)

@@ -51,7 +51,8 @@ def existence(cascade: Cascade) -> Existence:
     points: dict[str, Boolean] = {}
     results: dict[str, Boolean] = {t.name: sympy.true for t in cascade.inputs}
     for e in cascade.body:
-        reads = (_exists(cascade, results, x) for x in (*conjuncts(e.domain), e.expr))
+        known = dict.fromkeys(conjuncts(e.domain), sympy.true)
+        reads = (_exists(cascade, results, x).xreplace(known) for x in (*conjuncts(e.domain), e.expr))
         points[e.name] = And(e.domain, *reads)
         reduced = set(e.reduce.ranks) if e.reduce else set()
         results[e.name] = And(*(c for c in conjuncts(points[e.name]) if not free_vars(c) & reduced))

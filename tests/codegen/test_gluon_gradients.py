@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from einscade.codegen import gluon
-from einscade.codegen.gluon import IMPORTS
 from einscade.codegen.gluon_form import Form, nest_form
+from einscade.codegen.gluon_frame import IMPORTS
 from einscade.codegen.gluon_program import emit, schedules
 from einscade.codegen.gluon_rows import row_sum
 from einscade.codegen.gluon_spread import spread

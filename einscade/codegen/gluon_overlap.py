@@ -1,0 +1,242 @@
+"""The Gluon emitter for one loop whose next scores are computed beside the last weights' sums: attention, forward.
+
+Comes in: a form and a schedule. Goes out: the text of a module. The product of the next scores is issued before the
+last weights meet their values, so that the elementwise part of one tile hides behind the tensor cores' work on another,
+and the warpgroups take turns at issuing, so that they do not do the same thing at the same time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from einscade.codegen.gluon_frame import Frame
+from einscade.codegen.gluon_plan import GROUP_ROWS, Ring
+from einscade.codegen.gluon_text import TURN, call, function, indent, paren
+
+__all__ = ["Overlapped"]
+
+
+class Overlapped(Frame):
+    """One nest's kernel."""
+
+    def _functions(self) -> list[str]:
+        turn = [TURN.strip("\n")] if self.groups > 1 else []
+        load = [self._load(), *map(self._reader, self.tables)]
+        return [*turn, self._place(), *load, self._weigh(), self._advance(), self._compute(), self._kernel()]
+
+    def _load(self) -> str:
+        early, late = [r for r in self.rings if r.early], [r for r in self.rings if not r.early]
+        names = [x.name for x in (*self.stills, *self.rings)]
+        doc = f'"""The loading warp: all of a program\'s tiles of {_listed(names)}, in the order they are read."""'
+        step = [
+            "next_stage = stage + 1",
+            "next_phase = phase",
+            "if next_stage == STAGES:",
+            "    next_stage = 0",
+            "    next_phase = phase ^ 1",
+        ]
+        first = ("next_stage", "next_phase") if self.resident else ("0", None)
+        lines = [
+            *(step if self.resident else []),
+            *(["tile = gl.load(visits) // 2"] if self.listed else []),
+            *(line for r in early for line in self._copy(r, self._at("tile", "end - 1"), *first)),
+        ]
+        lines += [line for x in self.stills for line in self._copy_still(x)]
+        lines += self._copy_tables(self._at("tile", "end - 1"), *first)
+        lines += [
+            *(["still_phase ^= 1", "stage = next_stage", "phase = next_phase"] if self.resident else []),
+            *([] if self.resident else ["stage = 0", "phase = 1"]),
+            "for visit in range(1, count):" if self.listed else "for tile in range(end - 1 - first):",
+            *(["    next_tile = gl.load(visits + visit) // 2"] if self.listed else []),
+            *indent(step),
+            *indent(
+                line
+                for r in early
+                for line in self._copy(r, self._at("next_tile", "end - 2 - tile"), "next_stage", "next_phase")
+            ),
+            *indent(self._copy_tables(self._at("next_tile", "end - 2 - tile"), "next_stage", "next_phase")),
+            *indent(line for r in late for line in self._copy(r, self._at("tile", "end - 1 - tile"), "stage", "phase")),
+            "    stage = next_stage",
+            "    phase = next_phase",
+            *(["    tile = next_tile"] if self.listed else []),
+            *self._take_place(),
+            *(line for r in late for line in self._copy(r, self._at("tile", "first"), "stage", "phase")),
+        ]
+        if self.resident:  # one before the first stage, none of which has been read
+            lines = ["stage = STAGES - 1", "phase = 0", "still_phase = 1", *self._each_place(lines, loads=True)]
+        return function("load", [*self._load_arguments(), *self._table_constants()], [doc, *lines])
+
+    def _at(self, listed: str, ranged: str) -> str:
+        """The row at which a tile begins: of the list, or of the range."""
+        return f"{paren(listed if self.listed else ranged)} * STEP"
+
+    def _turns(self) -> tuple[list[str], list[str]]:
+        return (["take_turn(group)"], ["pass_turn(group)"]) if self.groups > 1 else ([], [])
+
+    def _multiply(self, still: Callable[[Ring], str], stage: str, prefix: str) -> list[str]:
+        """All products with the tiles of a stage, issued."""
+        lines = []
+        seen: set[str] = set()
+        for x, score in zip(self.shape.products, self._score_names(), strict=True):
+            ring = self.ring(x.moving)
+            if ring.name not in seen:
+                lines.append(f"{ring.name}_tile = {self._view(ring, stage)}.permute([1, 0])")
+                seen.add(ring.name)
+            rows = still(next(r for r in self.stills if r.operand == x.still))
+            lines.append(
+                f"{prefix}{score} = warpgroup_mma({rows}, {ring.name}_tile, zero, use_acc=False, is_async=True)"
+            )
+        return lines
+
+    def _accumulate(self, stage: str, phase: str, prefix: str) -> list[str]:
+        """All weighted sums with the tiles of a stage, issued. What a product reads as well has been waited for."""
+        lines = []
+        seen: set[str] = set()
+        for x, name in zip(self.shape.sums, self._sum_names(), strict=True):
+            ring = self.ring(x.values)
+            if ring.name not in seen:
+                if not ring.early:
+                    lines.append(f"mbarrier.wait({ring.name}_full.index({stage}), {phase})")
+                lines.append(f"{ring.name}_{'rows' if ring.early else 'tile'} = {self._view(ring, stage)}")
+                seen.add(ring.name)
+            tile = f"{ring.name}_{'rows' if ring.early else 'tile'}"
+            weights = self.weight_names[x.weights]
+            lines.append(f"{prefix}{name} = warpgroup_mma({weights}, {tile}, {name}, is_async=True)")
+        return lines
+
+    def _advance(self) -> str:
+        scores, sums, states = self._score_names(), self._sum_names(), self._state_names()
+        weights = list(self.weight_names.values())
+        rescales = list(self.rescale_names.values())
+        early, late = [r for r in self.rings if not r.late], [r for r in self.rings if r.late]
+        turn, done = self._turns()
+        lines = [
+            '"""One iteration: the next scores are issued before the last weights meet their values."""',
+            *self._pack(),
+            "last_stage = stage",
+            "last_phase = phase",
+            *self._next_stage(),
+            *self._read_columns_early("MASKED"),
+            *(f"mbarrier.wait({r.name}_full.index(stage), phase)" for r in self.rings if r.early),
+            *self._read_columns_copied("stage"),
+            *turn,
+            *self._multiply(lambda still: f"{still.name}_tile", "stage", "next_"),
+            *self._accumulate("last_stage", "last_phase", "next_"),
+            *done,
+            *self._read_tables("stage", "phase"),
+            self._waited(len(sums), scores, [f"next_{s}" for s in scores]),
+            *(f"mbarrier.arrive({r.name}_empty.index(stage))" for r in early),
+            *self._leave_stills("last"),
+            call(
+                [*states, *rescales, *(f"next_{w}" for w in weights)],
+                "weigh",
+                [*scores, *states, "tile * STEP", *self._points(), *self._context(), "MASKED"],
+            ),
+            self._waited(0, [*sums, *weights], [*(f"next_{s}" for s in sums), *weights]),
+            *(f"mbarrier.arrive({r.name}_empty.index(last_stage))" for r in late),
+        ]
+        for name, factor in zip(sums, self.rescales, strict=True):
+            if factor is not None:
+                lines.append(f"{name} = {name} * gl.convert_layout({self.rescale_names[factor]}, RESULT_ROW)[:, None]")
+        lines.append(f"return {', '.join([*states, *sums, *(f'next_{w}' for w in weights), 'stage', 'phase'])}")
+        last = ["last"] if self.resident else []
+        constants = [*last, self._masked_argument(), *self._table_constants(), "group: gl.constexpr"]
+        return function("advance", [*self._advance_arguments(), *constants], lines)
+
+    def _pack(self) -> list[str]:
+        """The weights, which iterations hand on, in the form in which products read them: first of all where they are
+        read. With fewer than three warpgroups the compiler finds that by itself."""
+        if self.groups < 3:
+            return []
+        self.used.add("packed")
+        return [f"{name} = packed({name})" for name in self.weight_names.values()]
+
+    def _leave_stills(self, last: str) -> list[str]:
+        """Behind the last products of a place (`last`: whether these are they), the next place's operands may come."""
+        arrivals = [f"    mbarrier.arrive({x.name}_empty)" for x in self.stills]
+        return [f"if {last}:", *arrivals] if self.resident else []
+
+    def _running(self) -> list[str]:
+        """What an iteration takes from the one before."""
+        return [*self._state_names(), *self._sum_names(), *self.weight_names.values(), "stage", "phase"]
+
+    def _advance_arguments(self) -> list[str]:
+        left = [f"{x.name}_empty" for x in self.stills] if self.resident else []
+        always = ["tile", *self._running(), *self._tiles(), *left, *self._ring_barriers(), "zero", *self._context()]
+        return [*always, *self._table_arguments(always)] if self.tables else always
+
+    def _compute(self) -> str:
+        shape = self.shape
+        scores, sums, states = self._score_names(), self._sum_names(), self._state_names()
+        weights = list(self.weight_names.values())
+        rescales = list(self.rescale_names.values())
+        printer = self._printer("")
+        p_ = f"{shape.p}_"
+        doc = f'"""A warpgroup: {GROUP_ROWS} rows of {shape.p}, all of their loop, and what follows it."""'
+        turn, done = self._turns()
+        begun = ["if group == GROUPS - 1:", "    pass_turn(group)  # the first turn is the first warpgroup's"]
+        begun = begun if self.groups > 1 else []
+        stage, phase, still_phase = ("stage", "phase", "still_phase") if self.resident else ("0", "0", "0")
+        lines = [f"{p_} = row + group * {GROUP_ROWS} + gl.arange(0, {GROUP_ROWS}, ROW)"]
+        for x in self.loads:
+            if x.name is not None:
+                lines.append(f"{x.name} = {self._element(x.access, printer).code}")
+        lines += self._initial(printer)
+        lines.append("tile = gl.load(visits) // 2" if self.listed else "tile = end - 1")
+        lines += self._read_columns_early("True")
+        lines += self._next_stage() if self.resident else begun
+        lines += [f"mbarrier.wait({x.name}_full, {still_phase})" for x in self.stills]
+        lines += [f"{x.name}_rows = {self._view(x, 'group', still=True)}" for x in self.stills]
+        lines += [
+            *(f"mbarrier.wait({r.name}_full.index({stage}), {phase})" for r in self.rings if r.early),
+            *self._read_columns_copied(stage),
+            *turn,
+            *self._multiply(lambda still: f"{still.name}_rows", stage, ""),
+            *done,
+            self._waited(0, scores, scores),
+            *(f"mbarrier.arrive({r.name}_empty.index({stage}))" for r in self.rings if not r.late),
+            *self._leave_stills("count == 1" if self.listed else "tile == first"),
+            *self._read_tables(stage, phase),
+            call(
+                [*states, *rescales, *weights],
+                "weigh",
+                [*scores, *states, "tile * STEP", *self._points(), *self._context(), "True"],
+            ),
+            *([] if self.resident else ["stage = 0", "phase = 0"]),
+        ]
+        stills = {f"{x.name}_tile" for x in self.stills}
+        passed = [x.removesuffix("_tile") + "_rows" if x in stills else x for x in self._advance_arguments()]
+        if self.listed:
+            lines += [
+                "following = gl.load(visits + gl.minimum(1, count - 1))",
+                "for i in range(1, count):",
+                "    visit = following",
+                "    following = gl.load(visits + gl.minimum(i + 1, count - 1))",
+                "    tile = visit // 2",
+            ]
+        else:
+            lines += ["for _ in range(end - 1 - first):", "    tile -= 1"]
+        last = ["i == count - 1" if self.listed else "tile == first"] if self.resident else []
+        passed += [*last, self._edge(), *self._table_flags(), "group"]
+        lines += [
+            *indent(call(self._running(), "advance", passed).splitlines()),
+            *self._pack(),
+            *self._accumulate("stage", "phase", ""),
+            self._waited(0, [*sums, *weights], [*sums, *weights]),
+            *(f"mbarrier.arrive({r.name}_empty.index(stage))" for r in self.rings if r.late and self.resident),
+            *self._settle(),
+            *self._after(),
+            *(["tma.store_wait(0)  # of the rows before"] if self.resident and shape.written else []),
+        ]
+        for written in shape.written:
+            lines += self._store(written)
+        if self.resident:
+            lines.append("still_phase ^= 1")
+            lines = [*begun, "stage = STAGES - 1", "phase = 1", "still_phase = 0", *self._each_place(lines)]
+        lines.append("tma.store_wait(0)")
+        constants = [*self._table_constants(), "group: gl.constexpr"]
+        return function("compute", [*self._compute_arguments(), *constants], [doc, *lines])
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
