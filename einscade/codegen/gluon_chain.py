@@ -27,9 +27,9 @@ from einscade.codegen.gluon_plan import GROUP_ROWS, REGISTERS, SHARED, Load, Rin
 from einscade.codegen.gluon_points import GLUON_DTYPES
 from einscade.codegen.gluon_text import call, function, indent, paren, wrapped
 from einscade.codegen.gluon_values import Printer, Value
+from einscade.codegen.host import python
 from einscade.codegen.source import Unsupported
 from einscade.codegen.tiles import Statement
-from einscade.codegen.torch_values import python
 from einscade.ir.expr import Access, Expr, accesses, free_vars, var
 
 __all__ = ["Chain", "Iteration"]

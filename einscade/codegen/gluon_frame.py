@@ -17,8 +17,8 @@ from einscade.codegen.gluon_points import GLUON_DTYPES
 from einscade.codegen.gluon_tables import Tables
 from einscade.codegen.gluon_text import REDUCTIONS, TILE_MAP, call, function, indent, paren, wrapped
 from einscade.codegen.gluon_values import HELPERS, Printer
+from einscade.codegen.host import python
 from einscade.codegen.source import Unsupported
-from einscade.codegen.torch_values import python
 
 __all__ = ["IMPORTS", "Frame"]
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import sympy
 
 from einscade.codegen.gluon_text import function, wrapped
-from einscade.codegen.torch_values import python
+from einscade.codegen.host import python
 from einscade.ir.cascade import Cascade, Einsum
 from einscade.ir.expr import Access, Expr, free_vars, var
 

@@ -28,10 +28,10 @@ from einscade.codegen.gluon_form import Form, Operand, WeightedSum
 from einscade.codegen.gluon_plan import GROUP_ROWS, REGISTERS, SHARED
 from einscade.codegen.gluon_points import GLUON_DTYPES
 from einscade.codegen.gluon_values import Printer
+from einscade.codegen.host import python
 from einscade.codegen.schedule import Schedule
 from einscade.codegen.source import Unsupported
 from einscade.codegen.tiles import Statement
-from einscade.codegen.torch_values import python
 from einscade.ir.expr import Access, Expr, accesses, var
 from einscade.passes.terms import conjuncts
 

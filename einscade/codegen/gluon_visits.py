@@ -17,8 +17,8 @@ from sympy.logic.boolalg import Boolean, Or
 from einscade.codegen.gluon_points import Points
 from einscade.codegen.gluon_text import function, indent, paren, wrapped
 from einscade.codegen.gluon_values import Printer, Value
+from einscade.codegen.host import python
 from einscade.codegen.source import Unsupported
-from einscade.codegen.torch_values import python
 from einscade.ir.expr import Access, Expr, accesses, ceil_div, free_vars, var
 from einscade.passes.domains import certain, possible, span
 

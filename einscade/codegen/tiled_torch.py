@@ -14,13 +14,14 @@ from collections.abc import Mapping
 import sympy
 
 from einscade.codegen.grouping import Group, split_groups
+from einscade.codegen.host import python
 from einscade.codegen.loops import FlatNest, LoopProgram, SerialNest, flat, plan
 from einscade.codegen.schedule import Schedule
 from einscade.codegen.source import Source
 from einscade.codegen.tiles import tile_loop, whole_scans
 from einscade.codegen.torch_flat import FlatWriter
 from einscade.codegen.torch_serial import SerialWriter
-from einscade.codegen.torch_values import Name, python
+from einscade.codegen.torch_values import Name
 from einscade.codegen.torch_writer import TORCH_DTYPES, Lines
 from einscade.ir.cascade import Cascade
 from einscade.ir.expr import Expr, var

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import sympy
 from sympy.logic.boolalg import Boolean
 
+from einscade.codegen.host import number, python
 from einscade.codegen.matmul import Contraction
 from einscade.codegen.source import Unsupported
 from einscade.codegen.tiles import (
@@ -18,7 +19,7 @@ from einscade.codegen.tiles import (
     Statement,
     TileLoop,
 )
-from einscade.codegen.torch_values import Range, Value, align, exact_factor, number, python, value
+from einscade.codegen.torch_values import Range, Value, align, exact_factor, value
 from einscade.codegen.torch_writer import Lines, Writer
 from einscade.ir.expr import Expr, accesses, free_vars, var
 from einscade.passes.domains import certain, is_data_dependent, possible, span

@@ -14,12 +14,13 @@ from dataclasses import dataclass, field, replace
 import sympy
 from sympy.logic.boolalg import And, BooleanFalse, BooleanTrue, Not, Or
 
+from einscade.codegen.host import number
 from einscade.codegen.source import Unsupported
 from einscade.codegen.tiles import Finite
 from einscade.ir.expr import Access, Expr, FloorDiv, Mod, Round, Trunc, Where, free_vars
 
 __all__ = [
-    "ATOM", "COMPARISON", "Name", "Range", "Scope", "Value", "as_float", "exact_factor", "number", "python", "value",
+    "ATOM", "COMPARISON", "Name", "Range", "Scope", "Value", "align", "as_float", "exact_factor", "value",
 ]  # fmt: skip
 
 ATOM, PRODUCT, SUM, COMPARISON = 0, 1, 2, 3
@@ -89,82 +90,6 @@ class Scope:
 
     def sort(self, ranks: Sequence[str]) -> tuple[str, ...]:
         return tuple(sorted(dict.fromkeys(ranks), key=self.order.index))
-
-
-def number(x: Expr) -> str:
-    if x.is_Integer:
-        return str(int(x))
-    if x in (sympy.oo, -sympy.oo):
-        return "torch.inf" if x == sympy.oo else "-torch.inf"
-    if x == sympy.nan:
-        return "torch.nan"
-    return repr(float(x))
-
-
-def python(expr: Expr, names: Mapping[str, str] | None = None) -> str:
-    """A condition or bound over Python integers, as code. `names` renames variables."""
-    names = names or {}
-    if isinstance(expr, (BooleanTrue, BooleanFalse)):
-        return str(bool(expr))
-    if isinstance(expr, sympy.Symbol):
-        return names.get(expr.name, expr.name)
-    if expr.is_number:
-        return number(expr)
-    args = [python(a, names) for a in expr.args]
-    if isinstance(expr, (sympy.Max, sympy.Min)):
-        return f"{'max' if isinstance(expr, sympy.Max) else 'min'}({', '.join(args)})"
-    if isinstance(expr, FloorDiv):
-        if (up := _ceil_form(expr)) is not None:
-            return f"-(-{_wrap(python(up, names))} // {_wrap(args[1])})"
-        return f"{_wrap(args[0])} // {_wrap(args[1])}"
-    if isinstance(expr, Mod):
-        return f"{_wrap(args[0])} % {_wrap(args[1])}"
-    if isinstance(expr, sympy.Add):
-        return _difference(expr, names)
-    if isinstance(expr, sympy.Mul):
-        if expr.args[0] == -1:
-            return "-" + "*".join(map(_wrap, args[1:]))
-        return "*".join(map(_wrap, args))
-    if isinstance(expr, (And, Or)):
-        word = " and " if isinstance(expr, And) else " or "
-        return word.join(f"({a})" if isinstance(x, (And, Or)) else a for a, x in zip(args, expr.args, strict=True))
-    if isinstance(expr, Not):
-        return f"not ({args[0]})"
-    if isinstance(expr, sympy.core.relational.Relational):
-        return _compared(expr, names)
-    raise Unsupported(f"the bound {expr} cannot be computed on the host")
-
-
-def _ceil_form(expr: FloorDiv) -> Expr | None:
-    a, b = expr.args
-    return a - b + 1 if a.is_Add and not (a - b + 1).has(b) and not b.is_Integer else None
-
-
-def _wrap(code: str) -> str:
-    return (
-        code
-        if code.replace("_", "").isalnum() or (code.endswith(")") and code.startswith(("max(", "min(")))
-        else f"({code})"
-    )
-
-
-def _difference(expr: sympy.Add, names: Mapping[str, str]) -> str:
-    plus = [t for t in expr.args if not t.could_extract_minus_sign()]
-    minus = [-t for t in expr.args if t.could_extract_minus_sign()]
-    plus.sort(key=lambda t: (t.is_number, sympy.default_sort_key(t)))
-    text = " + ".join(python(t, names) for t in plus)
-    for t in minus:
-        code = python(t, names)
-        text += f" - {code if t.is_Atom or t.is_Mul else _wrap(code)}" if text else f"-{_wrap(code)}"
-    return text
-
-
-def _compared(expr: sympy.core.relational.Relational, names: Mapping[str, str]) -> str:
-    """`a <= b` with terms on the side where they are positive."""
-    difference = expr.lhs - expr.rhs
-    left = sympy.Add(*(t for t in sympy.Add.make_args(difference) if not t.could_extract_minus_sign()))
-    right = left - difference
-    return f"{python(left, names)} {expr.rel_op} {python(right, names)}"
 
 
 def exact_factor(expr: Expr) -> bool:

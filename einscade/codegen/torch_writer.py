@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 import sympy
 from sympy.logic.boolalg import Boolean
 
+from einscade.codegen.host import number
 from einscade.codegen.matmul import Contraction, contraction
 from einscade.codegen.source import Unsupported
 from einscade.codegen.tiles import (
     Statement,
 )
-from einscade.codegen.torch_values import COMPARISON, Name, Scope, Value, align, number, value
+from einscade.codegen.torch_values import COMPARISON, Name, Scope, Value, align, value
 from einscade.ir.cascade import MONOIDS
 from einscade.ir.expr import Access, Expr
 from einscade.ir.text import print_einsum
