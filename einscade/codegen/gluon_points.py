@@ -13,7 +13,7 @@ import sympy
 from sympy.logic.boolalg import Boolean
 
 from einscade.codegen.gluon_form import Operand
-from einscade.codegen.gluon_plan import COLUMN_DTYPES, GROUP_ROWS, Plan
+from einscade.codegen.gluon_plan import GROUP_ROWS, Plan
 from einscade.codegen.gluon_text import function, indent
 from einscade.codegen.gluon_values import Printer, Value
 from einscade.codegen.source import Unsupported
@@ -148,22 +148,6 @@ class Points(Plan):
     def _points(self) -> list[str]:
         """The tiles of tables, and the columns, that have been read."""
         return [f"{t.name}_points" for t in self.tables] + [c.name for c in self.early_columns]
-
-    def _read_columns_early(self, masked: str) -> list[str]:
-        """The reads of a tile's columns, as early as the tile is known."""
-        m = self.shape.m
-        printer = Printer((m,), {}, {m: Value(f"{m}_", (m,), "i")}, self._element, used=self.used)
-        addressed = [c for c in self.early_columns if not c.size]
-        always, masks = ([c for c in addressed if c.masks is x] for x in (False, True))
-        lines = [f"{m}_ = tile * STEP + gl.arange(0, STEP, COLUMN)"] if addressed else []
-        lines += [f"{c.name} = {self._address(c.access, printer)}" for c in always]
-        if not masks or masked == "True":
-            return lines + [f"{c.name} = {self._address(c.access, printer)}" for c in masks]
-        nothing = [
-            f"{c.name} = gl.full([STEP], 0, {COLUMN_DTYPES[self.dtype(c.access.tensor)]}, COLUMN)" for c in masks
-        ]
-        read = [f"{c.name} = {self._address(c.access, printer)}" for c in masks]
-        return [*lines, f"if {masked}:", *indent(read), "else:", *indent(nothing)]
 
     def _name_hoisted(self, printer: Printer) -> None:
         for t in self.tables:

@@ -10,63 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from einscade.codegen.gluon_places import Places
-from einscade.codegen.gluon_plan import COLUMN_DTYPES, GROUP_ROWS, Column, Table
+from einscade.codegen.gluon_columns import Columns
+from einscade.codegen.gluon_plan import GROUP_ROWS, Column, Table
 from einscade.codegen.gluon_points import GLUON_DTYPES
-from einscade.codegen.gluon_text import RUN_MAP, TABLE_MAP, function, indent
+from einscade.codegen.gluon_text import TABLE_MAP, function, indent
 from einscade.codegen.gluon_values import Printer, Value
 
 __all__ = ["Tables"]
 
 
-class Tables(Places):
-    """The tables of a module, and the columns that come as runs."""
-
-    # -- columns --
+class Tables(Columns):
+    """The tables of a module."""
 
     def _runs_and_tables(self) -> tuple[Column | Table, ...]:
         return (*self.copied_columns, *self.tables)
 
-    def _run_dtype(self, c: Column) -> str:
-        """What the ring holds: of booleans the bytes."""
-        dtype = self.dtype(c.access.tensor)
-        return "gl.uint8" if dtype == "bool" else COLUMN_DTYPES[dtype]
-
-    def _run_coordinates(self, c: Column, column: str) -> str:
-        """Where a tile's values begin, as the copy engine counts: a vector is a matrix of one row."""
-        printer = self._scalar_printer()
-        others = [printer.value(x).code for x in c.access.index[:-1]] or ["0"]
-        return f"[{', '.join([*others, column])}]"
-
-    def _run_maps(self) -> list[str]:
-        """On the host: the copy engine's views of the columns."""
-        maps = []
-        for c in self.copied_columns:
-            seen = self.name(c.access.tensor) + ("[None]" if len(c.access.index) == 1 else "")
-            seen += ".view(torch.uint8)" if self.dtype(c.access.tensor) == "bool" else ""
-            maps.append(f"run_map({seen}, {self.columns})")
-        return maps
-
-    def _allocate_runs(self) -> list[str]:
-        return [
-            f"{c.name}_tiles = gl.allocate_shared_memory({self._run_dtype(c)}, "
-            f"[STAGES, {'1, ' * max(1, len(c.access.index) - 1)}STEP], {c.name}_map.layout)"
-            for c in self.copied_columns
-        ]
-
-    def _read_columns_copied(self, stage: str) -> list[str]:
-        """A tile's columns from a stage whose keys have arrived."""
-        return [
-            f"{c.name} = {c.name}_tiles.index({stage})._reinterpret({self._run_dtype(c)}, [STEP], RUN).load(COLUMN)"
-            for c in self.copied_columns
-        ]
-
     def _maps(self) -> list[str]:
         """The functions that make the copy engine's views of them."""
-        tables = [TABLE_MAP.strip("\n")] if self.tables else []
-        return tables + ([RUN_MAP.strip("\n")] if self.copied_columns else [])
-
-    # -- tables --
+        return ([TABLE_MAP.strip("\n")] if self.tables else []) + super()._maps()
 
     def _table_flags(self) -> list[str]:
         return [f"{t.name}_COPIED" for t in self.tables]
@@ -148,8 +109,7 @@ class Tables(Places):
         return f"TABLE_{8 * t.size}"
 
     def _table_layouts(self) -> list[str]:
-        runs = ["RUN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))"] if self.copied_columns else []
-        return runs + [
+        return self._run_layouts() + [
             f"TABLE_{8 * size} = gl.constexpr(gl.NVMMASharedLayout({min(128, self.columns * size)}, {8 * size}, 2))"
             for size in sorted({t.size for t in self.tables})
         ]
