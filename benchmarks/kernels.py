@@ -26,8 +26,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from einscade.codegen.loops import plan
-from einscade.codegen.schedule import Schedule, candidates
+from einscade.codegen.schedule import Schedule
 from einscade.codegen.source import Source
+from einscade.codegen.space import candidates
 from einscade.codegen.triton_emit import emit
 from einscade.ir.device import Device
 from einscade.ir.text import parse_cascade

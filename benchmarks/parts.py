@@ -32,7 +32,8 @@ from benchmarks.decode import captured, copy_bandwidth, seconds
 from benchmarks.launch import noted_launches
 from einscade.codegen.loops import plan
 from einscade.codegen.parts import with_parts
-from einscade.codegen.schedule import Schedule, candidates
+from einscade.codegen.schedule import Schedule
+from einscade.codegen.space import candidates
 from einscade.codegen.triton_emit import emit
 from einscade.ir.device import Device
 from einscade.ir.text import parse_cascade

@@ -9,20 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from math import ceil, prod
-from typing import TYPE_CHECKING
 
 import sympy
 
 from einscade.codegen.loops import LoopProgram, SerialNest
+from einscade.codegen.schedule import Schedule
 from einscade.ir.analysis import BITS
 from einscade.ir.cascade import Cascade, Einsum
 from einscade.ir.device import Device
 from einscade.ir.expr import Access, Expr, FloorDiv, accesses, free_vars, var
 from einscade.passes.domains import is_data_dependent
 from einscade.passes.fusion import is_long
-
-if TYPE_CHECKING:
-    from einscade.codegen.schedule import Schedule
 
 __all__ = [
     "MOST_ROWS",

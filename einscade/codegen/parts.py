@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import ceil, prod
-from typing import TYPE_CHECKING
 
 import sympy
 
 from einscade.codegen.cost import Lengths, few_rows, step_bytes, tile_symbols, tiled_ranks
 from einscade.codegen.loops import LoopProgram, SerialNest
+from einscade.codegen.schedule import Schedule
 from einscade.ir.cascade import Cascade
 from einscade.ir.device import Device
 from einscade.ir.expr import Expr, FloorDiv, ceil_div, free_vars, var
@@ -23,9 +23,6 @@ from einscade.passes.domains import is_data_dependent
 from einscade.passes.online import Online
 from einscade.passes.rewrite import Rewrite
 from einscade.passes.split import Split
-
-if TYPE_CHECKING:
-    from einscade.codegen.schedule import Schedule
 
 __all__ = ["part_lengths", "parted", "split_rank", "with_parts"]
 

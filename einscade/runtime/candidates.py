@@ -15,8 +15,8 @@ from einscade.codegen.cost import Lengths, few_rows
 from einscade.codegen.loops import LoopProgram, plan
 from einscade.codegen.parts import parted, split_rank, with_parts
 from einscade.codegen.schedule import Schedule, target_of
-from einscade.codegen.schedule import candidates as schedules_for
 from einscade.codegen.source import Source, Unsupported
+from einscade.codegen.space import candidates as schedules_for
 from einscade.ir.cascade import Cascade
 from einscade.ir.device import Device
 from einscade.ir.text import parse_cascade

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from einscade.codegen.cost import tile_symbols
 from einscade.codegen.loops import LoopProgram, plan
 from einscade.codegen.parts import with_parts
-from einscade.codegen.schedule import Schedule, tile_symbols
+from einscade.codegen.schedule import Schedule
 from einscade.ir.cascade import Cascade
 from einscade.ir.expr import var
 from einscade.ir.text import parse_cascade

@@ -6,7 +6,7 @@ import pytest
 
 from einscade.codegen.cost import Lengths, few_rows, heads_in_groups, narrow_steps, row_ranks
 from einscade.codegen.loops import LoopProgram, plan
-from einscade.codegen.schedule import candidates
+from einscade.codegen.space import candidates
 from einscade.ir.device import H200
 from einscade.ir.text import parse_cascade
 from einscade.passes.differentiate import differentiate

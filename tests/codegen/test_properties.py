@@ -13,8 +13,9 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from einscade.codegen.cost import tile_symbols
 from einscade.codegen.loops import LoopProgram, flat, plan
-from einscade.codegen.schedule import Schedule, tile_symbols
+from einscade.codegen.schedule import Schedule
 from einscade.codegen.tiled_torch import emit
 from einscade.compiler.gradients import scan_free
 from einscade.ir import Cascade, Tensor

@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from einscade.codegen.cost import tile_symbols
 from einscade.codegen.loops import plan
-from einscade.codegen.schedule import Schedule, candidates, tile_symbols
+from einscade.codegen.schedule import Schedule
+from einscade.codegen.space import candidates
 from einscade.codegen.tiled_torch import emit, emit_flat
 from einscade.ir.device import Device
 from einscade.ir.interpret import interpret

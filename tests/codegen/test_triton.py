@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from einscade.codegen.cost import promises_no_spills, tile_symbols
 from einscade.codegen.loops import LoopProgram, plan
 from einscade.codegen.offline import SHARED_LIMITS, compile_offline
-from einscade.codegen.schedule import Schedule, candidates, promises_no_spills, tile_symbols
+from einscade.codegen.schedule import Schedule
 from einscade.codegen.source import Unsupported
+from einscade.codegen.space import candidates
 from einscade.codegen.tiled_torch import emit as emit_torch
 from einscade.codegen.triton_emit import emit
 from einscade.compiler.gradients import scan_free

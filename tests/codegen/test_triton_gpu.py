@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from einscade.codegen.loops import plan
-from einscade.codegen.schedule import candidates
+from einscade.codegen.space import candidates
 from einscade.codegen.triton_emit import emit
 from einscade.ir.device import Device
 from einscade.ir.interpret import interpret

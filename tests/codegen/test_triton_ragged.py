@@ -14,7 +14,7 @@ import pytest
 from einscade.codegen.cost import Lengths
 from einscade.codegen.offline import SHARED_LIMITS, compile_offline
 from einscade.codegen.parts import split_rank
-from einscade.codegen.schedule import candidates
+from einscade.codegen.space import candidates
 from einscade.codegen.triton_emit import emit
 from einscade.ir.device import A100, CPU, H200, MI300X, Device
 from tests.codegen.ragged import CASES, Case, paged, program, schedule, textbook

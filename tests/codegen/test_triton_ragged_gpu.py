@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from einscade.codegen.schedule import candidates
+from einscade.codegen.space import candidates
 from einscade.codegen.triton_emit import emit
 from einscade.ir.cascade import Cascade
 from einscade.ir.device import Device

@@ -13,8 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from einscade.codegen.cost import tile_symbols
 from einscade.codegen.loops import plan
-from einscade.codegen.schedule import Schedule, tile_symbols
+from einscade.codegen.schedule import Schedule
 from einscade.codegen.triton_emit import emit
 from einscade.ir.interpret import interpret
 from einscade.ir.text import parse_cascade

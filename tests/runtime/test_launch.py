@@ -23,8 +23,8 @@ from benchmarks import launch as benchmark
 from benchmarks.stub_device import hopper
 from einscade.codegen import gluon, triton_emit
 from einscade.codegen.loops import plan
-from einscade.codegen.schedule import candidates
 from einscade.codegen.source import Source
+from einscade.codegen.space import candidates
 from einscade.ir.device import A100, H200
 from einscade.ir.text import parse_cascade
 from einscade.runtime import call, kernels, launch, tuning
