@@ -222,6 +222,7 @@ def _power(n: int) -> int:
 
 
 def contractions(nest: SerialNest) -> list[Einsum]:
+    """The sums of the loop's body, scans apart."""
     return [e for e in nest.body if e.reduce and e.reduce.monoid == "sum" and not e.scan]
 
 

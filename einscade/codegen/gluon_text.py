@@ -5,7 +5,10 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Sequence
 
-__all__ = ["REDUCTIONS", "RUN_MAP", "TABLE_MAP", "TILE_MAP", "TURN", "call", "function", "indent", "paren", "wrapped"]
+__all__ = [
+    "REDUCTIONS", "RUN_MAP", "TABLE_MAP", "TILE_MAP", "TURN", "call", "function", "indent", "is_atomic",
+    "paren", "wrapped",
+]  # fmt: skip
 
 REDUCTIONS = {
     "row_parts": '''
@@ -100,15 +103,32 @@ def run_map(x: torch.Tensor, columns: int) -> TensorDescriptor:
 '''
 
 
+def is_atomic(code: str) -> bool:
+    """Whether the code binds as tightly as a name: no operator outside of brackets."""
+    depth = 0
+    for c in code:
+        if c in "([":
+            depth += 1
+        elif c in ")]":
+            depth -= 1
+        elif depth == 0 and not (c.isalnum() or c in '._"'):
+            return False
+    return True
+
+
 def paren(code: str) -> str:
-    return code if code.replace("_", "").isalnum() or code.startswith("-(-") else f"({code})"
+    """The code of a size as an operand: a name, a number and a quotient that is rounded up stand for themselves."""
+    rounded = code.startswith("-(-") and is_atomic(code[1:])
+    return code if code.replace("_", "").isalnum() or rounded else f"({code})"
 
 
 def indent(lines: Iterable[str]) -> list[str]:
+    """The lines of a block."""
     return ["    " + line for line in lines]
 
 
 def wrapped(text: str, depth: int) -> list[str]:
+    """Arguments over as many lines as they take, `depth` spaces deep."""
     pad = " " * depth
     return textwrap.wrap(text, 112, initial_indent=pad, subsequent_indent=pad + " ", break_long_words=False)
 

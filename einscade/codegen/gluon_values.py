@@ -15,6 +15,7 @@ import sympy
 from sympy.logic.boolalg import And, BooleanFalse, BooleanTrue, Not, Or
 
 from einscade.codegen.base2 import Exp2
+from einscade.codegen.gluon_text import is_atomic
 from einscade.codegen.source import Unsupported
 from einscade.codegen.tiles import Finite
 from einscade.ir.expr import Access, Expr, FloorDiv, Mod, Where
@@ -78,20 +79,7 @@ class Value:
 
     def atom(self) -> str:
         """The code where an operand is wanted."""
-        return self.code if _is_atomic(self.code) else f"({self.code})"
-
-
-def _is_atomic(code: str) -> bool:
-    """Whether the code binds as tightly as a name: no operator outside of brackets."""
-    depth = 0
-    for c in code:
-        if c in "([":
-            depth += 1
-        elif c in ")]":
-            depth -= 1
-        elif depth == 0 and not (c.isalnum() or c in '._"'):
-            return False
-    return True
+        return self.code if is_atomic(self.code) else f"({self.code})"
 
 
 @dataclass

@@ -69,6 +69,7 @@ def to_expr(poly: Poly) -> Expr:
 
 
 def constant(value: Number) -> Poly:
+    """The polynomial of that value; 0 has no monomials."""
     return {ONE: value} if value else {}
 
 
@@ -85,10 +86,12 @@ def add(a: Poly, b: Poly, times: Number = 1) -> Poly:
 
 
 def negate(a: Poly) -> Poly:
+    """-a."""
     return {m: -c for m, c in a.items()}
 
 
 def multiply(a: Poly, b: Poly) -> Poly:
+    """a * b."""
     total: Poly = {}
     for m, c in a.items():
         for n, d in b.items():
@@ -143,6 +146,7 @@ def divide(a: Poly, b: Poly) -> tuple[Poly, Poly]:
 
 
 def atoms(poly: Poly) -> set[Any]:
+    """What the polynomial is one in."""
     return {atom for m in poly for atom, _ in m}
 
 

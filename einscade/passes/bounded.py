@@ -23,6 +23,8 @@ __all__ = ["Bounded"]
 
 @dataclass(frozen=True)
 class Bounded:
+    """Normalisers with terms beside their sum, relative to the greatest term of all."""
+
     name: ClassVar[str] = "bounded"
     identity: ClassVar[str] = "n / (z + exp(a - g)) = n*exp(g - t) / (z*exp(g - t) + exp(a - t)) with t = Max(g, a)"
     exact: ClassVar[bool] = True

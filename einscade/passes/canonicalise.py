@@ -25,6 +25,8 @@ __all__ = ["Canonicalise"]
 
 @dataclass(frozen=True)
 class Canonicalise:
+    """One form for many spellings, in the order of stages that `apply` has."""
+
     name: ClassVar[str] = "canonicalise"
     identity: ClassVar[str] = "equal terms are one term; exp(x - g) / sum exp(x - g) = exp(x) / sum exp(x)"
     exact: ClassVar[bool] = True

@@ -25,6 +25,8 @@ __all__ = ["Defer", "guards"]
 
 @dataclass(frozen=True)
 class Defer:
+    """Factors that are themselves reduced over the summed rank leave their sums."""
+
     name: ClassVar[str] = "defer"
     identity: ClassVar[str] = "sum(m) a * x[m] = a * sum(m) x[m]"
     exact: ClassVar[bool] = True

@@ -121,6 +121,7 @@ def _nonnegative(condition: Boolean) -> Expr | None:
 
 
 def is_data_dependent(predicate: Boolean) -> bool:
+    """Whether the predicate reads a tensor."""
     return bool(predicate.has(Access))
 
 

@@ -30,6 +30,7 @@ MODERATE = -1e4
 
 
 def masks_to_domains(cascade: Cascade) -> Cascade:
+    """The cascade with every condition in its domains under which a reduced expression is the monoid's identity."""
     names = Names(cascade)
     body: list[Einsum] = []
     rows: dict[str, tuple[Einsum, Boolean, Expr]] = {}

@@ -20,6 +20,7 @@ __all__ = ["named"]
 
 
 def named(cascade: Cascade) -> Cascade:
+    """The cascade with names, and statements in an order, that follow from its structure alone."""
     ranks = _rank_names(cascade)
     tensors = _input_names(cascade, ranks)
     variables_ = {var(a): var(b) for a, b in ranks.items()}

@@ -48,6 +48,8 @@ __all__ = ["Loops", "Online"]
 
 @dataclass(frozen=True)
 class Online:
+    """Reductions that wait for each other, in one loop, where a correction of running values can be derived."""
+
     name: ClassVar[str] = "online"
     identity: ClassVar[str] = "f(x, G') = c(G, G') * f(x, G), so sum f(x, G') = c * sum f(x, G), with c derived"
     exact: ClassVar[bool] = True

@@ -46,6 +46,7 @@ def conjuncts(domain: Boolean) -> tuple[Boolean, ...]:
 
 
 def conjoin(parts: Iterable[Boolean]) -> Boolean:
+    """The domain in which all of the parts hold."""
     parts = tuple(dict.fromkeys(parts))
     if not parts:
         return sympy.true

@@ -8,6 +8,7 @@ import pytest
 import sympy
 from sympy.logic.boolalg import And, Not, Or
 
+from einscade.codegen.gluon_text import paren
 from einscade.codegen.host import python
 from einscade.codegen.source import Unsupported
 from einscade.ir.expr import Expr, FloorDiv, Mod, ceil_div, var
@@ -53,3 +54,16 @@ def test_names() -> None:
 def test_what_the_host_cannot_compute() -> None:
     with pytest.raises(Unsupported, match="cannot be computed on the host"):
         python(sympy.exp(a))
+
+
+SIZES = (n, a + 3, ceil_div(a, n + 1), ceil_div(a + b, 4), ceil_div(a, 4) + ceil_div(b, 4))
+
+
+@pytest.mark.parametrize("expr", SIZES, ids=str)
+def test_an_operand(expr: Expr) -> None:
+    """What the Gluon emitter multiplies and divides sizes by."""
+    for values in product((0, 1, 3, 7), repeat=3):
+        point = dict(zip("abn", values, strict=True))
+        size = int(expr.xreplace({var(k): sympy.Integer(v) for k, v in point.items()}))
+        operand = paren(python(expr))
+        assert eval(f"-(-{operand} // 4) * {operand}", {}, point) == -(-size // 4) * size
