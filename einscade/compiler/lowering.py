@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -24,10 +25,11 @@ from torch import fx
 from einscade.compiler import operators
 from einscade.compiler.capture import operations_of
 from einscade.compiler.regions import Output, Region
+from einscade.passes.statements import without_unused
 from einscade.runtime import device as machine
 from einscade.runtime.program import DTYPES, MemoryOrder, Program
 
-__all__ = ["Unlowerable", "check", "lower", "program_of"]
+__all__ = ["Unlowerable", "check", "lower", "program_of", "still_read"]
 
 aten = torch.ops.aten
 
@@ -40,6 +42,17 @@ def program_of(region: Region, recipe: str) -> Program:
     """The program of a region that has a cascade."""
     assert region.cascade is not None
     return Program(recipe, region.cascade, _memory_order(region))
+
+
+def still_read(region: Region) -> Region:
+    """The region with only the results that something reads: another region, put back before, may have given those
+    that both have."""
+    kept = tuple(o for o in region.outputs if o.node.users)
+    if region.cascade is None or kept == region.outputs:
+        return region
+    names = zip(region.cascade.outputs, region.outputs, strict=True)
+    cascade = region.cascade.replace(outputs=tuple(name for name, o in names if o in kept))
+    return replace(region, cascade=without_unused(cascade), outputs=kept)
 
 
 def lower(
@@ -76,7 +89,7 @@ def lower(
     _describe(made, region)
     for output, result in zip(region.outputs, results, strict=True):
         output.node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in inside)
-    for n in sorted(region.nodes, key=position.__getitem__, reverse=True):
+    for n in sorted(inside & position.keys(), key=position.__getitem__, reverse=True):
         if not n.users:
             gm.graph.erase_node(n)
     return values
@@ -117,12 +130,14 @@ def _place(region: Region) -> fx.Node:
     users = [u for o in region.outputs for u in o.node.users if u not in inside]
     if not users:
         raise Unlowerable("nothing reads its result")
-    begin = min(map(position.__getitem__, inside))
+    begin = min(position[n] for n in inside if n in position)  # another region may have taken some out
     writes = [n for n, at in position.items() if at > begin and _writes(n)]
     first = min((*users, *writes), key=position.__getitem__)
     for source in (sources := [*region.inputs, *(n for n in region.sizes.values() if isinstance(n, fx.Node))]):
         if source in inside:
             raise Unlowerable(f"it reads {source.name}, which is part of it")
+        if source not in position:
+            raise Unlowerable(f"it reads {source.name}, which became part of another site")
     late = _made_after(first, sources, position)
     for node in late:
         why = "needs its own result" if any(o.node in node.all_input_nodes for o in region.outputs) else None

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from einscade.compiler.capture import nested_graphs
-from einscade.compiler.lowering import Unlowerable, check, lower, program_of
+from einscade.compiler.lowering import Unlowerable, check, lower, program_of, still_read
 from einscade.compiler.regions import Region, find, is_weight
 from einscade.compiler.report import REWRITTEN, UNCHANGED, Site
 from einscade.runtime import progress
@@ -61,6 +61,7 @@ def rewrite(
         progress.step(done, len(found), region.module_path)
         if region.outputs and not any(o.node.users for o in region.outputs):
             continue  # a step of a region that was put back before
+        region = still_read(region)
         sites.append(_site(graph, region, recipe, needed[graph], within, placed))
     if found:
         progress.step(len(found), len(found), "")

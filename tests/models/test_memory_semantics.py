@@ -232,6 +232,24 @@ def test_two_regions_share_weights() -> None:
     assert_as_exact(einscade.optimize(model, inner="eager"), model, _qkv())
 
 
+def test_two_regions_share_scores_that_are_returned() -> None:
+    """Both regions have them as a result; the one that is put back first gives them."""
+
+    def shared(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        scores = q @ k.transpose(-1, -2)
+        return scores.softmax(-1) @ v, torch.sigmoid(scores) @ v, scores
+
+    _check(shared, *_qkv(), sites=2)
+
+
+def test_two_regions_share_weights_that_are_returned() -> None:
+    def shared(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        weights = torch.softmax(q @ k.transpose(-1, -2), -1)
+        return weights @ v, weights @ v.flip(2), weights
+
+    _check(shared, *_qkv(), sites=2)
+
+
 def test_one_attention_feeds_the_next() -> None:
     _check(lambda q, k, v: attention(attention(q, k, v), k, v), *_qkv(), sites=2)
 
