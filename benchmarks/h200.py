@@ -131,12 +131,12 @@ def ours(row: Row, checked: int, device: str) -> dict[str, Any]:
 
 def tuning(kernel: Kernel) -> dict[str, Any]:
     """What choosing a kernel took, and what was measured: `untuned` is the time of the cost model's choice, which runs
-    under EINSCADE_AUTOTUNE=0, over the best candidate's, `library` that of the library's call over the chosen one's.
-    None where one of the two was not measured."""
+    under EINSCADE_AUTOTUNE=0, over the best candidate's, `library` that of the library's best call over the chosen
+    one's. None where one of the two was not measured."""
     chosen = next((t for t in kernel.timings if (t.kind, t.schedule) == (kernel.candidate, kernel.schedule)), None)
     best = min((t.seconds for t in kernel.timings), default=0.0)
     guess = next((t.seconds for t in kernel.timings if t.rank == 0), None)
-    library = next((t.seconds for t in kernel.timings if t.kind == "library:sdpa"), None)
+    library = min((t.seconds for t in kernel.timings if t.kind.startswith("library:")), default=None)
     return {
         "compile_s": round(kernel.spent[0], 1),
         "measure_s": round(kernel.spent[1], 1),

@@ -24,7 +24,7 @@ from einscade.passes.differentiate import differentiate
 from einscade.passes.pipeline import run
 from einscade.passes.rewrite import NotApplicable
 from einscade.runtime.messages import first_line, warn_once
-from einscade.runtime.program import DTYPES, MemoryOrder, Program
+from einscade.runtime.program import DTYPES, Derivation, MemoryOrder, Program
 
 __all__ = ["Gradient", "gradient", "scan_free"]
 
@@ -120,13 +120,14 @@ def gradient(program: Program, needed: Sequence[bool]) -> Gradient:
     index = {name: i for i, name in enumerate(forward.outputs)}
     positions = {t.name: i for i, t in enumerate(base.inputs)}
     outputs = {out: positions[name] for name, out in reverse.gradients.items()}
+    adjoints = (*reverse.cotangents.items(), *reverse.gradients.items())
     return Gradient(
         forward=Program(program.recipe, forward, order).text,
         results=len(cascade.outputs),
         inputs=tuple(t.name for t in base.inputs),
         saved=tuple(index[name] for name in reverse.saved),
         saved_names=reverse.saved,
-        backward=Program(program.recipe, reverse.cascade),
+        backward=Program(program.recipe, reverse.cascade, derived=Derivation(forward, adjoints)),
         cotangents=tuple(reverse.cotangents.get(name) for name in base.outputs),
         wrt=tuple(outputs[out] for out in reverse.cascade.outputs),
         symbols=cascade.symbols,

@@ -17,6 +17,7 @@ import torch
 
 from einscade.compiler.operators import gradient_of
 from einscade.ir.cascade import Cascade
+from einscade.runtime.call import prepared
 from einscade.runtime.kernels import Kernel, build
 from einscade.runtime.program import Program
 from einscade.runtime.steps import StepRecord, measures
@@ -77,6 +78,15 @@ class Site:
             return None
         plan = gradient_of(self.program.text, self.differentiable)
         return plan.strategy + (f" ({plan.reason})" if plan.reason else "")
+
+    @property
+    def gradient_kernels(self) -> tuple[Kernel, ...]:
+        """The kernels that have made gradients so far, one for each bucket of sizes."""
+        if self.program is None or self.gradients is None:
+            return ()
+        backward = gradient_of(self.program.text, self.differentiable).backward
+        calls = [c for c in prepared() if c.program == backward and c.device == self.device]
+        return tuple(kernel for c in calls for kernel in c.kernels.values())
 
 
 @dataclass
@@ -176,6 +186,7 @@ def _group(sites: list[Site]) -> Iterable[str]:
     yield f"  kernel: {_kernel(kernel)}"
     if site.gradients:
         yield f"  gradients: {site.gradients}"
+        yield from (f"  gradients' kernel: {_kernel(k)}" for k in site.gradient_kernels)
 
 
 def _kernel(kernel: Kernel) -> str:

@@ -6,7 +6,7 @@ The bounds only tell a wrong kernel from a right one; how exact a right one has 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -23,15 +23,28 @@ _BOUNDS = {
 }
 
 
+_CANCELLED = 0.05
+"""The most of that scale where outputs are gradients: they are sums over long ranks, far smaller than what enters."""
+
+
 def disagreement(
-    outputs: Sequence[Tensor], trusted: Sequence[Tensor], inputs: Sequence[Tensor], empty_rows: bool = False
+    outputs: Sequence[Tensor],
+    trusted: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    empty_rows: bool = False,
+    cotangents: Collection[int] = (),
 ) -> str | None:
     """What is wrong with `outputs` if `trusted` is right: a shape, a value that is not finite, or the figures of an
     error that rounding does not explain. None where they agree. `empty_rows`: rows may have no points (a mask made of
-    data), which is 0 here and something else elsewhere, so rows of zeros are passed over."""
+    data), which is 0 here and something else elsewhere, so rows of zeros are passed over. `cotangents`: the places of
+    the inputs that all outputs are linear in, however small those are."""
     floats = [t for t in (*inputs, *trusted) if t.dtype in _BOUNDS]
     bound, floor = max((_BOUNDS[t.dtype] for t in floats), default=(0.0, 0.0))
-    scale = max((_rms(t) for t in inputs if t.dtype in _BOUNDS and t.numel()), default=0.0)
+    sizes = {i: _rms(t) for i, t in enumerate(inputs) if t.dtype in _BOUNDS and t.numel()}
+    scale = max((s for i, s in sizes.items() if i not in cotangents), default=0.0)
+    if cotangents:
+        floor = min(floor, _CANCELLED)
+        scale = max(scale, 1.0) * max((sizes.get(i, 0.0) for i in cotangents), default=0.0)
     for i, (got, expected) in enumerate(zip(outputs, trusted, strict=True)):
         if got.shape != expected.shape or got.dtype != expected.dtype:
             return f"output {i} is {got.dtype}{tuple(got.shape)}, not {expected.dtype}{tuple(expected.shape)}"

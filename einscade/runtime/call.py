@@ -75,7 +75,7 @@ class Call:
         """The kernel for a bucket that was not asked for before."""
         program = self.program
         named = dict(zip(program.cascade.symbols, sizes, strict=True))
-        kernel = build(program.cascade, program.recipe, self.device, named, program.out_order)
+        kernel = build(program.cascade, program.recipe, self.device, named, program.out_order, program.derived)
         self.kernels[bucket] = kernel
         return kernel
 

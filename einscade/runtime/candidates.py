@@ -7,8 +7,10 @@ at the end what needs nothing: one Einsum after another, whole, and the referenc
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 from einscade.codegen import tiled_torch
 from einscade.codegen.cost import Lengths, few_rows
@@ -18,18 +20,18 @@ from einscade.codegen.schedule import Schedule, target_of
 from einscade.codegen.source import Source, Unsupported
 from einscade.codegen.space import candidates as schedules_for
 from einscade.ir.cascade import Cascade
-from einscade.ir.device import Device
+from einscade.ir.device import CPU, Device
 from einscade.ir.text import parse_cascade
 from einscade.passes.pipeline import run
 from einscade.passes.recipes import recipe
-from einscade.runtime import library_call
+from einscade.runtime import library_call, library_gradient
 from einscade.runtime.library import NotInLibrary
 from einscade.runtime.messages import first_line, warn_once
 from einscade.runtime.modules import interpreted
 from einscade.runtime.program import MemoryOrder, Program
 from einscade.runtime.steps import StepRecord
 
-__all__ = ["LAST_RESORTS", "Candidate", "candidates"]
+__all__ = ["LAST_RESORTS", "Candidate", "candidates", "reference"]
 
 MOST_SCHEDULES = {"gluon": 4, "triton": 8, "tiled_torch": 3}
 """So many schedules of an emitter are written out; the cost model has put the likely ones first."""
@@ -39,12 +41,19 @@ BESIDE_PARTS = 2
 
 LAST_RESORTS = ("flat", "interpreter")
 
+ROOMY = replace(CPU, name="torch operations", shared=64 << 20)
+"""What a reference's tiles are chosen for: so large that launching torch's operations is not what takes the time."""
+
+LARGEST_REFERENCE = 1 << 35
+"""Of a tensor with more points than these no reference is made: about two seconds of a large GPU."""
+
 
 @dataclass(frozen=True)
 class Candidate:
     """One way to run a cascade. `symbols` are the sizes that it takes.
 
-    `kind`: "gluon", "triton", "tiled_torch", "library:sdpa", "flat" (every Einsum whole) or "interpreter".
+    `kind`: "gluon", "triton", "tiled_torch", "library:sdpa", of gradients "library:cudnn" and "library:flash", "flat"
+    (every Einsum whole) or "interpreter".
     """
 
     kind: str
@@ -69,6 +78,7 @@ def candidates(
     """
     form = _library_form(program, steps)
     calls = [] if form is None else [Candidate("library:sdpa", library_call.emit(form), Schedule(), form.symbols)]
+    calls += _library_gradients(program, device)
     last = _last_resorts(program.cascade, Schedule(target=target_of(device)))
     if device.kind == "cpu" and form is not None and library_call.one_query(form):
         return [*calls, *last]
@@ -84,6 +94,17 @@ def candidates(
         generated = _generated("tiled_torch", loops, orders, device, sizes)
     found = [*calls, *generated] if device.kind == "cpu" else [*generated, *calls]
     return [c for c in dict.fromkeys([*found, *last]) if not (deterministic and c.schedule.unordered)]
+
+
+def reference(program: Program, rewritten: Cascade, sizes: Mapping[str, int]) -> Candidate | None:
+    """The program in torch's operations, tile by tile, for any device: no candidate there, but one that candidates can
+    be held to. None where it has no such form, or would take too long."""
+    lengths = Lengths(program.cascade, sizes)
+    points = max(prod(map(lengths.rank, e.output.ranks)) for e in program.cascade.body)
+    if points > LARGEST_REFERENCE:
+        return None
+    found = _generated("tiled_torch", plan(rewritten), _renamed_orders(program, rewritten), ROOMY, sizes)
+    return found[0] if found else None
 
 
 def _in_parts(program: Program, loops: LoopProgram, device: Device, sizes: Mapping[str, int]) -> list[Candidate]:
@@ -157,6 +178,17 @@ def _library_form(program: Program, steps: Sequence[StepRecord]) -> Cascade | No
             continue
         masked.append(cascade)
     return masked[0] if masked else None
+
+
+def _library_gradients(program: Program, device: Device) -> list[Candidate]:
+    """The library's backward calls that compute the program, if it is a gradient of what has a forward call."""
+    found = []
+    for kind in library_gradient.kinds(device):
+        with contextlib.suppress(NotInLibrary):
+            source = library_gradient.emit(program, kind, device)
+            schedule = library_gradient.schedule(kind, target_of(device))
+            found.append(Candidate(f"library:{kind}", source, schedule, program.cascade.symbols))
+    return found
 
 
 def _renamed_orders(program: Program, rewritten: Cascade) -> MemoryOrder:

@@ -28,10 +28,10 @@ from einscade.passes.pipeline import run
 from einscade.passes.recipes import RECIPES
 from einscade.runtime import cache, launch, progress, tuning
 from einscade.runtime import device as machine
-from einscade.runtime.candidates import LAST_RESORTS, Candidate, candidates
+from einscade.runtime.candidates import LAST_RESORTS, Candidate, candidates, reference
 from einscade.runtime.messages import first_line, warn_once
 from einscade.runtime.modules import load
-from einscade.runtime.program import MemoryOrder, Program, parse_program
+from einscade.runtime.program import Derivation, MemoryOrder, Program, parse_program
 from einscade.runtime.steps import StepRecord
 from einscade.runtime.tuning import Timing
 
@@ -139,6 +139,8 @@ class Kernel:
             return
         given = {t.name for t in self.rewritten.inputs}
         empty_rows = any(a.tensor in given for e in self.rewritten.body for a in accesses(e.domain))
+        derived = self.program.derived
+        adjoints = {adjoint for _, adjoint in derived.adjoints} if derived else set()
         found = tuning.tune(
             self.program.cascade.name,
             self.candidates,
@@ -146,6 +148,8 @@ class Kernel:
             lambda c: self.compilations(c, inputs, sizes),
             inputs,
             empty_rows,
+            [i for i, t in enumerate(self.program.cascade.inputs) if t.name in adjoints],
+            None if tuning.has_trusted(self.candidates) else self._reference(sizes),
         )
         progress.finish()
         self._ready = None
@@ -157,6 +161,16 @@ class Kernel:
             self._drop(candidate, error)
         cache.DiskCache().put(self.address, _entry(self))
 
+    def _reference(self, sizes: Sequence[int]) -> Candidate | None:
+        """What the candidates are held to where none of them rests on torch's operations alone."""
+        if len(tuning.contenders(self.candidates)) < 2:
+            return None
+        try:
+            return reference(self.program, self.rewritten, dict(zip(self.program.cascade.symbols, sizes, strict=True)))
+        except Exception as error:  # it costs the check, not the result
+            warn_once(f"{self.program.cascade.name}: candidates are not checked ({first_line(error)})")
+            return None
+
 
 def _capturing(device: torch.device) -> bool:
     """Whether calls are being recorded for a CUDA graph: nothing may be measured or waited for then."""
@@ -164,12 +178,18 @@ def _capturing(device: torch.device) -> bool:
 
 
 def build(
-    cascade: Cascade, recipe: str, device: torch.device, sizes: Mapping[str, int], out_order: MemoryOrder = ()
+    cascade: Cascade,
+    recipe: str,
+    device: torch.device,
+    sizes: Mapping[str, int],
+    out_order: MemoryOrder = (),
+    derived: Derivation | None = None,
 ) -> Kernel:
-    """The kernel of a raised cascade under a recipe. Raises ValueError for an unknown recipe, and for a device that no
-    kernels are generated for. Under `torch.use_deterministic_algorithms(True)` it is one whose results do not depend on
-    the order in which programs run."""
-    text = Program(recipe, cascade, out_order).text
+    """The kernel of a raised cascade under a recipe; `out_order` and `derived` as in `Program`. Raises ValueError for
+    an unknown recipe, and for a device that no kernels are generated for. Under
+    `torch.use_deterministic_algorithms(True)` it is one whose results do not depend on the order in which programs
+    run."""
+    text = Program(recipe, cascade, out_order, derived).text
     return _build(text, machine.indexed(device), machine.bucket(sizes), torch.are_deterministic_algorithms_enabled())
 
 

@@ -34,7 +34,8 @@ class NotInLibrary(Exception):
 @dataclass(frozen=True)
 class Attention:
     """`query`, `key`, `value` are the accesses at ranks `batch`, `p`, `m`, `e`, `f`; `group` query heads (the last
-    batch rank) share a key head. `scale` and `bias` make scores of the contraction; `domain` is a set of conjuncts."""
+    batch rank) share a key head. `scale` and `bias` make scores of the contraction; `domain` is a set of conjuncts.
+    A row's weights are divided by `normaliser`, after `maximum`, where there is one, left their exponents."""
 
     query: Access
     key: Access
@@ -48,6 +49,8 @@ class Attention:
     scale: Expr
     bias: tuple[Expr, ...]
     domain: frozenset[Boolean]
+    normaliser: Access
+    maximum: Access | None
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class _Recogniser:
         self.check_normaliser(normalisers[0], weights, m, domain)
         if shift is not None:
             self.check_maximum(shift, scores, m, domain)
-        return self.shape_of(scores, values, m, domain, out)
+        return self.shape_of(scores, values, m, domain, out, normalisers[0], shift)
 
     def inline(self, expr: Expr | Boolean, domain: Boolean = sympy.true) -> _Read:
         """Pointwise statements replaced by what they compute, down to inputs and reductions."""
@@ -196,7 +199,16 @@ class _Recogniser:
         own = self.only(statement.reduce.ranks if statement.reduce else ())
         return {**_binding(statement, at), var(own): var(m)}
 
-    def shape_of(self, scores: Expr, value: Access, m: str, domain: frozenset[Boolean], out: Einsum) -> Attention:
+    def shape_of(
+        self,
+        scores: Expr,
+        value: Access,
+        m: str,
+        domain: frozenset[Boolean],
+        out: Einsum,
+        normaliser: Access,
+        maximum: Access | None,
+    ) -> Attention:
         terms = sympy.Add.make_args(scores)
         contracted = [t for t in terms if any(self.is_contraction(a) for a in t.atoms(Access))]
         if len(contracted) != 1:
@@ -229,7 +241,7 @@ class _Recogniser:
             unknown = free_vars(term) - {*batch, p, m} - set(self.cascade.symbols)
             if unknown or any(a.tensor not in self.inputs for a in term.atoms(Access)):
                 raise NotInLibrary("a bias or domain beyond query and key positions")
-        return Attention(query, key, value, batch, p, m, e, f, group, scale, bias, domain)
+        return Attention(query, key, value, batch, p, m, e, f, group, scale, bias, domain, normaliser, maximum)
 
     def is_contraction(self, access: Access) -> bool:
         definition = self.cascade.definitions.get(access.tensor)

@@ -17,7 +17,7 @@ from einscade.ir.expr import Access, Expr, FloorDiv, Mod, Where, free_vars, var
 from einscade.runtime.library import Attention, NotInLibrary, View, recognise
 from einscade.runtime.program import DTYPES
 
-__all__ = ["emit", "needs_mask", "one_query"]
+__all__ = ["Number", "Writer", "emit", "module", "needs_mask", "one_query"]
 
 
 def emit(cascade: Cascade) -> Source:
@@ -26,13 +26,13 @@ def emit(cascade: Cascade) -> Source:
     types = {cascade.tensors[x.tensor].dtype for x in (a.query, a.key, a.value)}
     if len(types) != 1 or not types <= {"f64", "f32", "f16", "bf16"}:
         raise NotInLibrary(f"queries, keys and values of types {', '.join(sorted(types))}")
-    return Source("torch", _Writer(cascade, a).text())
+    return Source("torch", Writer(cascade, a).text())
 
 
 def needs_mask(cascade: Cascade) -> bool:
     """Whether the call for a recognised cascade makes a mask tensor at every length. Raises NotInLibrary."""
     a = recognise(cascade)
-    return bool(a.bias) or (bool(a.domain) and _Writer(cascade, a).causal_offset() is None)
+    return bool(a.bias) or (bool(a.domain) and Writer(cascade, a).causal_offset() is None)
 
 
 def one_query(cascade: Cascade) -> bool:
@@ -40,7 +40,23 @@ def one_query(cascade: Cascade) -> bool:
     return bool(cascade.extent(recognise(cascade).p) == 1)
 
 
-class _Writer:
+def module(cascade: Cascade, lines: Sequence[str], before: str = "") -> str:
+    """A module whose `run` computes the cascade by these lines. `before`: functions that they call."""
+    symbols = list(cascade.symbols)
+    names = [t.name for t in cascade.inputs]
+    signature = ", ".join(names + (["*", *symbols] if symbols else []))
+    doc = "\n".join("    " + line for line in str(cascade).splitlines())
+    body = "\n".join("    " + line for line in lines)
+    return (
+        f'"""{cascade.name}: a call of torch\'s library, which computes this cascade\n\n{doc}\n"""\n\n'
+        f"import torch\n\n\n{before}"
+        f"def run({signature}) -> tuple[torch.Tensor, ...]:\n{body}\n"
+    )
+
+
+class Writer:
+    """Writes calls: operands as views in the library's layout, [batch, head, row, column]."""
+
     def __init__(self, cascade: Cascade, a: Attention) -> None:
         self.cascade, self.a = cascade, a
         self.axes = (*a.batch, a.p, a.m)
@@ -61,47 +77,43 @@ class _Writer:
         ]
         self.mask()
         heads = ", enable_gqa=True" if a.group > 1 else ""
-        scale = _Number().code(a.scale)
+        scale = Number().code(a.scale)
         self.lines.append(
             f"{self.out} = torch.nn.functional.scaled_dot_product_attention({self.q}, {self.k}, {self.v}, "
             f"attn_mask={self.mask_name}, is_causal={self.causal}, scale={scale}{heads})"
         )
         self.lines.append(f"return ({self.result()},)")
-        symbols = list(self.cascade.symbols)
-        names = [t.name for t in self.cascade.inputs]
-        signature = ", ".join(names + (["*", *symbols] if symbols else []))
-        doc = "\n".join("    " + line for line in str(self.cascade).splitlines())
-        body = "\n".join("    " + line for line in self.lines)
-        return (
-            f'"""{self.cascade.name}: a call of torch\'s library, which computes this cascade\n\n{doc}\n"""\n\n'
-            "import torch\n\n\n"
-            f"def run({signature}) -> tuple[torch.Tensor, ...]:\n{body}\n"
-        )
+        return module(self.cascade, self.lines)
 
-    def operand(self, access: Access, ranks: tuple[str, ...]) -> str:
-        """The tensor as [batch, head, row, column]: dimensions in the call's order, made four."""
+    def operand(self, access: Access, ranks: tuple[str, ...], shared: bool = False) -> str:
+        """The tensor as [batch, head, row, column]: dimensions in the call's order, made four. `shared`: heads that
+        the tensor does not have stay one head."""
         view = View.of(access)
         divided = any(i.has(FloorDiv) for i in access.index)
-        extent, own = self.cascade.extent, self.cascade.tensors[access.tensor].ranks
-        whole = all(not i.is_Symbol or extent(i.name) == extent(r) for i, r in zip(access.index, own, strict=True))
-        if view.is_plain and whole and len(view.steps) == len(access.index):  # else a dimension of 1 is read at 0
+        if self.is_permutation(access):
             dims = {steps[0][0]: rank for rank, steps in view.steps}
             code = self.aligned(access.tensor, [dims[d] for d in sorted(dims)], ranks)
         else:
             code = self.strided(access.tensor, view, ranks, divided)
         batch = len(ranks) - 2
-        sizes = [_Number().code(self.cascade.extent(r)) for r in self.a.batch]
+        sizes = [Number().code(self.cascade.extent(r)) for r in self.a.batch]
         if batch > 2:
-            if divided:
+            if divided or shared:
                 sizes[-1] = "-1"
             return f"{code}.expand({', '.join(sizes)}, -1, -1).flatten(0, {batch - 2})"
         if batch < 2:
             return f"{code}[{'None, ' * (2 - batch)}...]"
-        missing = [r not in view.ranks for r in self.a.batch]
+        missing = [r not in view.ranks and not (shared and r == self.a.batch[-1]) for r in self.a.batch]
         if any(missing):
             sizes = [n if m else "-1" for n, m in zip(sizes, missing, strict=True)]
             code += f".expand({', '.join(sizes)}, -1, -1)"
         return code
+
+    def is_permutation(self, access: Access) -> bool:
+        """Whether the access reads all of its tensor, each dimension along a rank of its own."""
+        view, extent, own = View.of(access), self.cascade.extent, self.cascade.tensors[access.tensor].ranks
+        whole = all(not i.is_Symbol or extent(i.name) == extent(r) for i, r in zip(access.index, own, strict=True))
+        return view.is_plain and whole and len(view.steps) == len(access.index)  # else a dimension of 1 is read at 0
 
     def strided(self, tensor: str, view: View, ranks: tuple[str, ...], divided: bool) -> str:
         """The view by its sizes and strides, where dimensions of the tensor are split among ranks."""
@@ -113,9 +125,7 @@ class _Writer:
                 sizes.append("1")
                 strides.append("0")
                 continue
-            sizes.append(
-                _Number().code(FloorDiv(extent, self.a.group) if divided and r == self.a.batch[-1] else extent)
-            )
+            sizes.append(Number().code(FloorDiv(extent, self.a.group) if divided and r == self.a.batch[-1] else extent))
             strides.append(" + ".join(self.step(tensor, d, c) for d, c in steps[r]))
         offset = " + ".join([f"{tensor}.storage_offset()", *(self.step(tensor, d, c) for d, c in view.start)])
         return f"{tensor}.as_strided(({', '.join(sizes)}), ({', '.join(strides)}), {offset})"
@@ -143,8 +153,8 @@ class _Writer:
         elif offset == 0 and not a.bias:
             self.lines.append(f"{mask}, {causal} = None, True")
         elif offset is not None and not a.bias:
-            m = _Number().code(self.cascade.extent(a.m))
-            self.lines.append(f"{self.offset} = {_Number().code(offset)}")
+            m = Number().code(self.cascade.extent(a.m))
+            self.lines.append(f"{self.offset} = {Number().code(offset)}")
             self.lines.append(f"{mask}, {causal} = None, {self.offset} == 0")
             self.lines.append(f"if not {causal} and {self.offset} < {m} - 1:  # torch knows the top-left triangle only")
             before = len(self.lines)
@@ -167,7 +177,7 @@ class _Writer:
         batch = len(self.a.batch)
         if batch <= 2:
             return code
-        sizes = [_Number().code(self.cascade.extent(r)) for r in self.axes]
+        sizes = [Number().code(self.cascade.extent(r)) for r in self.axes]
         return f"({code}).expand({', '.join(sizes)}).flatten(0, {batch - 2})"
 
     def causal_offset(self) -> Expr | None:
@@ -192,7 +202,7 @@ class _Writer:
         if rank not in self.ranges:
             shape = ["1"] * len(self.axes)
             shape[self.axes.index(rank)] = "-1"
-            extent = _Number().code(self.cascade.extent(rank))
+            extent = Number().code(self.cascade.extent(rank))
             self.lines.append(f"{rank}_ = torch.arange({extent}, device={self.q}.device).view({', '.join(shape)})")
             self.ranges[rank] = f"{rank}_"
         return self.ranges[rank]
@@ -204,7 +214,7 @@ class _Writer:
         if batch < 2:
             code = f"{self.out}[{', '.join(['0'] * (2 - batch))}]"
         elif batch > 2:
-            sizes = ", ".join(_Number().code(self.cascade.extent(r)) for r in a.batch[:-1])
+            sizes = ", ".join(Number().code(self.cascade.extent(r)) for r in a.batch[:-1])
             code = f"{self.out}.unflatten(0, ({sizes}))"
         made = (*a.batch, a.p, a.f)
         order = [made.index(r) for r in self.cascade.tensors[self.cascade.outputs[0]].ranks]
@@ -214,7 +224,7 @@ class _Writer:
         return code if out.dtype == self.cascade.tensors[a.query.tensor].dtype else f"{code}.to({DTYPES[out.dtype]})"
 
 
-class _Number:
+class Number:
     """Expressions over sizes as Python."""
 
     infix = {sympy.Add: " + ", sympy.Mul: " * "}  # noqa: RUF012
@@ -255,10 +265,10 @@ class _Number:
 _COMPARISONS = {sympy.Le: "<=", sympy.Lt: "<", sympy.Ge: ">=", sympy.Gt: ">", sympy.Eq: "==", sympy.Ne: "!="}
 
 
-class _Elementwise(_Number):
+class _Elementwise(Number):
     """Expressions over query and key positions as broadcasting torch code."""
 
-    def __init__(self, writer: _Writer) -> None:
+    def __init__(self, writer: Writer) -> None:
         self.writer = writer
 
     def symbol(self, name: str) -> str:

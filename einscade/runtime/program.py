@@ -8,6 +8,15 @@ The first line is the recipe and, after `->`, the ranks in memory order (outermo
 stored in the order of its own ranks. The rest is the cascade's text. This is what the operator in a graph carries, so
 that a graph with it needs nothing else. There it is one line, with `;;` for the ends of lines: compilers quote a
 graph's constants in comments of what they generate.
+
+A gradient also says what it is the gradient of, so that a library's backward call can stand in for it:
+
+    exact
+    cascade attention_gradient(Q[b,h,p,e]: f32, ..., dO[b,h,p,f]: f32) -> dQ, dK, dV
+      ...
+    derived O by dO, Q by dQ, K by dK, V by dV
+    cascade attention(Q[b,h,p,e]: f32, ...) -> O, G, R
+      ...
 """
 
 from __future__ import annotations
@@ -26,7 +35,7 @@ from einscade.ir.cascade import Cascade
 from einscade.ir.expr import Expr, FloorDiv, Mod
 from einscade.ir.text import parse_cascade, print_cascade
 
-__all__ = ["DTYPES", "MemoryOrder", "Program", "parse_program", "remember"]
+__all__ = ["DTYPES", "Derivation", "MemoryOrder", "Program", "parse_program", "remember"]
 
 DTYPES: Mapping[str, torch.dtype] = {
     "f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16,
@@ -41,18 +50,37 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
+class Derivation:
+    """What a gradient was derived from. `forward` is the cascade that runs forward, whose outputs are its results and
+    what the gradient reads besides; what both cascades have goes by one name. `adjoints` are pairs of a result of
+    `forward` or an input of it, and the gradient's input or output that is its gradient."""
+
+    forward: Cascade
+    adjoints: tuple[tuple[str, str], ...]
+
+    @property
+    def text(self) -> str:
+        pairs = ", ".join(f"{name} by {adjoint}" for name, adjoint in self.adjoints)
+        return f"derived {pairs}\n{print_cascade(self.forward)}"
+
+
+@dataclass(frozen=True)
 class Program:
-    """`out_order`: pairs of an output and its ranks in memory order, outermost first; rank order where not named."""
+    """`out_order`: pairs of an output and its ranks in memory order, outermost first; rank order where not named.
+    `derived`: of a gradient, what it is the gradient of."""
 
     recipe: str
     cascade: Cascade
     out_order: MemoryOrder = ()
+    derived: Derivation | None = None
 
     @cached_property
     def text(self) -> str:
         orders = ", ".join(f"{name}[{','.join(ranks)}]" for name, ranks in self.out_order)
-        lines = self.recipe + (f" -> {orders}" if orders else "") + "\n" + print_cascade(self.cascade)
-        return lines.strip().replace("\n", LINE_END)
+        parts = [self.recipe + (f" -> {orders}" if orders else ""), print_cascade(self.cascade).strip()]
+        if self.derived is not None:
+            parts.append(self.derived.text.strip())
+        return "\n".join(parts).replace("\n", LINE_END)
 
     def check(self, inputs: Sequence[torch.Tensor], sizes: Sequence[int]) -> None:
         """Raises ValueError where an input's shape, dtype or device is not what the cascade says for these sizes."""
@@ -133,12 +161,24 @@ def _parse(text: str) -> Program:
     if not newline:
         raise ValueError(f"not a program: {text[:60]!r} has a recipe but no cascade")
     recipe, _, orders = header.partition(" -> ")
+    body, _, origin = body.partition("\nderived ")
     cascade = parse_cascade(body)
     out_order = tuple((n, tuple(r.split(","))) for n, r in re.findall(r"(\w+)\[([^\]]*)\]", orders))
     for name, ranks in out_order:
         if name not in cascade.outputs or sorted(ranks) != sorted(cascade.tensors[name].ranks):
             raise ValueError(f"program: {name}[{','.join(ranks)}] does not order the ranks of an output")
-    return Program(recipe, cascade, out_order)
+    return Program(recipe, cascade, out_order, _derivation(cascade, origin) if origin else None)
+
+
+def _derivation(cascade: Cascade, text: str) -> Derivation:
+    pairs, _, body = text.partition("\n")
+    forward = parse_cascade(body)
+    adjoints = tuple(re.findall(r"(\w+) by (\w+)", pairs))
+    known = {*cascade.outputs, *(t.name for t in cascade.inputs)}
+    for name, adjoint in adjoints:
+        if name not in forward.tensors or adjoint not in known:
+            raise ValueError(f"program: {adjoint} is not the gradient of {name} in what it is derived from")
+    return Derivation(forward, adjoints)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -2,9 +2,9 @@
 
 Comes in: candidates, likely ones first, and a way to run one. Goes out: a `Tuned`: their order, the times, and what
 failed. What has to be compiled is, side by side, before anything is measured. Every candidate is held to the outputs of
-one that rests on none of our code, then timed; those that are close to the best are timed again, in turns, so that a
-busy moment of the machine is nobody's loss. The first candidate, the cost model's choice, stays first unless another
-beats it by more than measurements are off.
+one that rests on none of our code, or on torch's operations alone, then timed; those that are close to the best are
+timed again, in turns, so that a busy moment of the machine is nobody's loss. The first candidate, the cost model's
+choice, stays first unless another beats it by more than measurements are off.
 
 `EINSCADE_AUTOTUNE=0` turns all of it off: the cost model decides.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ from einscade.runtime.agreement import disagreement
 from einscade.runtime.ahead import side_by_side
 from einscade.runtime.candidates import LAST_RESORTS, Candidate
 
-__all__ = ["Timing", "Tuned", "contenders", "enabled", "tune"]
+__all__ = ["Timing", "Tuned", "contenders", "enabled", "has_trusted", "tune"]
 
 SECONDS = 15.0
 """No measurement is started after so long: with what is under way a site is tuned within 20."""
@@ -55,7 +55,8 @@ LEAST_SECONDS = 1e-3
 MOST_CALLS = 50
 
 TRUSTED = ("library:sdpa", "tiled_torch")
-"""The kinds that others are checked against before they are timed: torch's own code, then code of torch operations."""
+"""The kinds that others are checked against before they are timed: torch's own code, then code of torch operations. A
+library's backward call is none of them: it computes what a gradient was derived from, not what the gradient says."""
 
 Run = Callable[[Candidate], tuple[Tensor, ...]]
 
@@ -101,6 +102,10 @@ def contenders(candidates: Sequence[Candidate]) -> list[Candidate]:
     return [c for c in candidates if c.kind not in LAST_RESORTS]
 
 
+def has_trusted(candidates: Sequence[Candidate]) -> bool:
+    return any(c.kind in TRUSTED for c in candidates)
+
+
 def tune(
     name: str,
     candidates: Sequence[Candidate],
@@ -108,8 +113,12 @@ def tune(
     compilations: Compilations,
     inputs: Sequence[Tensor],
     empty_rows: bool,
+    cotangents: Collection[int] = (),
+    reference: Candidate | None = None,
 ) -> Tuned:
-    """The candidates' order for inputs like these. `name` is for the progress line; `empty_rows` as in `disagreement`.
+    """The candidates' order for inputs like these. `name` is for the progress line; `empty_rows` and `cotangents` as in
+    `disagreement`. `reference`: what candidates are held to where none of them can be trusted; one that none of them
+    agrees with decides nothing.
 
     A candidate for which the memory does not suffice, or the time, is not measured, but has not failed either.
     """
@@ -123,8 +132,12 @@ def tune(
         compiled = time.perf_counter()
         end = start + SECONDS
         trusted = _trusted(competing, run, failures)
+        disputed: dict[Candidate, Exception] = {}
         if trusted is not None:  # warm now, and known if the time runs out
             seconds[trusted[0]] = _timed(partial(run, trusted[0]), device)
+        elif reference is not None:
+            with contextlib.suppress(Exception):
+                trusted = reference, run(reference)
         untried = [c for c in competing if c not in seconds and c not in failures and c not in late]
         for candidate in untried:
             if time.perf_counter() > end:
@@ -134,8 +147,10 @@ def tune(
                 begun = time.perf_counter()
                 outputs = run(candidate)
                 once = time.perf_counter() - begun
-                if trusted is not None and (wrong := disagreement(outputs, trusted[1], inputs, empty_rows)):
-                    raise ArithmeticError(wrong)
+                if trusted is not None and (wrong := disagreement(outputs, trusted[1], inputs, empty_rows, cotangents)):
+                    if trusted[0] is not reference:
+                        raise ArithmeticError(wrong)
+                    disputed[candidate] = ArithmeticError(wrong)
                 del outputs
                 far = device.type == "cpu" and seconds and once > FAR * min(seconds.values())
                 seconds[candidate] = once if far else _timed(partial(run, candidate), device)
@@ -144,6 +159,9 @@ def tune(
             except Exception as error:
                 failures[candidate] = error
         del trusted
+        if any(c not in disputed for c in seconds):
+            seconds = {c: s for c, s in seconds.items() if c not in disputed}
+            failures |= disputed
         _repeat(seconds, run, device, end)
     likely = next((c for c in competing if c in seconds), None)
 

@@ -10,7 +10,8 @@ float32 are shortened, which scores of some ten thousands feel. In float16 they 
 which must be neither beyond its range nor below its least normal number: gradients of `BEYOND_F16` inputs are left to
 bfloat16.
 
-Each emitter stands alone here: kernels of the others are taken out, and one that fails is an error. On a CPU that is
+Each emitter stands alone here, and each of the library's backward calls: kernels of the others are taken out, and one
+that fails is an error. On a CPU that is
 tiled torch; Triton's under its interpreter (in a process of its own) and Gluon's in the simulator, on fewer inputs.
 With a GPU all of them run there; gradients that Gluon has no form for run Triton's.
 """
@@ -35,6 +36,8 @@ from einscade.codegen import gluon
 from einscade.codegen.source import Source
 from einscade.ir.device import H200, Device
 from einscade.runtime import candidates, kernels
+from einscade.runtime.candidates import Candidate
+from einscade.runtime.program import Program
 from tests.accuracy import variants
 from tests.accuracy.variants import HOSTILE, VARIANTS, Variant
 
@@ -68,6 +71,17 @@ class Emitter:
         kinds = ("gluon", "triton") if self.kind == "gluon" and torch.cuda.is_available() else (self.kind,)
         self.patch.setattr(candidates, "_emitters", lambda device: kinds)
         self.patch.setattr(candidates, "_library_form", lambda program, steps: None)
+        if self.kind.startswith("library:"):
+            kinds = ("gluon", "triton") if torch.cuda.is_available() else ("tiled_torch",)
+            made = candidates.candidates
+
+            def only(program: Program, *arguments: Any) -> list[Candidate]:
+                """Of gradients, the library's."""
+                return [c for c in made(program, *arguments) if not program.derived or c.kind == self.kind]
+
+            self.patch.setattr(kernels, "candidates", only)
+        else:
+            self.patch.setattr(candidates, "_library_gradients", lambda program, device: [])
         self.patch.setattr(candidates, "_last_resorts", lambda cascade, schedule: [])
         schedules = gluon.schedules  # of its own accord it leaves small grids to the others
         self.patch.setattr(gluon, "schedules", lambda loops, device, sizes: schedules(loops))
@@ -75,7 +89,7 @@ class Emitter:
         from einscade.runtime import call
 
         call._calls.clear()
-        if self.kind != "tiled_torch" and not torch.cuda.is_available():
+        if self.kind in ("gluon", "triton") and not torch.cuda.is_available():
             self.patch.setattr(Device, "of", staticmethod(lambda device: H200))
         if self.kind == "gluon" and not torch.cuda.is_available():
             from tests.codegen.gluon_simulator import Simulator
@@ -207,6 +221,18 @@ def test_lengths(name: str, emitter: Emitter) -> None:
 
 
 @cpu
+@pytest.mark.parametrize("emitter", ["library:flash"], indirect=True)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("full", "f32"), ("grouped", "f32"), ("grouped", "f16"), ("causal", "bf16")]
+)
+def test_the_librarys_gradients(name: str, dtype: str, emitter: Emitter) -> None:
+    fast = einscade.optimize(VARIANTS[name].module(), inner="eager")
+    for hostile in HOSTILE:
+        assert_exact(fast, name, dtype, (67, 67), hostile)
+    assert emitter.used(gradients=True) == {"library:flash"}
+
+
+@cpu
 @pytest.mark.parametrize("emitter", ["gluon"], indirect=True)
 @pytest.mark.parametrize(
     ("name", "dtype"), [("causal", "f16"), ("masked", "bf16"), ("window", "f16"), ("softcap", "bf16")]
@@ -261,3 +287,15 @@ def test_on_a_gpu(name: str, dtype: str, emitter: Emitter) -> None:
         )
     assert emitter.used(gradients=False) == {emitter.kind}
     assert emitter.used(gradients=True) <= {emitter.kind, "triton"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("emitter", ["library:cudnn", "library:flash"], indirect=True)
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", ["full", "causal", "grouped"])
+def test_the_librarys_gradients_on_a_gpu(name: str, dtype: str, emitter: Emitter) -> None:
+    fast = einscade.optimize(VARIANTS[name].module(), inner="eager")
+    for hostile in HOSTILE:
+        if dtype != "f16" or hostile not in BEYOND_F16:
+            assert_exact(fast, name, dtype, (521, 521), hostile, width=64, device="cuda", tensor_cores=True)
+    assert emitter.used(gradients=True) == {emitter.kind}

@@ -140,7 +140,10 @@ def test_gradients_through_each_inner_compiler(inner: str) -> None:
     fast(x).square().sum().backward()
     for ours, theirs in zip(fast.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4)
-    assert fast.report.sites[0].gradients is not None
+    site = fast.report.sites[0]
+    assert site.gradients is not None
+    assert site.gradient_kernels
+    assert f"gradients' kernel: {site.gradient_kernels[0].candidate} · measured" in str(fast.report)
 
 
 def test_importing_costs_little() -> None:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import einscade
 from einscade.compiler.gradients import DIFFERENTIATED
 from einscade.runtime import candidates
+from einscade.runtime.call import prepared
 from tests.models.small import Block, CausalAttention, CrossAttention, compilations, rewritten_sites
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -312,6 +313,7 @@ def test_no_quadratic_tensor_is_made_by_generated_code(
     monkeypatch.setenv("EINSCADE_AUTOTUNE", "0")
     monkeypatch.setattr(candidates, "_emitters", lambda device: ("tiled_torch",))
     monkeypatch.setattr(candidates, "_library_form", lambda program, steps: None)
+    monkeypatch.setattr(candidates, "_library_gradients", lambda program, device: [])
     monkeypatch.setattr(candidates, "_last_resorts", lambda cascade, schedule: [])
     fast = einscade.optimize(Attention(), inner="eager", dynamic=dynamic)
     keys = 4096
@@ -323,6 +325,33 @@ def test_no_quadratic_tensor_is_made_by_generated_code(
     most = max(e.self_cpu_memory_usage for e in profile.events())
     tile = 2 * 256 * 256 * 4
     assert 0 < most <= 2 * max(tile, k.nbytes), "a quadratic tensor has 32 MiB, one tile of queries for all keys 4"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_librarys_backward_call_makes_the_gradients_at_any_length(
+    dynamic: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where nothing is measured, as the library's call makes the forward on a CPU; with shared key heads."""
+    monkeypatch.setenv("EINSCADE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("EINSCADE_AUTOTUNE", "0")
+    before = prepared()
+    model = CausalAttention(key_heads=2).to(dtype)
+    fast = einscade.optimize(copy.deepcopy(model), inner="eager", dynamic=dynamic)
+    exact = copy.deepcopy(model).double()
+    for n in (19, 2, 70):
+        x, weight = torch.randn(2, n, 32).to(dtype), torch.randn(2, n, 32).to(dtype)
+        found = []
+        for module in (fast, model, exact):
+            parameters = list(module.parameters())
+            given = x.clone().to(parameters[0].dtype).requires_grad_()
+            out = module(given)
+            found.append(torch.autograd.grad(out, [given, *parameters], weight.to(out.dtype)))
+        for ours, eager, best in zip(*found, strict=True):
+            error, plain = (float((g.double() - best).norm()) for g in (ours, eager))
+            assert error <= 1.5 * plain + 4 * torch.finfo(dtype).eps * float(best.norm())
+    made = [c for c in prepared() if c not in before and c.program.derived is not None]
+    assert {k.candidate for c in made for k in c.kernels.values()} == {"library:flash"}
 
 
 def test_evaluation_after_training() -> None:

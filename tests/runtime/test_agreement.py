@@ -33,6 +33,19 @@ def test_what_cancels_is_held_to_the_scale_of_the_inputs() -> None:
     assert disagreement([noise + 1e-2], [torch.zeros(64)], [torch.randn(64)]) is not None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gradients_are_held_to_the_scale_of_what_they_are_linear_in(dtype: torch.dtype) -> None:
+    """A loss that is a mean has small cotangents, and a sum over a long rank smaller gradients yet."""
+    x, cotangent = torch.randn(64, 16).to(dtype), (1e-4 * torch.randn(64, 16)).to(dtype)
+    right = 0.02 * cotangent
+    assert disagreement([torch.zeros_like(right)], [right], [x, cotangent]) is None
+    assert "off by" in (disagreement([torch.zeros_like(right)], [right], [x, cotangent], cotangents=[1]) or "")
+    rounded = (right.double() * (1 + 0.3 * torch.finfo(dtype).eps)).to(dtype)
+    assert disagreement([rounded], [right], [x, cotangent], cotangents=[1]) is None
+    nothing = torch.zeros(64, 16, dtype=dtype)
+    assert disagreement([nothing], [nothing], [x, nothing], cotangents=[1]) is None
+
+
 def test_shapes_and_integers() -> None:
     a = torch.arange(6)
     assert disagreement([a], [a.clone()], []) is None

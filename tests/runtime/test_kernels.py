@@ -7,7 +7,8 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 
 import einscade
 from einscade.codegen.source import Source
-from einscade.compiler.gradients import scan_free
+from einscade.compiler.gradients import gradient, scan_free
 from einscade.ir.interpret import interpret
 from einscade.ir.text import parse_cascade, print_cascade
 from einscade.passes.differentiate import differentiate
@@ -26,9 +27,10 @@ from einscade.runtime.call import call_for
 from einscade.runtime.candidates import Candidate
 from einscade.runtime.kernels import Kernel, build
 from einscade.runtime.messages import warn_once
-from einscade.runtime.program import Program, parse_program
+from einscade.runtime.program import DTYPES, Program, parse_program
 from einscade.runtime.recompute import recompute_gradients
 from tests.models.small import CausalAttention
+from tests.runtime.test_library_gradient import SQUARE
 
 ATTENTION = parse_cascade("""
 cascade attention(Q[b,h,p,e], K[b,h,m,e], V[b,h,m,f]) -> O
@@ -104,6 +106,99 @@ cascade attention(Q[b,h,p,e]: f32, K[b,h,m,e]: f32, V[b,h,m,f]: f32) -> O[b,h,p,
     expected = interpret(spelled, dict(zip("QKV", inputs, strict=True)))["O"]
     (output,) = kernel.prepared(calls[0])(inputs, [70])
     torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def _gradient_of(text: str) -> Program:
+    found = gradient(Program("exact", parse_cascade(text)), (True, True, True)).backward
+    assert found is not None
+    return found
+
+
+def _gradient_inputs(program: Program, n: int) -> tuple[list[torch.Tensor], list[int], dict[str, torch.Tensor]]:
+    """Inputs of a gradient of attention over n positions, sizes, and what the interpreter makes of them."""
+    assert program.derived is not None
+    sizes = {s: {"B": 2}.get(s, n) for s in program.cascade.symbols}
+    forward = program.derived.forward
+    values = {
+        t.name: torch.randn(2, 4, n, int(forward.shape(t.name)[-1])).to(DTYPES[t.dtype]) for t in forward.inputs
+    }  # fmt: skip
+    values |= interpret(forward, values, sizes)
+    tensors = program.cascade.inputs
+    values["dO"] = torch.randn_like(values["O"])
+    inputs = [values[t.name].to(DTYPES[t.dtype]) for t in tensors]
+    named = dict(zip((t.name for t in tensors), inputs, strict=True))
+    return inputs, list(sizes.values()), interpret(program.cascade, named, sizes)
+
+
+def _built(program: Program, sizes: Sequence[int]) -> Kernel:
+    named = dict(zip(program.cascade.symbols, sizes, strict=True))
+    return build(program.cascade, program.recipe, CPU, named, program.out_order, program.derived)
+
+
+def test_every_candidate_of_a_gradient_computes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's call is first on a CPU, is held to torch operations, and what was chosen is found again."""
+    program = _gradient_of(str(ATTENTION))
+    inputs, sizes, expected = _gradient_inputs(program, 70)
+    kernel = _built(program, sizes)
+    kinds = [c.kind for c in kernel.candidates]
+    assert kinds[0] == "library:flash"
+    assert "tiled_torch" in kinds
+    assert kinds[-2:] == ["flat", "interpreter"]
+    for candidate in kernel.candidates:
+        for got, exact in zip(kernel.prepared(candidate)(inputs, sizes), expected.values(), strict=True):
+            torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-5)
+    _pretend(monkeypatch, {"library:flash": 1.0, "tiled_torch": 3.0})
+    kernel(inputs, sizes)
+    kernels._build.cache_clear()
+    read = _built(program, sizes)
+    assert (read.candidate, read.tuned, read.from_disk) == ("library:flash", True, True)
+
+
+def test_a_backward_call_that_is_wrong_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch operations say so, also where all gradients are tiny."""
+    program = _gradient_of(str(ATTENTION))
+    inputs, sizes, _ = _gradient_inputs(program, 70)
+    inputs[-1] *= 1e-6
+    kernel = _built(program, sizes)
+    text = kernel.source.replace("scale=scale", "scale=2 * scale")
+    assert text != kernel.source
+    kernel.candidates[0] = replace(kernel.chosen, source=Source("torch", text))
+    with pytest.warns(RuntimeWarning, match=r"the library:flash kernel failed \(ArithmeticError: output 0 is off by"):
+        kernel(inputs, sizes)
+    assert kernel.candidate == "tiled_torch"
+
+
+def test_a_gpus_gradient_has_library_calls_and_a_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls come behind our kernels, which run where nothing is measured. None of them is trusted: what they are
+    held to is the same gradient in torch's operations."""
+    pytest.importorskip("triton")
+    from benchmarks.stub_device import hopper
+
+    half = SQUARE.replace("f32", "bf16").replace("e < 8", "e < 64").replace("f < 8", "f < 64")
+    program = _gradient_of(half)
+    held: list[Candidate] = []
+
+    def tune(name: str, found: list[Candidate], run: object, compilations: object, *rest: object) -> tuning.Tuned:
+        assert list(rest[2]) == [len(program.cascade.inputs) - 1]  # type: ignore[call-overload]
+        held.append(rest[-1])  # type: ignore[arg-type]
+        return tuning.Tuned(tuple(found), {}, {}, 0.0, 0.0)
+
+    monkeypatch.setattr(tuning, "tune", tune)
+    inputs, sizes, expected = _gradient_inputs(program, 70)
+    with hopper():
+        kernel = _built(program, [2, 4096])
+        kinds = [c.kind for c in kernel.candidates]
+        assert kinds.index("gluon") < kinds.index("library:cudnn") < kinds.index("library:flash")
+        kernel._tune(inputs, sizes)
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert not any(c.kind.startswith("library:") for c in _built(program, [2, 4096]).candidates)
+        finally:
+            torch.use_deterministic_algorithms(False)
+    (reference,) = held
+    assert (reference.kind, reference in kernel.candidates) == ("tiled_torch", False)
+    for got, exact in zip(kernel.prepared(reference)(inputs, sizes), expected.values(), strict=True):
+        assert float((got.double() - exact).norm()) < 5e-3 * float(exact.norm())
 
 
 def test_equal_programs_share_one_kernel_and_neighbouring_lengths_too() -> None:
@@ -214,18 +309,18 @@ def test_where_determinism_is_asked_for_no_sum_is_added_up_in_any_order() -> Non
     from benchmarks.stub_device import hopper
 
     forward = scan_free(parse_cascade(HALF_PRECISION), "exact")
-    gradient = differentiate(forward, [t.name for t in forward.inputs]).cascade
+    backward = differentiate(forward, [t.name for t in forward.inputs]).cascade
     with hopper():
         sizes = {"B": 2, "M": 4096, "P": 4096}
-        assert any(c.schedule.unordered for c in build(gradient, "exact", CPU, sizes).candidates)
+        assert any(c.schedule.unordered for c in build(backward, "exact", CPU, sizes).candidates)
         torch.use_deterministic_algorithms(True)
         try:
-            found = build(gradient, "exact", CPU, sizes).candidates
+            found = build(backward, "exact", CPU, sizes).candidates
         finally:
             torch.use_deterministic_algorithms(False)
         assert "gluon" in {c.kind for c in found}
         assert not any(c.schedule.unordered for c in found)
-        assert any(c.schedule.unordered for c in build(gradient, "exact", CPU, sizes).candidates)
+        assert any(c.schedule.unordered for c in build(backward, "exact", CPU, sizes).candidates)
 
 
 def test_a_corrupt_entry_is_made_anew() -> None:
@@ -444,6 +539,17 @@ def test_programs_print_and_parse() -> None:
         parse_program("exact")
     with pytest.raises(ValueError, match="does not order"):
         parse_program(PROGRAM.text.replace("exact", "exact -> O[b,p,f]", 1))
+
+
+def test_gradients_say_what_they_are_derived_from() -> None:
+    program = _gradient_of(str(ATTENTION))
+    assert " ;; derived O by dO, Q by dQ, K by dK, V by dV ;; cascade attention(" in program.text
+    assert "\n" not in program.text
+    assert parse_program(program.text) == program
+    plain = Program(program.recipe, program.cascade)
+    assert parse_program(plain.text) == plain
+    with pytest.raises(ValueError, match="dX is not the gradient of Q"):
+        parse_program(program.text.replace("Q by dQ", "Q by dX"))
 
 
 def test_outputs_come_in_the_memory_order_asked_for() -> None:

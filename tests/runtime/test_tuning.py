@@ -128,6 +128,49 @@ def test_without_the_library_the_others_are_held_to_torch_operations(monkeypatch
     assert set(found.failures) == {SDPA, GLUON}
 
 
+FLASH, REFERENCE = _candidate("library:flash"), _candidate("tiled_torch", 1)
+
+
+def _tripled(*wrong: Candidate) -> Callable[[Candidate], tuple[Tensor, ...]]:
+    return lambda candidate: (X * (3 if candidate in wrong else 2),)
+
+
+def test_where_none_is_trusted_candidates_are_held_to_a_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As gradients on a GPU are; a library's backward call is not trusted more than others."""
+    times = {GLUON: 1.0, TRITON: 2.0, FLASH: 1.5}
+    for wrong, order in ((GLUON, (FLASH, TRITON)), (FLASH, (GLUON, TRITON))):
+        measured = _seconds(monkeypatch, times)
+        found = tune("site", [*times, FLAT], _tripled(wrong), _nothing, [X], False, (), REFERENCE)
+        assert found.order == (*order, FLAT)
+        assert [type(e) for e in found.failures.values()] == [ArithmeticError]
+        assert REFERENCE not in measured
+        assert set(found.seconds) == set(order)
+
+
+def test_a_reference_that_nobody_agrees_with_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    _seconds(monkeypatch, {GLUON: 2.0, TRITON: 1.0})
+    found = tune("site", [GLUON, TRITON, FLAT], _tripled(REFERENCE), _nothing, [X], False, (), REFERENCE)
+    assert found.order == (TRITON, GLUON, FLAT)
+    assert found.failures == {}
+
+
+def test_a_reference_that_fails_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(candidate: Candidate) -> tuple[Tensor, ...]:
+        if candidate is REFERENCE:
+            raise torch.OutOfMemoryError("full")
+        return (X * (3 if candidate is TRITON else 2),)
+
+    _seconds(monkeypatch, {GLUON: 2.0, TRITON: 1.0})
+    found = tune("site", [GLUON, TRITON, FLAT], run, _nothing, [X], False, (), REFERENCE)
+    assert (found.order, found.failures) == ((TRITON, GLUON, FLAT), {})
+
+
+def test_a_trusted_candidate_makes_a_reference_needless(monkeypatch: pytest.MonkeyPatch) -> None:
+    _seconds(monkeypatch, {GLUON: 1.0, TILED: 2.0})
+    found = tune("site", [GLUON, TILED], _tripled(REFERENCE), _nothing, [X], False, (), REFERENCE)
+    assert (found.order, found.failures) == ((GLUON, TILED), {})
+
+
 def test_too_little_memory_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(candidate: Candidate) -> tuple[Tensor, ...]:
         if candidate == GLUON:
