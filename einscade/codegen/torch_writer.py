@@ -92,8 +92,9 @@ class Writer:
         keep = self.mask(predicate)
         full = self.scope.sort(v.ranks + keep.ranks)
         if v.kind == "b":
-            op = "&" if fill == sympy.false else "| ~"
-            return Value(f"{align(v, full)} {op}{keep.tight()}", full, "b", True, 3)
+            op = "& " if fill == sympy.false else "| ~"
+            operand = Value(align(v, full), prec=v.prec)
+            return Value(f"{operand.tight()} {op}{align(keep, full)}", full, "b", True, COMPARISON)
         if v.kind == "i" and not fill.is_Integer:
             v = Value(f"{v.tight()}.to(torch.{self.scope.acc})", v.ranks, "f", True)
         return Value(f"torch.where({align(keep, full)}, {align(v, full)}, {number(fill)})", full, v.kind, True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given as for_all
+from hypothesis import strategies as st
 from torch import Tensor
 
 from einscade.codegen import tiled_torch
@@ -101,3 +103,76 @@ def test_a_scan_with_all_steps(step: str, condition: str) -> None:
     for program in (plan(cascade), flat(cascade)):
         (made,) = module(tiled_torch.emit(program, Schedule())).run(*inputs.values(), T=5)
         torch.testing.assert_close(made.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("monoid", ["any", "all"])
+@pytest.mark.parametrize("condition", ["C[p,m]", "A[p]", "m < 2 | B[m]"])
+@pytest.mark.parametrize("operand", ["X[p,m] > 0", "A[p] | B[m]", "V[m] > 0", "C[p,m]"])
+def test_reduced_booleans(monoid: str, condition: str, operand: str) -> None:
+    """Missing points do not count, whatever operators the operand has and whichever ranks it lacks."""
+    check(parse_cascade(f"{PARTS}  O[p]: bool = {monoid}(m) {operand}   if {condition}\n"), 0)
+    check(parse_cascade(f"{PARTS}  O[m]: bool = {monoid}(p) {operand}   if {condition}\n"), 1)
+
+
+PARTS = """cascade parts(X[p,m], U[p], V[m], A[p]: bool, B[m]: bool, C[p,m]: bool) -> O
+  where p < P, m < M
+"""
+
+
+@st.composite
+def cascades(draw: st.DrawFn) -> Cascade:
+    """Statements over two ranks, pointwise or reduced, each with a domain or none, which read what is before them."""
+    values, flags = {"X": "pm", "U": "p", "V": "m"}, {"A": "p", "B": "m", "C": "pm"}
+
+    def read(table: dict[str, str], ranks: str) -> str:
+        name = draw(st.sampled_from([n for n, own in table.items() if {*own} <= {*ranks}]))
+        return f"{name}[{','.join(table[name])}]"
+
+    def condition(ranks: str, depth: int = 2) -> str:
+        kind = draw(st.sampled_from(["pair", "not", "flag", "value", "place"][0 if depth else 2 :]))
+        if kind == "pair":
+            operator = draw(st.sampled_from("&|"))
+            return f"({condition(ranks, depth - 1)} {operator} {condition(ranks, depth - 1)})"
+        if kind == "not":
+            return f"~({condition(ranks, depth - 1)})"
+        places = [c for c in ("p < 3", "m != 1", "m <= p") if {*c} & {*"pm"} <= {*ranks}]
+        if kind == "place":
+            return draw(st.sampled_from(places))
+        return read(flags, ranks) if kind == "flag" else f"{read(values, ranks)} > 0"
+
+    def value(ranks: str, depth: int = 2) -> str:
+        kind = draw(st.sampled_from(["sum", "product", "where", "read"][0 if depth else 3 :]))
+        if kind == "read":
+            return read(values, ranks)
+        a, b = value(ranks, depth - 1), value(ranks, depth - 1)
+        if kind == "where":
+            return f"Where({condition(ranks, 1)}, {a}, {b})"
+        return f"({a} {'+' if kind == 'sum' else '*'} {b})"
+
+    lines = []
+    for i in range(draw(st.integers(1, 4))):
+        out = draw(st.sampled_from(["pm", "p", "m"]))
+        reduced = "" if len(out) == 2 else draw(st.sampled_from(["", "m" if out == "p" else "p"]))
+        flag, over = draw(st.booleans()), out + reduced
+        monoid = draw(st.sampled_from(["any", "all"] if flag else ["sum", "max"])) + f"({reduced}) " if reduced else ""
+        what = condition(over) if flag else value(over)
+        domain = f"   if {condition(over)}" if draw(st.booleans()) else ""
+        lines.append(f"  S{i}[{','.join(out)}]{': bool' if flag else ''} = {monoid}{what}{domain}")
+        (flags if flag else values)[f"S{i}"] = out
+    lines.append(f"  O[p] = Where({read(flags, 'p')}, 1, 2) * (abs({read(values, 'p')}) + 1)")
+    return parse_cascade(PARTS + "\n".join(lines) + "\n")
+
+
+@for_all(cascades(), st.integers(0, 99))
+def test_random_parts(cascade: Cascade, seed: int) -> None:
+    check(cascade, seed)
+
+
+def check(cascade: Cascade, seed: int) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    shapes = {"X": (4, 3), "U": (4,), "V": (3,), "A": (4,), "B": (3,), "C": (4, 3)}
+    inputs = {n: torch.randn(s, generator=rng, dtype=torch.float32) for n, s in shapes.items()}
+    inputs |= {n: inputs[n] > 0 for n in "ABC"}
+    expected = interpret(cascade, inputs)["O"]
+    (made,) = module(tiled_torch.emit(flat(cascade), Schedule())).run(*inputs.values(), P=4, M=3)
+    torch.testing.assert_close(made.double(), expected.double(), rtol=1e-4, atol=1e-4, equal_nan=True, msg=str(cascade))
