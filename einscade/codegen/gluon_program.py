@@ -30,6 +30,7 @@ from einscade.codegen.source import Source, Unsupported
 from einscade.codegen.triton_emit import TritonModule
 from einscade.codegen.triton_memory import stored
 from einscade.codegen.triton_pairs import paired
+from einscade.codegen.triton_tables import totalled
 from einscade.ir.device import Device
 from einscade.ir.text import print_einsum
 
@@ -47,7 +48,7 @@ from triton.experimental.gluon.language._core import builtin
 
 def emit(program: LoopProgram, schedule: Schedule) -> Source:
     """The program's module. Raises `Unsupported` where a nest or the schedule does not fit."""
-    return Source("triton", _Program(paired(program), schedule).text())
+    return Source("triton", _Program(totalled(paired(program)), schedule).text())
 
 
 def schedules(

@@ -31,7 +31,8 @@ __all__ = ["FlatNest", "LoopProgram", "Nest", "SerialNest", "plan"]
 
 @dataclass(frozen=True)
 class SerialNest:
-    """A loop along `serial` for every point of `grid`. `inputs` are read from memory, `outputs` are written to it."""
+    """A loop along `serial` for every point of `grid`. `inputs` are read from memory, `outputs` are written to it.
+    `totals` are sums over the points of the grid, of values that the nest makes: all of its programs add to them."""
 
     grid: tuple[str, ...]
     serial: str
@@ -41,6 +42,7 @@ class SerialNest:
     epilogue: tuple[Einsum, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    totals: tuple[Einsum, ...] = ()
 
     @cached_property
     def einsums(self) -> tuple[Einsum, ...]:

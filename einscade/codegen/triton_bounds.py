@@ -100,7 +100,8 @@ class BoundsWriter(TileWriter):
         if not self.columns:
             return sympy.true
         placed = {*self.row_names(), *self.columns, *self.points, *self.cascade.symbols}
-        rows = [s.row for s in self.loop.statements if s.name in self.nest.outputs]
+        wanted = {*self.nest.outputs, *(a.tensor for e in self.nest.totals for a in e.reads)}
+        rows = [s.row for s in self.loop.statements if s.name in wanted]
         own = [And(*(c for c in conjuncts(row) if free_vars(c) <= placed and not c.has(Access))) for row in rows]
         return Or(*(possible(c, self.edges()) for c in own)).xreplace(self.known)
 

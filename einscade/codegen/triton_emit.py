@@ -17,6 +17,7 @@ from einscade.codegen.triton_helpers import HELPERS
 from einscade.codegen.triton_kernel import Kernel, kernel
 from einscade.codegen.triton_memory import stored
 from einscade.codegen.triton_pairs import paired
+from einscade.codegen.triton_tables import totalled
 
 __all__ = ["TritonModule", "emit", "emit_with_kernels"]
 
@@ -30,7 +31,7 @@ def emit_with_kernels(program: LoopProgram, schedule: Schedule) -> tuple[Source,
     """The same, with what is known of each kernel in it, for compiling without launching."""
     if not program.serial_nests:
         raise Unsupported("the program has no loop: there is nothing to write a kernel for")
-    module = TritonModule(summarised(paired(program), schedule), schedule)
+    module = TritonModule(summarised(totalled(paired(program)), schedule), schedule)
     return Source("triton", module.text()), tuple(module.kernels)
 
 
@@ -63,10 +64,10 @@ class TritonModule(TorchModule):
         name = f"{self.cascade.name}_kernel" + (f"{len(self.kernels) + 1}" if several else "")
         k = kernel(self.memory, nest, self.kernel_schedule, name)
         self.kernels.append(k)
-        made_in_body = {e.name for e in nest.body}
+        added_to = {e.name for e in (*nest.body, *nest.totals)}
         for argument in dict.fromkeys(map(self.memory.argument, nest.outputs)):
             if argument != self.memory.pointer:
-                self.allocate(argument, zeros=argument in made_in_body)
+                self.allocate(argument, zeros=argument in added_to)
             elif not any(argument in other.tensors for other in self.kernels[:-1]):
                 size = self.size(self.memory.elements())
                 self.out(f"{argument} = torch.empty({size}, dtype=torch.float32, device={self.device})")

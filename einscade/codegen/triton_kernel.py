@@ -20,6 +20,7 @@ from einscade.codegen.loops import SerialNest
 from einscade.codegen.schedule import Schedule
 from einscade.codegen.triton_bounds import BoundsWriter
 from einscade.codegen.triton_memory import Stored
+from einscade.codegen.triton_tables import write_total
 from einscade.codegen.triton_tile import Lines
 from einscade.codegen.triton_values import Local, Value, scalar, value
 from einscade.ir.expr import free_vars, var
@@ -81,6 +82,8 @@ class _KernelWriter(BoundsWriter):
         self.scope.blocks = {r: b for r, b in self.scope.blocks.items() if r not in self.loop.coordinates}
         self.masks = {}
         self.statements(self.loop.epilogue)
+        for e in self.nest.totals:
+            write_total(self, e)
         head = Lines()
         for line in stored.lines(self.scope.memory):
             head(line)

@@ -75,7 +75,7 @@ def stored(program: LoopProgram, schedule: Schedule) -> Stored:
     scratch = []
     for at, nest in enumerate(program.nests):
         if all(isinstance(n, SerialNest) for n in program.nests[at:]):
-            zeros = {e.name for e in nest.body} if isinstance(nest, SerialNest) else {}
+            zeros = {e.name for e in (*nest.body, *nest.totals)} if isinstance(nest, SerialNest) else {}
             inner = [o for o in nest.outputs if o not in cascade.outputs and o not in zeros]
             scratch += [o for o in inner if cascade.tensors[o].dtype == "f32"]
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
+from math import ceil, prod
 
 from einscade.codegen import tiled_torch
-from einscade.codegen.cost import Lengths, few_rows
+from einscade.codegen.cost import Lengths, crossed, crossed_tiles, few_rows
 from einscade.codegen.loops import LoopProgram, plan
 from einscade.codegen.parts import parted, split_rank, with_parts
 from einscade.codegen.schedule import Schedule, target_of
@@ -24,6 +24,7 @@ from einscade.ir.device import CPU, Device
 from einscade.ir.text import parse_cascade
 from einscade.passes.pipeline import run
 from einscade.passes.recipes import recipe
+from einscade.passes.tables import Tables
 from einscade.runtime import library_call, library_gradient
 from einscade.runtime.library import NotInLibrary
 from einscade.runtime.messages import first_line, warn_once
@@ -88,7 +89,13 @@ def candidates(
     if device.kind != "cpu" and few_rows(loops, Lengths(rewritten, sizes)) is not None:
         kinds = tuple(sorted(kinds, key=lambda kind: kind != "triton"))  # it packs the heads of a group into a tile
     generated = _in_parts(program, loops, device, sizes)
-    whole = [_generated(kind, loops, orders, device, sizes) for kind in kinds]
+    tables = None if device.kind == "cpu" or deterministic else _with_tables(program, device, Lengths(rewritten, sizes))
+    whole: list[list[Candidate]] = []
+    if tables is not None:
+        named = _renamed_orders(program, tables.cascade)
+        whole = [_generated(kind, tables, named, device, sizes) for kind in kinds]
+    if not any(whole):
+        whole = [_generated(kind, loops, orders, device, sizes) for kind in kinds]
     generated += [c for found in whole for c in (found[:BESIDE_PARTS] if generated else found)]
     if not generated:
         generated = _generated("tiled_torch", loops, orders, device, sizes)
@@ -121,6 +128,27 @@ def _in_parts(program: Program, loops: LoopProgram, device: Device, sizes: Mappi
     if parted(form) is None:  # the split did not apply
         return []
     return _generated("triton", form, _renamed_orders(program, split), device, sizes)
+
+
+def _with_tables(program: Program, device: Device, lengths: Lengths) -> LoopProgram | None:
+    """The program with what it sums by the entries of a table summed by pairs of positions first, if there is such a
+    sum and the device has enough to do with that: else by entries at once. Only kernels that add to memory do either
+    on chip."""
+    for shared in (True, False):
+        try:
+            found = run(program.cascade, (Tables(recipe(program.recipe), shared),))
+        except Exception as error:  # as for an emitter
+            warn_once(f"{program.cascade.name}: the sums by entries of a table failed ({first_line(error)})")
+            return None
+        if not found.steps[0].changed:
+            return None
+        loops = plan(found.cascade)
+        crossing = [n for n in loops.serial_nests if crossed(loops.cascade, n)]
+        tiles = [(crossed_tiles(loops.cascade, n), n.grid) for n in crossing]
+        programs = [prod(ceil(lengths.rank(r) / sizes.get(r, 1)) for r in grid) for sizes, grid in tiles]
+        if programs and min(programs) >= device.processors:
+            break
+    return loops
 
 
 def _emitters(device: Device) -> tuple[str, ...]:

@@ -21,8 +21,14 @@ from einscade.ir.interpret import interpret
 from einscade.ir.text import parse_cascade
 from einscade.passes.differentiate import differentiate
 from einscade.passes.online import Loops
+from einscade.passes.pipeline import run
+from einscade.passes.recipes import recipe
+from einscade.passes.tables import Tables
 from tests.codegen.cascades import CASES, Case, cascade, inputs, relative_error
 from tests.codegen.generated import module, run_poisoned
+from tests.codegen.tables import TABLES, values
+from tests.codegen.tables import forward as table_bias
+from tests.codegen.tables import gradient as gradient_of
 from tests.codegen.test_gradients import CASES as GRADIENTS
 from tests.codegen.test_gradients import values_of
 
@@ -79,6 +85,25 @@ def test_gradients(name: str) -> None:
     source = emit(program, Schedule(tuple(chosen.items()), target="cuda:90", descriptors=True))
     expected = interpret(gradient.cascade, x, {})
     for output, value in zip(program.cascade.outputs, module(source).run(*x.values(), **sizes), strict=True):
+        assert relative_error(value, expected[output]) <= 4 * BOUND["f32"], output
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "apart"])
+@pytest.mark.parametrize("name", sorted(TABLES))
+def test_gradients_of_tables(name: str, shared: bool) -> None:
+    """Tiles add what they have of each entry: where entries are few each summed first, else point by point."""
+    plain = table_bias(name, h=2, g=1)
+    made, sizes = gradient_of(plain), {"B": 2, "P": 35, "M": 67}
+    x = values(plain, made, sizes)
+    after = run(made.cascade, (Tables(recipe("exact"), shared),)).cascade
+    program = plan(after)
+    tiles = {**dict.fromkeys(tile_symbols(program), 32), "p": 32, "m": 32}
+    source = emit(program, Schedule(tuple(tiles.items()), target="cuda:90", descriptors=True))
+    assert "tl.atomic_add(" in source.text
+    expected = interpret(made.cascade, x, {s: sizes[s] for s in made.cascade.symbols})
+    found = module(source).run(*x.values(), **{s: n for s, n in sizes.items() if s in after.symbols})
+    for output, value in zip(made.cascade.outputs, found, strict=True):
+        assert value.shape == expected[output].shape
         assert relative_error(value, expected[output]) <= 4 * BOUND["f32"], output
 
 
