@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 import sympy
 
 from einscade.codegen.cost import crossed
-from einscade.codegen.existence import existence
 from einscade.codegen.loops import FlatNest, LoopProgram, Nest, SerialNest
 from einscade.codegen.source import Unsupported
 from einscade.codegen.triton_values import Value, align, aligned, value
 from einscade.ir.cascade import Cascade, Einsum
 from einscade.ir.expr import Access, Expr, var
 from einscade.ir.text import print_einsum
+from einscade.passes.existence import existence
 from einscade.passes.fusion import is_long
 from einscade.passes.tables import entries, is_total
 from einscade.passes.terms import conjuncts
@@ -83,7 +83,7 @@ def write_total(w: TileWriter, e: Einsum) -> None:
     """Code that adds a tile's points to the sums by entry that they belong to."""
     here, scope = w.here, w.scope
     here(f"# {print_einsum(e)}")
-    points = existence(w.cascade)[0][e.name]
+    points = existence(w.cascade).points[e.name]
     table = entries(points, e.output.ranks)
     dims = (*((w.rows.dim,) if w.rows else ()), *w.columns)
 

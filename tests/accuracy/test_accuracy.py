@@ -259,7 +259,12 @@ def test_triton_under_the_interpreter() -> None:
 @pytest.mark.parametrize("emitter", ["triton"], indirect=True)
 @pytest.mark.parametrize(
     ("name", "dtype", "hostiles"),
-    [("sink", "f32", ("dominant", "denormal", "offset")), ("masked", "f16", ("dominant", "denormal", "offset"))],
+    [
+        ("sink", "f32", ("dominant", "denormal", "offset")),
+        ("masked", "f16", ("dominant", "denormal", "offset")),
+        ("buckets", "f16", ("dominant", "offset")),
+        ("distances", "f32", ("normal", "offset")),
+    ],
 )
 def test_triton(name: str, dtype: str, hostiles: tuple[str, ...], emitter: Emitter) -> None:
     fast = einscade.optimize(VARIANTS[name].module(), inner="eager")

@@ -86,6 +86,17 @@ def bias(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
     return softmax(scores(q, k) + b) @ v
 
 
+def buckets(q: Tensor, k: Tensor, v: Tensor, table: Tensor, bucket: Tensor) -> Tensor:
+    """A bias for each bucket of distances, read from a table at an index."""
+    return softmax(scores(q, k) + table[bucket].permute(2, 0, 1)) @ v
+
+
+def distances(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    """A bias for each distance."""
+    p, m = positions(q, k)
+    return softmax((scores(q, k) + table[:, p - m + k.shape[2] - 1]).masked_fill(m > p, -INF)) @ v
+
+
 def sink(q: Tensor, k: Tensor, v: Tensor, logit: Tensor) -> Tensor:
     """One more logit in each row, which weighs no value."""
     p, m = positions(q, k)
@@ -131,6 +142,11 @@ def _mask(heads: int, p: int, m: int) -> tuple[Tensor, ...]:
     return (mask,)
 
 
+def _buckets(p: int, m: int) -> Tensor:
+    distance = (torch.arange(p)[:, None] - torch.arange(m)).abs() + 1
+    return distance.log2().floor().clamp_max(5).long()
+
+
 VARIANTS: Mapping[str, Variant] = {
     "full": Variant(full),
     "causal": Variant(causal),
@@ -141,6 +157,8 @@ VARIANTS: Mapping[str, Variant] = {
     "slopes": Variant(slopes, lambda heads, p, m: (2.0 ** -torch.arange(1, heads + 1),)),
     "softcap": Variant(softcap),
     "bias": Variant(bias, lambda heads, p, m: (torch.randn(heads, p, m),)),
+    "buckets": Variant(buckets, lambda heads, p, m: (torch.randn(6, heads), _buckets(p, m))),
+    "distances": Variant(distances, lambda heads, p, m: (torch.randn(heads, p + m - 1),)),
     "sink": Variant(sink, lambda heads, p, m: (torch.linspace(-3, 100, heads),)),
     "sigmoid": Variant(sigmoid),
     "differential": Variant(differential, lambda heads, p, m: (torch.tensor(0.3),)),

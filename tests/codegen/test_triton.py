@@ -23,7 +23,11 @@ from einscade.ir.device import A100, H200, MI300X, Device
 from einscade.ir.text import parse_cascade
 from einscade.passes.differentiate import differentiate
 from einscade.passes.pipeline import run
+from einscade.passes.recipes import recipe
+from einscade.passes.tables import Tables
 from tests.codegen.cascades import CASES, cascade
+from tests.codegen.tables import forward as table_bias
+from tests.codegen.tables import gradient as gradient_of
 from tests.codegen.test_gluon_operands import HALVES
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -97,6 +101,27 @@ def test_gradients_of_short_static_lengths_fit(name: str, width: int, target: st
     assert {"p", "m"} <= {r for r, n in schedule.tiles if n > 1}
     for found in compile_offline(loops, schedule, target, target == "cuda:90"):
         assert found.shared <= SHARED_LIMITS[target]
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "shared"),
+    [
+        ("buckets of distances", "cuda:90", True),
+        ("a table of two ranks", "cuda:90", False),
+        ("all distances", "cuda:80", True),
+        ("lengths", "hip:gfx942", True),
+    ],
+)
+def test_gradients_of_tables_compile(name: str, target: str, shared: bool) -> None:
+    """At the cost model's first choice, with what shares an index summed in a loop, and without."""
+    made = gradient_of(table_bias(name, "bf16", 8, 2, 64))
+    described: dict[str, Device] = {"cuda:80": A100, "cuda:90": H200, "hip:gfx942": MI300X}
+    loops = plan(run(made.cascade, (Tables(recipe("exact"), shared),)).cascade)
+    schedule = candidates(loops, described[target], {"B": 4, "P": 4096, "M": 4096})[0]
+    found = compile_offline(loops, schedule, target, target == "cuda:90")
+    assert all(k.shared <= SHARED_LIMITS[target] for k in found)
+    (adding,) = (k for k in found if re.search(r"\b(atom|red)\.\S*add|atomic_add", k.assembly))
+    assert not adding.spilled
 
 
 def test_one_tensor_read_in_two_ways() -> None:
