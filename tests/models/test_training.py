@@ -70,6 +70,36 @@ def test_fifty_steps(name: str) -> None:
     assert {site.gradients for site in fast.report.sites} == {DIFFERENTIATED}
 
 
+@pytest.mark.parametrize("name", ["t5", "swin"])
+def test_gradients_of_tables_of_positions(name: str) -> None:
+    """Biases that are read from a learnt table: by buckets of distances, and by the places of patches in a window."""
+    if name == "t5":
+        model, given = _tiny(name), _batches((29,))[0]
+    else:
+        torch.manual_seed(0)
+        config = transformers.SwinConfig(
+            image_size=40, patch_size=2, embed_dim=16, depths=[2], num_heads=[2], window_size=5, drop_path_rate=0.0,
+        )  # fmt: skip
+        config._attn_implementation = "eager"
+        model, given = transformers.SwinModel(config).train(), {"pixel_values": torch.randn(2, 3, 40, 40)}
+    fast = einscade.optimize(copy.deepcopy(model), inner="eager")
+
+    def gradients(m: Any) -> dict[str, torch.Tensor]:
+        out = m(**given)
+        loss = out.loss if name == "t5" else (out.last_hidden_state * torch.linspace(-1, 1, 16)).square().sum()
+        loss.backward()
+        return {n.removeprefix("_orig_mod."): p.grad for n, p in m.named_parameters() if p.grad is not None}
+
+    expected, found = gradients(model), gradients(fast)
+    tables = [n for n in expected if "relative" in n]
+    assert len(tables) == 2
+    for n, exact in expected.items():
+        bound = 1e-5 * exact.norm() + 1e-6 * max(x.norm() for x in expected.values())
+        assert (found[n] - exact).norm() <= bound, n
+        assert n not in tables or exact.norm() > 1e-3, n
+    assert {site.gradients for site in fast.report.sites} == {DIFFERENTIATED}
+
+
 def _batches(lengths: Sequence[int]) -> list[dict[str, torch.Tensor]]:
     torch.manual_seed(1)
     ids = [torch.randint(3, 98, (4, n)) for n in lengths]

@@ -29,6 +29,8 @@ from einscade.runtime.kernels import Kernel, build
 from einscade.runtime.messages import warn_once
 from einscade.runtime.program import DTYPES, Program, parse_program
 from einscade.runtime.recompute import recompute_gradients
+from tests.codegen.tables import forward as table_bias
+from tests.codegen.tables import gradient as gradient_of
 from tests.models.small import CausalAttention
 from tests.runtime.test_library_gradient import SQUARE
 
@@ -321,6 +323,29 @@ def test_where_determinism_is_asked_for_no_sum_is_added_up_in_any_order() -> Non
         assert "gluon" in {c.kind for c in found}
         assert not any(c.schedule.unordered for c in found)
         assert any(c.schedule.unordered for c in build(backward, "exact", CPU, sizes).candidates)
+
+
+@pytest.mark.parametrize(("batch", "length"), [(2, 4096), (512, 64)])
+def test_gradients_of_tables_are_added_up_where_any_order_will_do(batch: int, length: int) -> None:
+    """By kernels, whose loops are over the batch where one batch's tiles are enough programs."""
+    pytest.importorskip("triton")
+    from benchmarks.stub_device import hopper
+
+    cascade = gradient_of(table_bias("buckets of distances", "bf16", 8, 8, 64)).cascade
+    sizes = {"B": batch, "M": length, "P": length}
+    with hopper():
+        found = build(cascade, "exact", CPU, sizes).candidates
+        torch.use_deterministic_algorithms(True)
+        try:
+            ordered = build(cascade, "exact", CPU, sizes).candidates
+        finally:
+            torch.use_deterministic_algorithms(False)
+    generated = [c for c in found if c.kind in ("gluon", "triton")]
+    assert generated
+    assert all("tl.atomic_add(" in c.source.text for c in generated)
+    assert all(("loops along b" in c.source.text) == (length == 4096) for c in generated)
+    assert not any("tl.atomic_add(" in c.source.text or c.kind in ("gluon", "triton") for c in ordered)
+    assert "tiled_torch" in {c.kind for c in ordered}
 
 
 def test_a_corrupt_entry_is_made_anew() -> None:
