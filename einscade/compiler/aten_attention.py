@@ -15,7 +15,7 @@ from torch.fx import Node
 from einscade.compiler.aten_facts import Unraisable, arguments, dtype_name, is_tensor, shape, torch_dtype
 from einscade.compiler.aten_views import broadcast
 from einscade.compiler.raising_index import Index, exact_quotient, quotient_and_rest
-from einscade.ir.expr import Expr, Where
+from einscade.ir.expr import Expr, FloorDiv, Where
 
 if TYPE_CHECKING:
     from einscade.compiler.raising import Raiser
@@ -53,9 +53,7 @@ def scaled_dot_product(r: Raiser, node: Node, index: Index) -> Expr:
         heads, all_heads = shape(operand)[-3:-2], scores[-3:-2]
         if not getattr(a, "enable_gqa", False) or heads == all_heads:
             return own
-        group = exact_quotient(all_heads[0], heads[0])
-        if group is None:
-            raise Unraisable(f"{node.target} shares {heads[0]} key heads among {all_heads[0]} query heads")
+        group = exact_quotient(all_heads[0], heads[0]) or FloorDiv(all_heads[0], heads[0])
         return (*own[:-1], quotient_and_rest(i[-1], group, r.extents)[0])
 
     def product(i: Index) -> Expr:

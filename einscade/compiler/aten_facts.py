@@ -23,6 +23,7 @@ __all__ = [
     "arguments",
     "dtype_name",
     "extent",
+    "is_nonnegative",
     "is_tensor",
     "op_name",
     "readers",
@@ -91,7 +92,7 @@ def shape(node: Node) -> tuple[Expr, ...]:
 def extent(size: int | torch.SymInt) -> Expr:
     """A size as an expression over the IR's symbols. A size is nonnegative, so what it is made of is taken to be."""
     if isinstance(size, torch.SymInt):
-        return _converted(size.node.expr, signed=False)
+        return _converted(size.node.expr)
     return sympy.Integer(int(size))
 
 
@@ -100,7 +101,9 @@ def scalar(value: Any) -> Expr:
     if isinstance(value, Node):
         value = value.meta.get("val")
     if isinstance(value, torch.SymInt | torch.SymFloat):
-        return _converted(value.node.expr, signed=True)
+        if not is_nonnegative(value):
+            raise Unraisable(f"the number {value.node.expr} is only known at run time, and may be negative")
+        return _converted(value.node.expr)
     if isinstance(value, torch.SymBool) or value is None or isinstance(value, complex | torch.Tensor):
         raise Unraisable(f"{value!r} is not a number")
     return const(value)
@@ -138,16 +141,23 @@ _FUNCTIONS: dict[str, Callable[..., Expr]] = {
 }
 
 
+def is_nonnegative(value: torch.SymInt | torch.SymFloat) -> bool:
+    """Whether the symbols that a number is made of are integers that are known not to be negative."""
+    ranges = value.node.shape_env.var_to_range
+    return all(
+        s.is_integer and (s.is_nonnegative or (s in ranges and ranges[s].lower >= 0))
+        for s in value.node.expr.free_symbols
+    )
+
+
 @lru_cache(maxsize=65536)
-def _converted(expr: Expr, signed: bool) -> Expr:
+def _converted(expr: Expr) -> Expr:
     """torch's symbolic shape expression with the IR's symbols and functions, which are nonnegative integers."""
     if isinstance(expr, sympy.Symbol):
-        if signed and not (expr.is_integer and expr.is_nonnegative):
-            raise Unraisable(f"the number {expr} is only known at run time, and may be negative")
         return var(expr.name)
     if not expr.args:
         return const(float(expr)) if expr.is_Float else expr
-    args = [_converted(a, signed) for a in expr.args]
+    args = [_converted(a) for a in expr.args]
     if function := _FUNCTIONS.get(type(expr).__name__):
         return function(*args)
     if expr.is_Add or expr.is_Mul or expr.is_Pow:

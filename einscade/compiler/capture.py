@@ -31,6 +31,7 @@ from torch.fx.experimental.proxy_tensor import (
     make_fx,
     track_tensor_tree,
 )
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.nn.utils import stateless
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -427,7 +428,35 @@ class _KeepWhole(TorchFunctionMode):
         if whole in _CAST_BY_AUTOCAST and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: _autocast(t, dtype), (args, kwargs))
+        if whole is aten.scaled_dot_product_attention.default:
+            _agree(*args, **kwargs)
         return record_whole(whole, args, kwargs)
+
+
+def _agree(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    *_: object,
+    enable_gqa: bool = False,
+    **others: object,
+) -> None:
+    """Makes sizes one symbol that a scaled_dot_product_attention has to have in common. Its fake kernels do not compare
+    them, and lengths that are marked as dynamic have a symbol each: keys would be as many as values by accident."""
+    heads = 1 if enable_gqa else 0  # of queries there may be more
+    front = max(query.dim(), key.dim(), value.dim()) - 2
+    rows = [query.shape[:-2], key.shape[:-2], value.shape[:-2]]
+    pairs = [(query.shape[-1], key.shape[-1]), (key.shape[-2], value.shape[-2])]
+    for d in range(1, front + 1):
+        sizes = [shape[-d] for shape in (rows[1:] if d <= heads else rows) if len(shape) >= d]
+        pairs += [(sizes[0], n) for n in sizes[1:]]
+    if attn_mask is not None:
+        scores = (*query.shape[:-1], key.shape[-2])
+        pairs += list(zip(reversed(attn_mask.shape), reversed(scores), strict=False))
+    for a, b in pairs:
+        if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt) and not a.node.shape_env.frozen:
+            guard_or_false(a == b)
 
 
 def _autocast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

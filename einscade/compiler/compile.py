@@ -107,14 +107,15 @@ def rewritten(
     constants: dict[str, torch.Tensor],
     weights: set[str],
     within: str = "",
+    settled: bool = True,
 ) -> RewrittenGraph | None:
     """The captured and rewritten graph; None where nothing in it was rewritten. Raises CaptureError. `within`: the path
-    of the module that the graph's module paths begin at."""
+    of the module that the graph's module paths begin at; `settled` as in `rewrite`."""
     captured = to_aten(gm, fakes)
     written = {n.args[0].name for n in captured.gm.graph.find_nodes(op="call_function", target=aten.copy_.default)}
     known = {name: value for name, value in constants.items() if name not in written}
     try:
-        result = rewrite(captured.gm, recipe, known, weights, within)
+        result = rewrite(captured.gm, recipe, known, weights, within, settled)
     except Exception as error:  # whatever goes wrong here must not cost the user their model
         raise CaptureError(f"internal error, {first_line(error)}") from error
     report.add(result.sites)

@@ -253,7 +253,8 @@ class _State:
         self.derived += 1
         constants: dict[str, torch.Tensor] = {}
         try:
-            rewrite = rewritten(self.original, fakes, self.recipe, self.report, constants, set())
+            settled = self.derived <= MOST_VARIANTS // 2  # what moves time and again is no width of the model
+            rewrite = rewritten(self.original, fakes, self.recipe, self.report, constants, set(), settled=settled)
         except CaptureError as stop:
             self.give_up(str(stop))
             return None

@@ -22,8 +22,10 @@ from einscade.compiler.aten_pointwise import NUMERIC
 from einscade.compiler.aten_views import VIEWS, is_copy
 from einscade.compiler.raising_memo import Memo, Request
 from einscade.compiler.raising_region import Output, raise_region
-from einscade.compiler.regions_scan import Candidate, products_of, scan
+from einscade.compiler.regions_scan import Candidate, products_of, scan, widths_of
+from einscade.compiler.settling import held_whole
 from einscade.ir.cascade import Cascade
+from einscade.ir.expr import free_vars
 from einscade.ir.verify import CascadeError
 
 __all__ = ["Output", "Region", "find", "is_weight"]
@@ -35,7 +37,8 @@ class Region:
 
     `inputs` are in the order of `cascade.inputs`; `sizes` maps the cascade's symbols to an int, a SymInt, or the node
     that holds it; `nodes` are the region's own nodes, in graph order, which the outputs replace; `known` are the inputs
-    of the graph whose values became part of the cascade; `detached` says that gradients stop inside, at a statement.
+    of the graph whose values became part of the cascade; `detached` says that gradients stop inside, at a statement;
+    `widths` are the graph's symbols that a kernel needs as numbers (see `settling`).
     """
 
     cascade: Cascade | None
@@ -48,6 +51,7 @@ class Region:
     reason: str | None = None
     known: frozenset[Node] = frozenset()
     detached: bool = False
+    widths: frozenset[str] = frozenset()
 
 
 def find(gm: GraphModule, constants: Mapping[str, torch.Tensor] | None = None,
@@ -69,6 +73,7 @@ class _Draft:
     core: frozenset[Node]
     root: Node
     order: int
+    widths: frozenset[str]
 
 
 class _Finder:
@@ -112,7 +117,9 @@ class _Finder:
         core = self._between(candidate)
         core = self._extended(self._result(candidate.values, core), core)
         root = self._root(candidate.values, core)
-        return _Draft(candidate.scores, candidate.values, frozenset(core), root, self.position[candidate.values])
+        widths = frozenset(s for size in widths_of(candidate) for s in free_vars(size))
+        order = self.position[candidate.values]
+        return _Draft(candidate.scores, candidate.values, frozenset(core), root, order, widths)
 
     def _region(self, draft: _Draft, holders: Mapping[Node, list[_Draft]]) -> Region:
         core, values = draft.core, draft.values
@@ -128,12 +135,15 @@ class _Finder:
             if missing := sorted(set(used.values()) - set(self._sizes)):
                 raise Unraisable(f"no node of the graph has the size {missing[0]}")
         except Unraisable as stop:
-            return Region(None, (), {}, (), nodes, *where, reason=str(stop))
+            return Region(None, (), {}, (), nodes, *where, reason=str(stop), widths=draft.widths)
         except (CascadeError, RecursionError) as error:
-            return Region(None, (), {}, (), nodes, *where, reason=f"raising failed: {error}")
+            reason = f"raising failed: {error}"
+            return Region(None, (), {}, (), nodes, *where, reason=reason, widths=draft.widths)
         sizes = {new: self._sizes[old] for new, old in used.items()}
+        # Which ranks are lengths shows once the widths are numbers.
+        widths = draft.widths or frozenset(raised.symbols[s] for s in held_whole(raised.cascade))
         return Region(raised.cascade, raised.inputs, sizes, raised.outputs, nodes, *where, known=raised.known,
-                      detached=raised.detached is not None)  # fmt: skip
+                      detached=raised.detached is not None, widths=widths)  # fmt: skip
 
     def _between(self, candidate: Candidate) -> set[Node]:
         """The nodes on the paths from what makes the intermediate to what consumes it."""

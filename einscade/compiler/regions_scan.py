@@ -29,7 +29,7 @@ from einscade.compiler.aten_views import VIEWS, is_copy
 from einscade.compiler.raising_index import groups
 from einscade.ir.expr import Expr
 
-__all__ = ["Candidate", "scan"]
+__all__ = ["Candidate", "scan", "widths_of"]
 
 Mark = tuple[Node, int]
 Marks = tuple[frozenset[Mark], ...]
@@ -446,6 +446,21 @@ def _varying(x: Node, rank: int, size: Sequence[Expr]) -> set[int]:
                 break
         source = operand
     return {d + shift for d, n in enumerate(own) if n != 1 and d not in repeated}
+
+
+def widths_of(candidate: Candidate) -> tuple[Expr, ...]:
+    """What the scores are summed over, and what the values add of their own: the extents that a kernel holds whole."""
+    found: list[Expr] = []
+    for node in candidate.scores:
+        if op_name(node) in SCALED_DOT_PRODUCT:
+            a = arguments(node)
+            found += [shape(a.query)[-1], shape(a.value)[-1]]
+        else:
+            found += [shape(side.node)[d] for side in sides_of(node) or () for d in side.reduced]
+    for side in sides_of(candidate.values) or ():
+        if side.node is not candidate.intermediate:
+            found += [shape(side.node)[d] for d in side.free]
+    return tuple(found)
 
 
 def products_of(node: Node) -> tuple[Node, ...]:

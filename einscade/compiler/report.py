@@ -31,8 +31,8 @@ REWRITTEN, UNCHANGED = "rewritten", "unchanged"
 class Site:
     """One place where attention was found. `module_path` as in `named_modules()`, `source` as `file.py:line`.
 
-    `status` is "rewritten" or "unchanged"; `reason` says why unchanged. `cascade`, `rewritten`, `steps` and `kernel`
-    are None (empty) where no cascade could be raised.
+    `status` is "rewritten" or "unchanged"; `reason` says why unchanged, or why no kernel for a GPU can be written for a
+    rewritten one. `cascade`, `rewritten`, `steps` and `kernel` are None (empty) where no cascade could be raised.
     """
 
     module_path: str

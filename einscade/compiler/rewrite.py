@@ -17,6 +17,7 @@ from einscade.compiler.capture import nested_graphs
 from einscade.compiler.lowering import Unlowerable, check, lower, program_of, still_read
 from einscade.compiler.regions import Region, find, is_weight
 from einscade.compiler.report import REWRITTEN, UNCHANGED, Site
+from einscade.compiler.settling import open_because, settle, settle_signs, symbols_of
 from einscade.runtime import progress
 from einscade.runtime.messages import first_line, warn_once
 from einscade.runtime.program import remember
@@ -40,20 +41,19 @@ def rewrite(
     constants: Mapping[str, torch.Tensor],
     parameters: Collection[str],
     within: str = "",
+    settled: bool = True,
 ) -> Rewritten:
     """Puts an operator in the place of every region that has a cascade, in `gm` and in the graphs that it calls.
 
     `constants` are placeholders (by name) whose values are known, `parameters` those that are weights, `within` is the
-    path of the module that the graph's module paths begin at.
+    path of the module that the graph's module paths begin at. `settled`: widths among the sizes become numbers.
     """
-    found: list[tuple[fx.GraphModule, Region]] = []
     graphs = list(nested_graphs(gm))
     needed = {graph: _differentiable(graph) for graph in graphs}
     for graph in graphs:
         _without_idle_detaches(graph, needed[graph])
     weights = _weights(gm, parameters)
-    for graph in graphs:
-        found += [(graph, region) for region in find(graph, constants if graph is gm else {}, weights[graph])]
+    found = _found(gm, constants, weights, settled)
     relied_on = {n.target for graph, region in found for n in region.known if graph is gm}
     sites: list[Site] = []
     placed: set[fx.Node] = set()
@@ -71,6 +71,22 @@ def rewrite(
         graph.graph.lint()
         graph.recompile()
     return Rewritten(sites, frozenset(str(name) for name in relied_on))
+
+
+def _found(
+    gm: fx.GraphModule,
+    constants: Mapping[str, torch.Tensor],
+    weights: Mapping[fx.GraphModule, Collection[str]],
+    settled: bool,
+) -> list[tuple[fx.GraphModule, Region]]:
+    """The regions of `gm` and of the graphs that it calls, found again for as long as there is something to settle:
+    what a region is, and whether it can be raised, may hang on it."""
+    graphs, known = list(nested_graphs(gm)), {gm: constants}
+    while True:
+        found = [(graph, r) for graph in graphs for r in find(graph, known.get(graph), weights[graph])]
+        widths = {name for _, region in found for name in region.widths} if settled else set()
+        if not (found and settle_signs(gm)) and not (widths and settle(widths, symbols_of(graphs))):
+            return found
 
 
 def _weights(gm: fx.GraphModule, parameters: Collection[str]) -> dict[fx.GraphModule, set[str]]:
@@ -150,7 +166,7 @@ def _site(
     sizes = tuple((s, _hint(region.sizes[s])) for s in region.cascade.symbols)
     device = region.inputs[0].meta["val"].device
     needed = tuple(n in differentiable for n in region.inputs)
-    site = Site(*where, REWRITTEN, None, program, device, sizes, needed, frame)
+    site = Site(*where, REWRITTEN, _open(region), program, device, sizes, needed, frame)
     try:
         if region.detached and any(needed):
             raise Unlowerable("its gradient stops at a detach() inside, which a cascade cannot say")
@@ -164,6 +180,14 @@ def _site(
         site.status, site.reason = UNCHANGED, f"internal error, {first_line(error)}"
         warn_once(f"{region.module_path or 'a site'} ({region.source}) is left as it was: {site.reason}")
     return site
+
+
+def _open(region: Region) -> str | None:
+    """What keeps kernels for a GPU from a region that has a cascade; None where nothing does."""
+    values = {s: n.meta["val"] if isinstance(n, fx.Node) else n for s, n in region.sizes.items()}
+    moving = {s: n for s, n in values.items() if isinstance(n, torch.SymInt) and str(n.node.expr) in region.widths}
+    told = [f"{s} {open_because(n) or 'has moved before'}" for s, n in moving.items()]
+    return f"kernels for a GPU need widths as numbers, and {', '.join(told)}" if told else None
 
 
 def _frame() -> int | None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["CASES", "NEGATIVES", "Case", "inputs"]
+__all__ = ["CASES", "NEGATIVES", "Case", "inputs", "moved"]
 
 B, H, G, P, M, E, D = 3, 4, 2, 5, 7, 8, 6
 
@@ -92,6 +92,13 @@ def inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu", 
             value = torch.randn(shapes[name], generator=generator, dtype=torch.float64).to(dtype)
         made.append(value.to(device))
     return made
+
+
+def moved(case: Case, batch: int, queries: int, keys: int) -> Case:
+    """The case at another batch size and at other lengths."""
+    sizes = {B: batch, P: queries, M: keys, 2 * M - 1: 2 * keys - 1, 2 * M: 2 * keys}
+    shapes = {**SHAPES, **dict(case.shapes)}
+    return replace(case, shapes=tuple((a, tuple(sizes.get(n, n) for n in shapes[a])) for a in case.args))
 
 
 def causal(p: int, m: int) -> bool:
