@@ -21,8 +21,7 @@ from einscade.codegen.schedule import Schedule
 from einscade.codegen.triton_bounds import BoundsWriter
 from einscade.codegen.triton_memory import Stored
 from einscade.codegen.triton_tables import write_total
-from einscade.codegen.triton_tile import Lines
-from einscade.codegen.triton_values import Local, Value, scalar, value
+from einscade.codegen.triton_values import Lines, Local, Value, scalar, value
 from einscade.ir.expr import free_vars, var
 from einscade.passes.domains import span
 
