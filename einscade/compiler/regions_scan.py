@@ -117,7 +117,7 @@ class _Scan:
         if name == "getitem":
             self.item(node)
         elif name in VIEWS or is_copy(node):
-            self.store(node, self.viewed(node, inputs[0]))
+            self.store(node, self.single(node, inputs[0], self.viewed(node, inputs[0])))
         elif name in REDUCTIONS:
             self.reduction(node, inputs[0])
         elif name == "aten::convolution":
@@ -222,6 +222,21 @@ class _Scan:
             return {}
         self.pairs[node] = _Pair((False, False), no_product=True, touched=True)
         return {d: frozenset({(node, side)}) for side, own in enumerate((left - right, right - left)) for d in own}
+
+    def single(self, node: Node, source: Node, marks: Marks) -> Marks:
+        """The marks of a view, where it dropped a dimension of one row (einsum makes one where an operand has no
+        positions of its own): as `one_sided` has them."""
+        before, size = self.of(source), shape(source)
+        rows = {m for d, dim in enumerate(before) for m in dim if size[d] == 1}
+        rows -= {m for d, dim in enumerate(before) for m in dim if size[d] != 1} | _NONE.union(*marks)
+        for maker, side in rows:
+            pair, partner = self.pairs[maker], (maker, 1 - side)
+            shared = [d for d, n in enumerate(shape(node)) if n != 1 and partner not in marks[d]]
+            if any(pair.static) or not shared or partner not in _NONE.union(*marks):
+                continue
+            pair.no_product = pair.touched = True
+            marks = tuple(dim | {(maker, side)} if d in shared else dim for d, dim in enumerate(marks))
+        return marks
 
     def linear(self, node: Node, source: Node, inputs: Sequence[Node]) -> bool:
         """Whether the value stays a plain product of its sides: something is added, or its rows or columns scaled."""
@@ -501,13 +516,19 @@ def _order(node: Node, rank: int) -> list[int]:
 
 def _regrouped(marks: Marks, new: Sequence[Expr], old: Sequence[Expr]) -> Marks:
     """Marks through a reshape: each new dimension has those of every old one in its group. A dimension of 1 may end up
-    at any other of 1, and its marks with it."""
+    at any other of 1, and its marks with it; with none, a single row ends that is grouped with its columns."""
     result: list[frozenset[Mark]] = [_NONE] * len(new)
     ones = _NONE.union(*(marks[d] for d, n in enumerate(old) if n == 1))
     room = any(n == 1 for n in new)
     for here, there in groups(tuple(new), tuple(old)):
         exact = len(there) == len(here) == 1
-        together = _NONE.union(*(marks[d] for d in there if exact or old[d] != 1 or not room))
+        together = _NONE.union(*(marks[d] for d in there if exact or old[d] != 1))
+        if not room:
+            together |= {
+                m
+                for m in ones.intersection(*[_NONE.union(*(marks[d] for d in there))])
+                if (m[0], 1 - m[1]) not in together
+            }
         for d in here:
             result[d] = together | ones if new[d] == 1 else together
     return tuple(result)

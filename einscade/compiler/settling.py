@@ -29,12 +29,23 @@ WIDEST = 1024
 def held_whole(cascade: Cascade) -> frozenset[str]:
     """The symbols of a cascade that kernels need as numbers, by structure: extents of what is reduced within the point
     of a pair of positions (a mixing of heads), and what indices are divided by (heads in groups, pages, blocks). What a
-    length has in it is none."""
-    lengths = {s for r in cascade.lengths for s in free_vars(cascade.extent(r))}
-    reduced = {r for e in cascade.body if e.reduce for r in e.reduce.ranks} - cascade.lengths
+    length has in it is none: of a sequence's positions, or of what else scores are normalised over (where they are no
+    product, or one query's)."""
+    moving = cascade.lengths | _normalised(cascade)
+    lengths = {s for r in moving for s in free_vars(cascade.extent(r))}
+    reduced = {r for e in cascade.body if e.reduce for r in e.reduce.ranks} - moving
     extents = (cascade.extent(r) for r in reduced)
     found = {s for x in (*extents, *_divisors(cascade)) for s in free_vars(x)} - cascade.rank_table.keys()
     return frozenset(found - lengths)
+
+
+def _normalised(cascade: Cascade) -> frozenset[str]:
+    found: set[str] = set()
+    for e in cascade.body:
+        if e.reduce and e.reduce.monoid == "sum":
+            reduced, scored = cascade.reduced_after(e.name)
+            found |= reduced.intersection(e.output.ranks) if scored else set()
+    return frozenset(found)
 
 
 def _divisors(cascade: Cascade) -> Iterator[Expr]:

@@ -258,7 +258,7 @@ class Cascade:
             if e.reduce is None or found & {*e.reduce.ranks}:
                 continue
             apart = frozenset().union(*e.sides)
-            reduced, scored = self._reduced_after(e.name)
+            reduced, scored = self.reduced_after(e.name)
             if e.sides and reduced & apart:
                 contracted = self._points(e.reduce.ranks)
                 found |= {r for r in apart if scored or self._points((r,)) > contracted}
@@ -268,7 +268,7 @@ class Cascade:
         extents = [self.extent(r) for r in ranks]
         return prod(int(n) if n.is_Integer else inf for n in extents)
 
-    def _reduced_after(self, name: str) -> tuple[frozenset[str], bool]:
+    def reduced_after(self, name: str) -> tuple[frozenset[str], bool]:
         """The ranks that statements reduce which read a tensor, or what is computed of it point by point; and whether
         that is more than sums of products."""
         values, ranks, scored = {name}, set(), False

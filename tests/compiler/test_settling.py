@@ -448,6 +448,8 @@ def test_an_exported_program_keeps_the_sizes_that_it_promises() -> None:
         ("S[b,h,p,m] = sum(e) Q[b,h,p,e] * K[b,h // (H // G),m,e]", {"H", "G"}),
         ("S[b,h,p,m] = sum(e) Q[b,h,p,e] * K[b,h,m,e] * L[m // C]", {"C"}),
         ("S[b,h,p,m] = sum(e) Q[b,h,p,e] * K[b,h,m,e]", set()),
+        ("S[b,h,p,m] = sum(e) tanh(Q[b,h,p,e] + K[b,h,m,e])", set()),
+        ("S[b,h,p,m] = sum(e) Q[b,h,0,e] * K[b,h,m,e]", set()),
     ],
 )
 def test_what_is_held_whole(text: str, expected: set[str]) -> None:

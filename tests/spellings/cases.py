@@ -636,8 +636,6 @@ def weights_twice(q, k, v):
     return w @ v + (w @ v.flip(-1))
 
 
-
-
 # -- heads ------------------------------------------------------------------------------------------------------------
 
 
@@ -679,6 +677,20 @@ def multi_query_folded(q, k, v):
     b, h, p, e = q.shape
     s = q.reshape(b, h * p, e) @ k.mT * SCALE
     return (s.softmax(-1) @ v).view(b, h, p, -1)
+
+
+@spelling("step kn vn lengths", masked=True, shapes=(("step", (B, H, E)), ("lengths", (B,))))
+def one_query(step, kn, vn, lengths):
+    """A step of a decoder: no positions of queries at all."""
+    scores = torch.einsum("bhe,bmhe->bhm", step, kn) / math.sqrt(E)
+    beyond = torch.arange(M, device=kn.device) >= lengths[:, None]
+    return torch.einsum("bhm,bmhd->bhd", scores.masked_fill(beyond[:, None], -torch.inf).softmax(-1), vn)
+
+
+@spelling("step kn vn", shapes=(("step", (B, H, E)),))
+def one_query_squeezed(step, kn, vn):
+    scores = (step.unsqueeze(2) @ kn.permute(0, 2, 3, 1)).squeeze(2) * E**-0.5
+    return (scores.softmax(-1).unsqueeze(2) @ vn.transpose(1, 2)).squeeze(2)
 
 
 # -- shapes of programs -----------------------------------------------------------------------------------------------
