@@ -170,7 +170,7 @@ def _function(expr: Expr, scope: Scope) -> Value:
     if name is None:
         raise Unsupported(f"function {expr.func.__name__} in {expr}")
     v = value(expr.args[0], scope)
-    if not v.ranks and not _is_tensor(v):
+    if not v.ranks and not _is_tensor(v) and not (v.kind == "f" and expr.has(Access)):
         v = Value(f"torch.tensor({v.code}, dtype=torch.{scope.acc}, device={scope.device})", (), "f", True)
     if name == "exp" and scope.in_place:  # torch's exp2 takes less than half of the time, with this pass too
         return _method(_binary(as_float(v, scope), Value(LOG2_E), "*", "mul", scope, PRODUCT), "exp2", scope)
