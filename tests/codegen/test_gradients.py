@@ -25,38 +25,31 @@ SOFTMAX = """  G[b,h,p]: f64 = max(m) {s}
   O[b,h,p,f]: f64 = N[b,h,p,f] / Z[b,h,p]  if Z[b,h,p] != 0
 """
 SIGMOID = "  O[b,h,p,f]: f64 = sum(m) V[b,h // 2,m,f] / (1 + exp(-S[b,h,p,m]))\n"
+
+
+def scored(score: str, more: str = "", domain: str = "") -> str:
+    """Attention by softmax over `score`, of the products S and of what `more` adds to the inputs."""
+    return HEAD.format(more=more, domain=domain) + f"  C[b,h,p,m]: f64 = {score}\n" + SOFTMAX.format(s="C[b,h,p,m]")
+
+
 CASES = {
     "full": HEAD.format(more="", domain="") + SOFTMAX.format(s="S[b,h,p,m]"),
     "causal": HEAD.format(more="", domain="  if m <= p") + SOFTMAX.format(s="S[b,h,p,m]"),
     "window with empty rows": HEAD.format(more="", domain="  if m <= p & p - m < 9 & m > 3")
     + SOFTMAX.format(s="S[b,h,p,m]"),
     "boolean mask": HEAD.format(more=", A[b,m]: bool", domain="  if A[b,m]") + SOFTMAX.format(s="S[b,h,p,m]"),
-    "softcap": HEAD.format(more="", domain="  if m <= p")
-    + "  C[b,h,p,m]: f64 = 2.0 * tanh(S[b,h,p,m] / 2.0)\n"
-    + SOFTMAX.format(s="C[b,h,p,m]"),
-    "slopes": HEAD.format(more=", A[h]: f64", domain="  if m <= p")
-    + "  C[b,h,p,m]: f64 = S[b,h,p,m] + A[h] * (m - p)\n"
-    + SOFTMAX.format(s="C[b,h,p,m]"),
-    "dense bias": HEAD.format(more=", A[h,p,m]: f64", domain="")
-    + "  C[b,h,p,m]: f64 = S[b,h,p,m] + A[h,p,m]\n"
-    + SOFTMAX.format(s="C[b,h,p,m]"),
-    "dense bias of batches and heads together": HEAD.format(more=", A[p,m]: f64", domain="  if m <= p")
-    + "  C[b,h,p,m]: f64 = S[b,h,p,m] + A[p,m]\n"
-    + SOFTMAX.format(s="C[b,h,p,m]"),
-    "dense bias of each head": HEAD.format(more=", A[b,h,p,m]: f64", domain="")
-    + "  C[b,h,p,m]: f64 = S[b,h,p,m] + A[b,h,p,m]\n"
-    + SOFTMAX.format(s="C[b,h,p,m]"),
-    "dense bias of each head, causal": HEAD.format(more=", A[b,h,p,m]: f64", domain="  if m <= p")
-    + "  C[b,h,p,m]: f64 = S[b,h,p,m] + A[b,h,p,m]\n"
-    + SOFTMAX.format(s="C[b,h,p,m]"),
-    "dense bias of sequences with lengths": HEAD.format(more=", L[b]: i64, A[h,p,m]: f64", domain="  if m < L[b]")
-    + "  C[b,h,p,m]: f64 = S[b,h,p,m] + A[h,p,m]\n"
-    + SOFTMAX.format(s="C[b,h,p,m]"),
-    "dense bias of causal sequences with lengths and heads together": HEAD.format(
-        more=", L[b]: i64, A[p,m]: f64", domain="  if m < L[b] & m <= p"
-    )
-    + "  C[b,h,p,m]: f64 = S[b,h,p,m] + A[p,m]\n"
-    + SOFTMAX.format(s="C[b,h,p,m]"),
+    "softcap": scored("2.0 * tanh(S[b,h,p,m] / 2.0)", domain="  if m <= p"),
+    "slopes": scored("S[b,h,p,m] + A[h] * (m - p)", ", A[h]: f64", "  if m <= p"),
+    "dense bias": scored("S[b,h,p,m] + A[h,p,m]", ", A[h,p,m]: f64"),
+    "dense bias of batches and heads together": scored("S[b,h,p,m] + A[p,m]", ", A[p,m]: f64", "  if m <= p"),
+    "dense bias of each head": scored("S[b,h,p,m] + A[b,h,p,m]", ", A[b,h,p,m]: f64"),
+    "dense bias of each head, causal": scored("S[b,h,p,m] + A[b,h,p,m]", ", A[b,h,p,m]: f64", "  if m <= p"),
+    "dense bias of sequences with lengths": scored(
+        "S[b,h,p,m] + A[h,p,m]", ", L[b]: i64, A[h,p,m]: f64", "  if m < L[b]"
+    ),
+    "dense bias of causal sequences with lengths and heads together": scored(
+        "S[b,h,p,m] + A[p,m]", ", L[b]: i64, A[p,m]: f64", "  if m < L[b] & m <= p"
+    ),
     "sigmoid": HEAD.format(more="", domain="  if m <= p") + SIGMOID,
     "keys and values in one tensor": (HEAD.format(more="", domain="  if m <= p") + SOFTMAX.format(s="S[b,h,p,m]"))
     .replace("K[b,g,m,e]: f64, V[b,g,m,f]: f64", "K[b,g,m,t]: f64")
