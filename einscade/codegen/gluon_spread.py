@@ -221,6 +221,15 @@ class SpreadChain(Chain):
         end = self._scalar_printer().value(self.shape.extent(self.shape.p)).code
         return masked if masked == "True" else f"({masked}) | (row + {self.rows} > {end})"
 
+    def _both(self, full: list[str], masked: list[str]) -> list[str]:
+        """Masks stay behind their branch: with no more than this in it the assembler would do without."""
+        lines = super()._both(full, masked)
+        if "if MASKED:" not in lines:
+            return lines
+        self.used.add("apart")
+        at = lines.index("if MASKED:") + 1
+        return [*lines[:at], "    apart()", *lines[at:]]
+
     def _issue_products(self, it: Iteration) -> list[str]:
         """First what the last tile adds to the sum, whose weights everybody has made meanwhile; it is sent off behind
         the first scores. Products that the first sum does not need wait for its weights, which leaves registers."""

@@ -30,6 +30,13 @@ def settled(x):
     bit operation, as the change of a sign is."""
     return gl.inline_asm_elementwise("add.f32 $0, $1, 0f80000000;", "=f,f", [x], gl.float32, is_pure=True, pack=1)
 ''',
+    "apart": '''
+@gluon.jit
+def apart():
+    """Nothing, once. The assembler makes a short branch's instructions conditional, and issues them in every iteration;
+    with one that may not move among them they stay behind the branch."""
+    gl.inline_asm_elementwise("mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+''',
     "packed": '''
 @gluon.jit
 def packed(x):

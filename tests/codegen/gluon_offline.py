@@ -10,13 +10,21 @@ import subprocess
 import tempfile
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-__all__ = ["assert_fits", "compiled"]
+__all__ = ["Compiled", "assert_fits", "compiled"]
+
+
+class Compiled(NamedTuple):
+    """A compiled kernel: bytes of shared memory, what ptxas reported, and the assembly."""
+
+    shared: int
+    report: str
+    assembly: str
 
 
 class _Recorder:
@@ -33,9 +41,9 @@ class _Recorder:
         return launch
 
 
-def compiled(made: ModuleType, given: list[Tensor], sizes: dict[str, int]) -> dict[str, tuple[int, str]]:
-    """Shared memory, and ptxas' report, of a module's kernels as its `run` would launch them for these inputs. Products
-    that the assembler left out are an error."""
+def compiled(made: ModuleType, given: list[Tensor], sizes: dict[str, int]) -> dict[str, Compiled]:
+    """A module's kernels, compiled as its `run` would launch them for these inputs. Products that the assembler left
+    out are an error."""
     launched = dict.fromkeys(re.findall(r"(\w+)\[\(", inspect.getsource(made.run)))
     kernels = {name: getattr(made, name) for name in launched}
     recorders = {name: _Recorder() for name in kernels}
@@ -47,7 +55,7 @@ def compiled(made: ModuleType, given: list[Tensor], sizes: dict[str, int]) -> di
     return {name: _compiled(kernel, recorders[name]) for name, kernel in kernels.items()}
 
 
-def _compiled(kernel: Any, launched: _Recorder) -> tuple[int, str]:
+def _compiled(kernel: Any, launched: _Recorder) -> Compiled:
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -84,7 +92,7 @@ def _compiled(kernel: Any, launched: _Recorder) -> tuple[int, str]:
         command = [str(tools / "nvdisasm"), "-c", "-ndf", file.name]  # no flow analysis: half of its time
         assembly = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert _products(assembly) == result.asm["ptx"].count("wgmma.mma_async"), "the assembler dropped products"
-    return result.metadata.shared, report.getvalue()
+    return Compiled(result.metadata.shared, report.getvalue(), assembly)
 
 
 def _products(assembly: str) -> int:
@@ -94,7 +102,7 @@ def _products(assembly: str) -> int:
 
 def assert_fits(made: ModuleType, given: list[Tensor], sizes: dict[str, int], spilled: int = 0) -> None:
     """Every kernel of a module compiles for Hopper, fits in shared memory and spills no more bytes than that."""
-    for shared, report in compiled(made, given, sizes).values():
+    for shared, report, _ in compiled(made, given, sizes).values():
         assert shared <= 227 << 10
         found = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
         assert found, report
