@@ -172,15 +172,19 @@ class _Program(TritonModule):
             if chain.name(tensor) != self.code(tensor):
                 self.out(f"{chain.name(tensor)} = {self.code(tensor)}")
         for line in chain.launch(self.device):
-            self.out(re.sub(r"^( *)(kernel|list_tiles)\[", rf"\1\2{mark}[", line))
+            self.out(re.sub(r"^( *)(kernel|list_tiles|rounded)\[", rf"\1\2{mark}[", line))
 
     def _allocate(self, output: str, chain: Chain) -> None:
-        """A result of a kernel; between two kernels with the width innermost, which is how it is written and read."""
+        """A result of a kernel; between two kernels with the width innermost, which is how it is written and read. The
+        copy engine writes no other result."""
+        ranks = self.cascade.tensors[output].ranks
+        tile = next((x for x in chain.shape.written if x.tensor == output), None)
+        if tile is not None and dict(self.schedule.out_order).get(output, ranks)[-1] != ranks[tile.across]:
+            raise Unsupported(f"{output} with {ranks[tile.across]} not innermost")
         operand = next((x for x in chain.shape.addressed if x.tensor == output), None)
         if operand is None or output in self.cascade.outputs:
             self.allocate(output)
             return
-        ranks = self.cascade.tensors[output].ranks
         order = (*(i for i in range(len(ranks)) if i not in (operand.row, operand.across)), operand.row, operand.across)
         shape = ", ".join(self.extent(ranks[i]) for i in order)
         made = f"torch.empty(({shape}), dtype=torch.float32, device={self.device})"

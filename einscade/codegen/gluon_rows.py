@@ -3,7 +3,8 @@
 Comes in: an Einsum that stands alone before or behind a loop. Goes out: the text of a kernel and of its launch, for
 
     RowSum:    S[b,p] = sum(d) X[b,p,d] * Y[b,p,d]            a gradient's statistic of its rows
-    SliceSum:  K[b,g,m,e] = sum(n) X[b,4*g + n,m,e]           the gradients of the heads of a group
+    SliceSum:  K[b,g,m,e] = sum(n) X[b,4*g + n,m,e]           the gradients of the heads of a group; with one slice,
+                                                              a float32 sum in the precision that was asked for
 
 `row_sum` and `slice_sum` return None for what is not of this form. As torch operations the first takes a float32 copy
 of every operand, the second one of its result.
@@ -111,9 +112,14 @@ class SliceSum:
         lines += [
             f"at = x + ({' + '.join(own)})[:, None] + ({' + '.join(along)})[None, :]",
             "total = gl.load(at, mask=inside, other=0).to(gl.float32)",
-            f"for n in gl.static_range(1, {self.count}):",
-            f"    at += {' + '.join(slices)}",
-            "    total += gl.load(at, mask=inside, other=0).to(gl.float32)",
+        ]
+        if self.count > 1:
+            lines += [
+                f"for n in gl.static_range(1, {self.count}):",
+                f"    at += {' + '.join(slices)}",
+                "    total += gl.load(at, mask=inside, other=0).to(gl.float32)",
+            ]
+        lines += [
             f"to = result + ({to})[:, None] + (column * result_{len(ranks)})[None, :]",
             f"gl.store(to, (total{number}).to({_DTYPES[self.dtype]}), mask=inside)",
         ]
@@ -125,9 +131,8 @@ class SliceSum:
 
     def launch(self, name: str, result: str, code: str) -> list[str]:
         """The lines that fill the result, which is there; `code` is the tensor in the host's text."""
-        extents = ", ".join(python(n) for _, n in self.rows[1:])
-        rows = f"{result}.numel() // {self.width}"
-        given = f"{code}, *{code}.stride(), {result}, *{result}.stride(), {rows}, {extents}, num_warps=4,"
+        rows = [f"{result}.numel() // {self.width}", *(python(n) for _, n in self.rows[1:])]
+        given = ", ".join([f"{code}, *{code}.stride(), {result}, *{result}.stride()", *rows, "num_warps=4"]) + ","
         return [
             f"if {result}.numel():",
             f"    {name}[(-(-{result}.numel() // {self.width * ROWS}),)](",

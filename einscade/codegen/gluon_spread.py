@@ -27,8 +27,8 @@ from einscade.codegen.gluon_chain import Chain, Iteration
 from einscade.codegen.gluon_form import Form, Operand, WeightedSum
 from einscade.codegen.gluon_plan import GROUP_ROWS, REGISTERS, SHARED
 from einscade.codegen.gluon_points import GLUON_DTYPES
+from einscade.codegen.gluon_rows import SliceSum
 from einscade.codegen.gluon_values import Printer
-from einscade.codegen.host import python
 from einscade.codegen.schedule import Schedule
 from einscade.codegen.source import Unsupported
 from einscade.codegen.tiles import Statement
@@ -120,7 +120,8 @@ def _within_rows(form: Form) -> Form:
 
 
 class SpreadChain(Chain):
-    """The kernel of a form with a sum of its programs. The tensor of that sum has the result's name and `_sum`."""
+    """The kernel of a form with a sum of its programs. The tensor of that sum, which lies in memory as the copy engine
+    reads it whatever the result's order, has the result's name and `_sum`."""
 
     spilled = 16
 
@@ -210,9 +211,7 @@ class SpreadChain(Chain):
         return [f"{self.total}_map"]
 
     def _map_calls(self) -> list[str]:
-        view = self._seen(self.spread.result)
-        view = self.total + view[len(self.name(self.spread.result.tensor)) :]
-        return [f"tile_map({view}, {self.part[0]}, {self.part[1]})"]
+        return [f"tile_map({self.total}, {self.part[0]}, {self.part[1]})"]
 
     # -- the iteration --
 
@@ -319,15 +318,27 @@ class SpreadChain(Chain):
 
     # -- the host's part --
 
+    def parts(self) -> list[str]:
+        return [*super().parts(), self.rounding.kernel("rounded")]
+
     @property
     def added(self) -> tuple[str, ...]:
         return (self.spread.result.tensor,)
 
+    @cached_property
+    def rounding(self) -> SliceSum:
+        """The result of the sum in memory, which is a sum of one slice."""
+        x, t = self.spread.result, self.cascade.tensors[self.spread.result.tensor]
+        *rows, across = (t.ranks[i] for i in x.order)
+        extents = tuple((r, self.shape.extent(r)) for r in rows)
+        index = tuple(((r, 1),) for r in (*rows, across))
+        number = sympy.Float(float(self.number))
+        return SliceSum(t.name, extents, across, x.width, self.total, index, "", 1, number, t.dtype)
+
     def launch(self, device: str) -> list[str]:
-        result = self.name(self.spread.result.tensor)
-        number = python(sympy.Float(float(self.number)))
+        result = self._seen(self.spread.result)
         return [
-            f"{self.total} = torch.zeros_like({result}, dtype=torch.float32)",
+            f"{self.total} = torch.zeros({result}.shape, dtype=torch.float32, device={device})",
             *super().launch(device),
-            f"torch.mul({self.total}, {number}, out={result})",
+            *self.rounding.launch("rounded", result, self.total),
         ]

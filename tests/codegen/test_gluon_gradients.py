@@ -19,6 +19,7 @@ from einscade.codegen.gluon_program import emit, schedules
 from einscade.codegen.gluon_rows import row_sum
 from einscade.codegen.gluon_spread import spread
 from einscade.codegen.loops import LoopProgram, plan
+from einscade.codegen.source import Unsupported
 from einscade.compiler.gradients import scan_free
 from einscade.ir.interpret import interpret
 from einscade.ir.text import parse_cascade
@@ -192,6 +193,40 @@ def test_a_row_beyond_the_last_adds_nothing() -> None:
         assert value.isfinite().all()
         scale = expected[output].norm() + 1e-2 * named["dO"].double().norm()
         assert (value.double() - expected[output]).norm() <= 3 * 2**-9 * scale, output
+
+
+def reshaped(old: str, new: str) -> tuple[Gradient, LoopProgram, list[Tensor]]:
+    """The gradient of causal attention of one head with another text, its loops and inputs; 150 queries, 77 keys."""
+    spelled = text(BY_NAME["causal"], **{**NARROW, "h": 1, "g": 1}).replace("b,g,", "b,h,").replace("h // 1", "h")
+    spelled = spelled if new else spelled.replace("b < B, h < 1, g < 1, ", "")
+    gradient = differentiate(scan_free(parse_cascade(spelled.replace(old, new)), "exact"))
+    extents = {"b": 1, "h": 1, "p": 150, "m": 77, "e": 64, "f": 64}
+    values = {t.name: torch.randn([extents[r] for r in t.ranks]).bfloat16() for t in gradient.forward.inputs}
+    made = interpret(gradient.forward, values, {})
+    values |= {n: made[n].to(DTYPES[gradient.forward.tensors[n].dtype]) for n in gradient.saved}
+    values |= {gradient.cotangents["O"]: torch.randn(made["O"].shape).bfloat16()}
+    return gradient, plan(run(gradient.cascade, "exact").cascade), [values[t.name] for t in gradient.cascade.inputs]
+
+
+@pytest.mark.parametrize(("old", "new"), [("b,h,", ""), ("p,e]", "e,p]")], ids=["one head", "width before rows"])
+def test_a_sum_over_programs_is_rounded_in_any_shape(old: str, new: str) -> None:
+    torch.manual_seed(0)
+    gradient, loops, given = reshaped(old, new)
+    named = {t.name: x for t, x in zip(gradient.cascade.inputs, given, strict=True)}
+    sizes = {n: {"B": 1, "P": 150, "M": 77}[n] for n in gradient.cascade.symbols}
+    expected = interpret(gradient.cascade, named, {})
+    kernels = emit(loops, next(s for s in schedules(loops) if s.unordered))
+    found = Simulator(0).load(kernels.text).run(*given, **sizes)
+    for output, value in zip(gradient.cascade.outputs, found, strict=True):
+        assert relative_error(value, expected[output]) <= 3 * 2**-9, output
+
+
+@pytest.mark.parametrize("old", ["p,e]", "m,e]", "m,f]"])
+def test_what_the_copy_engine_cannot_write_has_no_kernel(old: str) -> None:
+    """It would write to a copy: rows of a tile are runs in memory."""
+    _, loops, _ = reshaped(old, f"{old[2]},{old[0]}]")
+    with pytest.raises(Unsupported, match="not innermost"):
+        emit(loops, next(s for s in schedules(loops) if not s.unordered))
 
 
 # -- sums along rows --------------------------------------------------------------------------------------------------
