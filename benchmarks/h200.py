@@ -1,4 +1,4 @@
-"""Attention on one GPU, from plain PyTorch modules: einscade beside cuDNN, FlexAttention and torch.compile, in one run.
+"""Attention on one GPU, from plain PyTorch modules: einscade beside what others make of them, in one run.
 
     python benchmarks/h200.py                              the table, in less than ten minutes
     python benchmarks/h200.py --rows documents,dense-bias  some rows
@@ -7,9 +7,10 @@
 
 What is timed is the module that `einscade.optimize` returns, its call and all, after it chose its kernel; rows of
 gradients time the backward pass alone. First it is compared with the module in float64 at an odd length: one that errs
-by more than 1.5 times what the module itself makes in bfloat16 has no figure. Peers: cuDNN through
-`scaled_dot_product_attention` where that computes the same, FlexAttention, and torch.compile of the module where its
-scores fit in memory. Times are medians after warm-up on normally distributed data, TFLOP/s count only the points that
+by more than 1.5 times what the module itself makes in bfloat16 has no figure. Peers (benchmarks/h200_peers.py): cuDNN
+through `scaled_dot_product_attention` where that computes the same, FlexAttention, FlashAttention-4 where it is
+installed, and torch.compile of the module where its scores fit in memory; the slow compilers among them run beforehand,
+for all rows at once. Times are medians after warm-up on normally distributed data, TFLOP/s count only the points that
 the domain keeps. Of tuning the JSON has the program, each candidate's time, the seconds it took, and how the cost
 model's own choice compares. Peers are left out, and the JSON says so, when `--minutes` are nearly over.
 """
@@ -33,14 +34,15 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks import h200_peers
 from benchmarks.h200_rows import ROWS, Row
 from einscade.codegen.schedule import Schedule
 from einscade.runtime.kernels import Kernel
 
-PEERS = ("cudnn", "flex", "compile")
+PEERS = tuple(h200_peers.PEERS)
 CHECKED = 1000
-LARGEST_SCORES = 9 << 30
-"""Bytes of scores in bfloat16 up to which a module is run as it is written: compiled, it holds several such tensors."""
+AHEAD = 180.0
+"""Seconds after which no row's compilers are waited for before the first row is measured."""
 
 
 def distance(actual: Tensor, exact: Tensor) -> float:
@@ -172,58 +174,39 @@ def peer(name: str, row: Row, device: str, autotune: bool) -> float:
     """Milliseconds of another's form of the row. Raises where there is none."""
     torch._dynamo.reset()
     inputs = row.inputs(row.length, device)
-    if name == "cudnn":
-        return milliseconds(row.timed(_cudnn(row, inputs), inputs), device)
-    if name == "flex":
-        from torch.nn.attention.flex_attention import flex_attention
-
-        mode = "max-autotune-no-cudagraphs" if autotune else None
-        attention = torch.compile(flex_attention, mode=mode) if device == "cuda" else flex_attention
-        return milliseconds(row.timed(row.module.flex(attention, inputs, device == "cuda"), inputs), device)
-    if 2 * inputs[0].shape[0] * row.heads * row.length**2 > LARGEST_SCORES:
-        raise NotImplementedError("its scores do not fit in memory")
-    compiled = torch.compile(row.module, dynamic=False) if device == "cuda" else row.module
-    return milliseconds(row.timed(lambda: compiled(*inputs), inputs), device)
+    return milliseconds(row.timed(h200_peers.attention(name, row, inputs, autotune), inputs), device)
 
 
-def _cudnn(row: Row, inputs: list[Tensor]) -> Callable[[], Tensor]:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    if not row.module.plain:
-        raise NotImplementedError("not in scaled_dot_product_attention")
-    q, k, v = inputs
-    backend = SDPBackend.CUDNN_ATTENTION if q.is_cuda else SDPBackend.MATH
-
-    def call() -> Tensor:
-        with sdpa_kernel(backend):
-            return torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, is_causal=row.module.causal, enable_gqa=row.shared > 1
-            )
-
-    return call
-
-
-def measure(row: Row, checked: int, device: str, peers: tuple[str, ...], end: float, autotune: bool) -> dict[str, Any]:
-    """A row's figures in TFLOP/s, or why there are none."""
-    result: dict[str, Any] = {"goal": row.goal}
+def measure(
+    row: Row, checked: int, device: str, peers: Mapping[str, str | None], end: float, autotune: bool
+) -> dict[str, Any]:
+    """A row's figures in TFLOP/s, or why there are none. `peers`: of which to get one, None, or why there is none."""
+    result: dict[str, Any] = {"goal": row.goal, "seconds": {}}
     operations = row.operations(row.length, row.inputs(row.length, device, batch=1))
-    try:
-        result |= ours(row, checked, device)
-        result["tflops"] = round(operations / result["ms"] / 1e9, 1)
-    except Exception as problem:
-        result["problem"] = f"{type(problem).__name__}: {problem}".splitlines()[0][:300]
-    for name in peers:
+    with _seconds(result["seconds"], "einscade"):
         try:
-            if time.monotonic() > end:
-                raise TimeoutError("no time left")
-            result[name] = round(operations / peer(name, row, device, autotune) / 1e9, 1)
-        except NotImplementedError as reason:
-            result[name] = f"no: {reason}"
-        except Exception as problem:
-            result[name] = f"{type(problem).__name__}: {problem}".splitlines()[0][:200]
-        if device == "cuda":
-            torch.cuda.empty_cache()
+            result |= ours(row, checked, device)
+            result["tflops"] = round(operations / result["ms"] / 1e9, 1)
+        except Exception as error:
+            result["problem"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    for name, known in peers.items():
+        with _seconds(result["seconds"], name):
+            try:
+                if time.monotonic() > end:
+                    raise TimeoutError("no time left")
+                result[name] = known or round(operations / peer(name, row, device, autotune) / 1e9, 1)
+            except Exception as error:
+                result[name] = h200_peers.problem(error)
+            if device == "cuda":
+                torch.cuda.empty_cache()
     return result
+
+
+@contextlib.contextmanager
+def _seconds(into: dict[str, float], name: str) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    into[name] = round(time.monotonic() - started, 1)
 
 
 def line(row: Row, result: dict[str, Any]) -> str:
@@ -265,15 +248,22 @@ def main() -> int:
     results: dict[str, Any] = {}
     torch.manual_seed(0)
     functorch_config.donated_buffer = False  # backward is run more than once on one forward pass
-    print("| TFLOP/s | einscade | goal | cuDNN | FlexAttention | torch.compile | kernel, error (plain bfloat16's) |")
-    print("|---|---|---|---|---|---|---|")
     rows = [r for r in ROWS if r.name in chosen]
+    known: dict[tuple[str, str], str] = {}
+    if device == "cuda" and not args.tiny:
+        ahead = [p for p in peers if not (p == "flex" and args.autotune_flex)]  # which measures while it compiles
+        known = h200_peers.call_ahead([r.name for r in rows], ahead, AHEAD)
+        print(f"compiled ahead in {time.monotonic() - started:.0f} s")
+    titles = "| TFLOP/s | einscade | goal | cuDNN | FlexAttention | FlashAttention-4 | torch.compile |"
+    print(titles + " kernel, error (plain bfloat16's) |")
+    print("|---" * 8 + "|")
     for i, row in enumerate(rows):
         checked = min(CHECKED, row.length - 7)
         if args.tiny:
             row, checked = replace(row, length=80, heads=2 * row.shared, batch=row.batch and 1), 73
         end = started + args.minutes * 60 - 20 * (len(rows) - 1 - i)  # what comes after needs its own time
-        results[row.name] = measure(row, checked, device, peers, end, args.autotune_flex)
+        from_peers = {name: known.get((row.name, name)) for name in peers}
+        results[row.name] = measure(row, checked, device, from_peers, end, args.autotune_flex)
         print(line(row, results[row.name]), flush=True)
         torch._dynamo.reset()
         if args.out:

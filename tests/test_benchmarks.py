@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import counters, cpu_model, end_to_end, h200, launch, record, replay, warm, zoo
+from benchmarks import counters, cpu_model, end_to_end, h200, h200_peers, launch, record, replay, warm, zoo
 from benchmarks.measure import interleaved_medians, peak_extra_memory
 from einscade.codegen.schedule import Schedule
 from einscade.ir.device import H200
@@ -145,7 +145,7 @@ def test_attention_rows_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """Rows of every kind, small: right, rewritten, with figures for themselves and their peers."""
     names = "gqa-causal-d128,documents,differential,evoformer-rows,gqa-causal-d128-backward"
     out = tmp_path / "figures.json"
-    command = ["h200", "--rows", names, "--peers", "compile", "--tiny", "--out", str(out), "--commit", "none"]
+    command = ["h200", "--rows", names, "--peers", "fa4,compile", "--tiny", "--out", str(out), "--commit", "none"]
     monkeypatch.setattr(sys, "argv", command)
     assert h200.main() == 0
     figures = json.loads(out.read_text())["figures"]
@@ -155,11 +155,24 @@ def test_attention_rows_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert row["ms"] > 0
         assert len(row["kernels"]) == 1
         assert row["compile"] >= 0
+        assert row["fa4"].startswith("no: ")  # it is not installed, or needs CUDA
+        assert set(row["seconds"]) == {"einscade", "fa4", "compile"}
         (tuning,) = row["tuning"]
         several = tuning["candidates"] > 1  # where there is one there is nothing to measure
         assert len(tuning["measured"]) == tuning["candidates"]
         assert (tuning["untuned"] or 0) >= several
     assert json.loads(out.read_text())["tuning"] == h200.summary(figures)
+
+
+@pytest.mark.slow
+def test_peers_are_called_ahead_in_other_processes() -> None:
+    """What they cannot compute is known afterwards; what there was no time to begin is not."""
+    rows = ["evoformer-rows", "window-1024"]
+    found = h200_peers.call_ahead(rows, ["cudnn", "fa4"], 240)
+    assert set(found) == {(row, "fa4") for row in rows}
+    assert all(reason.startswith("no: ") for reason in found.values())
+    assert h200_peers.call_ahead(rows, ["fa4"], 0) == {}
+    assert h200_peers.call_ahead(rows, ["cudnn", "compile"], 240) == {}  # kept by no compiler on disk
 
 
 def test_what_tuning_was_for() -> None:
