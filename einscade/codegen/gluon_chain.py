@@ -67,6 +67,8 @@ class Chain(Frame):
     def _check_fit(self) -> None:
         if self.resident:
             raise Unsupported("a loop in order has a program for each tile of rows")
+        if self.shape.members and self.listed:
+            raise Unsupported("a list of tiles for all members of a group")
         tiles = self.stages * self.columns * sum(r.width for r in self.rings) * 2
         tiles += self.rows * sum(r.width for r in self.stills) * 2
         tiles += self.rows * self.f * 2 * (len(self.shape.written) - len(self.shares))
@@ -125,7 +127,8 @@ class Chain(Frame):
         rest = [x for x in self.loads if x.access not in tiles]
         tensors = dict.fromkeys(x.access.tensor for x in rest if x.name is None or self._of_columns(x))
         moving = [a for t in tensors for a in self._pointer(t, self.name(t))]
-        return [self.shape.p + "_", *self.shape.batch, *hoisted, *moving, *self.sizes]
+        member = [self.shape.members.rank] if self.shape.members else []
+        return [self.shape.p + "_", *self.shape.batch, *member, *hoisted, *moving, *self.sizes]
 
     def _tables_of(self, loads: Sequence[Load]) -> tuple[Table, ...]:
         """Those that the copy engine can bring, as runs of the last dimension: registers would have to hold the others
@@ -302,6 +305,12 @@ class Chain(Frame):
         """The head of a loop over the tiles that are visited, from the last to the first."""
         if self.listed:
             return ["for i in range(count):", "    visit = gl.load(visits + i)", "    tile = visit // 2"]
+        if (x := self.shape.members) is not None:
+            return [
+                f"for i in range((end - first) * {x.count}):",
+                f"    tile = end - 1 - i // {x.count}",
+                f"    {x.rank} = {x.group} * {x.count} + i % {x.count}",
+            ]
         return ["for i in range(end - first):", "    tile = end - 1 - i"]
 
     def _masked(self) -> str:

@@ -27,7 +27,7 @@ from einscade.ir.cascade import Cascade
 from einscade.ir.expr import Access, Expr, accesses, free_vars, var
 from einscade.passes.fusion import is_long
 
-__all__ = ["Form", "Operand", "Product", "WeightedSum", "form", "nest_form"]
+__all__ = ["DTYPES", "Form", "Members", "Operand", "Product", "WeightedSum", "form", "nest_form", "written_tile"]
 
 WIDTHS = (8, 256)
 """Least and greatest width of a row of an operand, in elements; a multiple of 8 elements is 16 bytes, the copy
@@ -76,13 +76,23 @@ class WeightedSum:
 
 
 @dataclass(frozen=True)
+class Members:
+    """A rank `rank = count * group + member`, all of whose members a program of the group goes through."""
+
+    rank: str
+    group: str
+    count: int
+
+
+@dataclass(frozen=True)
 class Form:
     """`p`: the tiled grid rank; `m`: the coordinate of the loop.
 
     `statements` run between the products and the sums, in order. `split` names running sums that only the epilogue
     reads: each thread keeps its own part of them until then. results: the nest's outputs; written: those that are
     tiles, as operands; addressed: such tiles in f32, which are stored by address. keep: where points exist;
-    always_guard: whether a tile without masks can hold infinite scores.
+    always_guard: whether a tile without masks can hold infinite scores. members: those of a batch rank that there is an
+    iteration for each of, if there are (`gluon_group`).
     """
 
     cascade: Cascade
@@ -101,6 +111,7 @@ class Form:
     addressed: tuple[Operand, ...]
     keep: Boolean
     always_guard: bool
+    members: Members | None = None
 
     @cached_property
     def stills(self) -> tuple[Operand, ...]:
@@ -386,6 +397,12 @@ def _split(
     return frozenset(found)
 
 
+def written_tile(cascade: Cascade, name: str, p: str, across: str) -> Operand:
+    """A result as tiles along `p`."""
+    t = cascade.tensors[name]
+    return _operand(cascade, Access(name, *map(var, t.ranks)), p, across, (*DTYPES, "f32"))
+
+
 # -- what comes out ---------------------------------------------------------------------------------------------------
 
 
@@ -402,7 +419,7 @@ def _written(
             raise Unsupported(f"{name} leaves the loop without an epilogue")
         across = [f for f in dict.fromkeys(widths) if f in t.ranks]
         if len(across) == 1 and t.dtype in (*DTYPES, "f32"):
-            operand = _operand(cascade, Access(t.name, *map(var, t.ranks)), p, across[0], (*DTYPES, "f32"))
+            operand = written_tile(cascade, name, p, across[0])
             (tiles if t.dtype in DTYPES else wide).append(operand)
         elif p not in t.ranks or set(t.ranks) - set(nest.grid):
             raise Unsupported(f"the output {name} is not one value a row, nor a tile in {' or '.join(DTYPES)}")

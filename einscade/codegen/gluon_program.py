@@ -8,6 +8,7 @@ bias) are Triton kernels in the same module.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from einscade.codegen.cost import Lengths, crossed
 from einscade.codegen.gluon_chain import Chain
 from einscade.codegen.gluon_form import Form, nest_form
 from einscade.codegen.gluon_frame import IMPORTS
+from einscade.codegen.gluon_group import grouped, in_group
 from einscade.codegen.gluon_plan import GROUP_ROWS
 from einscade.codegen.gluon_rows import row_sum, slice_sum
 from einscade.codegen.gluon_spread import ADD_TILE, Spread, SpreadChain, spread
@@ -32,6 +34,7 @@ from einscade.codegen.triton_memory import stored
 from einscade.codegen.triton_pairs import paired
 from einscade.codegen.triton_tables import totalled
 from einscade.ir.device import Device
+from einscade.ir.expr import accesses
 from einscade.ir.text import print_einsum
 
 __all__ = ["emit", "schedules"]
@@ -39,6 +42,8 @@ __all__ = ["emit", "schedules"]
 TILES = ((3, 64), (2, 128), (2, 64), (2, 32))
 """Warpgroups, and the tile along the loop, that a nest is tried with, best guess first."""
 
+EVEN = 2
+"""With fewer programs a processor, those left for the last turn weigh more than what a group in one program saves."""
 
 ADD_IMPORTS = """
 from triton._C.libtriton import ir
@@ -55,25 +60,50 @@ def schedules(
     program: LoopProgram, device: Device | None = None, sizes: Mapping[str, int] | None = None
 ) -> tuple[Schedule, ...]:
     """Schedules for the program: first those that add up one nest's sums from another's programs, where that fits; then
-    every nest at its first choice of tiles, at the second, and so on. Raises `Unsupported` as `emit` does, and where at
+    every nest at its first choice of tiles, at the second, and so on. Of each kind those with a program for all members
+    of a group, where there are such, and those without take turns. Raises `Unsupported` as `emit` does, and where at
     these sizes a loop would leave most of the device idle."""
     forms = [nest_form(program.cascade, nest) for nest in _own(program)]
     if not forms:
         raise Unsupported("the program has no loop: there is nothing to write a kernel for")
+    variants = [_alternatives(program, forms, forms)]
+    whole = _grouped(program, forms)
+    if whole != forms:
+        with contextlib.suppress(Unsupported):
+            variants.insert(0, _alternatives(program, forms, whole))
     if device is not None and sizes is not None:
         lengths = Lengths(program.cascade, sizes)
-        for shape in forms:
-            groups = ceil(lengths.rank(shape.p) / GROUP_ROWS) * prod(map(lengths.rank, shape.batch))
-            if groups < device.processors // 2:
-                raise Unsupported(f"{groups} warpgroups for {device.processors} processors")
-    found = [_schedule(tiles) for tiles in _rows([_choices(shape) for shape in forms])]
-    if merged := _merged(program, forms):
+        if min(_programs(shape, lengths, GROUP_ROWS) for shape in forms) < device.processors // 2:
+            raise Unsupported(f"a loop has less than half a warpgroup for each of {device.processors} processors")
+        if len(variants) > 1:
+            tiles = variants[0][1][0]
+            programs = min(_programs(x, lengths, tiles.tile(x.p) or 1) for x in whole if x.members is not None)
+            if programs < device.processors:
+                del variants[0]
+            elif programs < EVEN * device.processors:
+                variants.reverse()
+    turns = [row for kind in zip(*variants, strict=True) for row in zip_longest(*kind)]
+    return tuple(s for row in turns for s in row if s is not None)
+
+
+def _alternatives(
+    program: LoopProgram, separate: Sequence[Form], forms: Sequence[Form]
+) -> tuple[list[Schedule], list[Schedule]]:
+    """The schedules with a sum over programs and those without, each best guess first, of nests of these forms;
+    `separate`: their forms with a program for each member of a group."""
+    grouped = any(shape.members is not None for shape in forms)
+    unordered = []
+    if merged := _merged(program, separate, forms):
         left_out = {other for other, _ in merged.values()}
         choices = [_choices(shape)[:1] if i in left_out else _choices(shape, merged[i][1] if i in merged else None)
                    for i, shape in enumerate(forms)]  # fmt: skip
-        unordered = [replace(_schedule(tiles), unordered=True) for tiles in _rows(choices)] if all(choices) else []
-        found[:0] = unordered
-    return tuple(found)
+        unordered = [_schedule(tiles, grouped, True) for tiles in _rows(choices)] if all(choices) else []
+    return unordered, [_schedule(tiles, grouped) for tiles in _rows([_choices(shape) for shape in forms])]
+
+
+def _programs(shape: Form, lengths: Lengths, rows: int) -> int:
+    """How many programs of so many rows a form has."""
+    return ceil(lengths.rank(shape.p) / rows) * prod(map(lengths.rank, shape.batch))
 
 
 def _own(program: LoopProgram) -> tuple[SerialNest, ...]:
@@ -81,8 +111,21 @@ def _own(program: LoopProgram) -> tuple[SerialNest, ...]:
     return tuple(n for n in program.serial_nests if not crossed(program.cascade, n))
 
 
-def _schedule(tiles: Mapping[str, int]) -> Schedule:
-    return Schedule(tuple(sorted(tiles.items())), 4, 2, (), "cuda:90", True)
+def _grouped(program: LoopProgram, forms: Sequence[Form]) -> list[Form]:
+    """The forms, those with all members of a group in a program whose results only go into sums over the members."""
+    found = []
+    for shape in forms:
+        readers = [e for e in program.cascade.body for a in accesses(e.expr) if a.tensor in shape.results]
+        sums = [x for e in readers if (x := slice_sum(program.cascade, e)) is not None]
+        alone = len(sums) == len(readers) and not {*shape.results} & {*program.cascade.outputs}
+        found.append((grouped(shape, sums) if alone else None) or shape)
+    return found
+
+
+def _schedule(tiles: Mapping[str, int], grouped: bool = False, unordered: bool = False) -> Schedule:
+    return Schedule(
+        tuple(sorted(tiles.items())), 4, 2, (), "cuda:90", True, unordered=unordered, grouped=grouped
+    )
 
 
 def _rows(choices: Sequence[Sequence[Mapping[str, int]]]) -> list[dict[str, int]]:
@@ -93,16 +136,19 @@ def _rows(choices: Sequence[Sequence[Mapping[str, int]]]) -> list[dict[str, int]
     ]
 
 
-def _merged(program: LoopProgram, forms: Sequence[Form]) -> dict[int, tuple[int, Spread]]:
-    """The serial nests that can add up another's sum as they go, with that other nest and how."""
+def _merged(program: LoopProgram, separate: Sequence[Form], forms: Sequence[Form]) -> dict[int, tuple[int, Spread]]:
+    """The serial nests that can add up another's sum as they go, with that other nest and how, by their forms with a
+    program for each member of a group (`separate`) and those that they have."""
     read = {name for nest in program.nests for name in nest.inputs}
     found: dict[int, tuple[int, Spread]] = {}
-    for other, one in enumerate(forms):
-        for i, shape in enumerate(forms):
+    for other, one in enumerate(separate):
+        for i, shape in enumerate(separate):
             taken = {i, other} & {*found, *(x for x, _ in found.values())}
             if taken or other == i or read & set(one.results):
                 continue
             if (sum_ := spread(one, shape)) is not None:
+                if (members := forms[i].members) is not None:
+                    sum_ = replace(sum_, values=in_group(sum_.values, members))
                 found[i] = (other, sum_)
                 break
     return found
@@ -140,7 +186,11 @@ class _Program(TritonModule):
         self.texts: list[str] = []
         self.kernel_schedule = replace(schedule, stages=3, descriptors=False)
         self.memory = stored(replace(program, nests=(*others, FlatNest((), (), ()))), schedule)
-        merged = _merged(program, [nest_form(self.cascade, n) for n in nests]) if schedule.unordered else {}
+        separate = [nest_form(self.cascade, n) for n in nests]
+        forms = _grouped(program, separate) if schedule.grouped else separate
+        self.forms = dict(zip(nests, forms, strict=True))
+        self.summed = {r for shape in forms if shape.members for r in shape.results}
+        merged = _merged(program, separate, forms) if schedule.unordered else {}
         self.spreads = {nests[i]: how for i, (_, how) in merged.items()}
         self.left_out = {nests[other] for other, _ in merged.values()}
 
@@ -154,7 +204,8 @@ class _Program(TritonModule):
 
     def nest(self, nest: SerialNest | FlatNest) -> None:
         if isinstance(nest, FlatNest):
-            if not self._row_sum(nest) and not self._slice_sums(nest):
+            nest = replace(nest, einsums=tuple(e for e in nest.einsums if e.name not in self.summed))
+            if nest.einsums and not self._row_sum(nest) and not self._slice_sums(nest):
                 super().nest(nest)
             return
         if nest in self.left_out:
@@ -162,10 +213,10 @@ class _Program(TritonModule):
         if crossed(self.cascade, nest):
             super().nest(nest)
             return
-        chain = _chain(nest_form(self.cascade, nest), self.schedule, self.spreads.get(nest))
+        chain = _chain(self.forms[nest], self.schedule, self.spreads.get(nest))
         mark = f"_{len(self.texts) + 1}"
         self.texts.append(_marked("\n\n\n".join(chain.parts()), mark))
-        outputs = [*nest.outputs, *chain.added]
+        outputs = [*chain.shape.results, *chain.added]
         for output in outputs:
             self._allocate(output, chain)
         for tensor in (*nest.inputs, *outputs):

@@ -247,6 +247,8 @@ class SpreadChain(Chain):
         return tuple(s for s in self.order[1] if s not in needed)
 
     def _tile_before(self, i: str) -> str:
+        if (x := self.shape.members) is not None:
+            return f"tile + 1 - ({i} % {x.count} + {x.count - 1}) // {x.count}"
         return f"gl.load(visits + ({i} - 1)) // 2" if self.listed else "tile + 1"
 
     def _multiply_part(self, turn: str, it: Iteration) -> list[str]:
@@ -273,8 +275,14 @@ class SpreadChain(Chain):
         ring = next(r for r in self.stills if r.operand == self.spread.values)
         down = f" + group * {rows}" if self.columns > rows else ""
         column = f"group * {across}" if across != ring.width else "0"
-        at = self._coordinates(self.spread.result, f"({tile}) * STEP{down}", column)
-        sent = [f"at = {at}", f"add_tile({self.total}_map, at, part_tile.index(group))"]
+        result, member = self.spread.result, []
+        if (x := self.shape.members) is not None:
+            last = f"(i + {x.count - 1}) % {x.count}" if condition else x.count - 1
+            member = [f"{x.rank}_before = {x.group} * {x.count} + {last}"]
+            before = {var(x.rank): var(f"{x.rank}_before")}
+            result = replace(result, batch=tuple((at, index.xreplace(before)) for at, index in result.batch))
+        at = self._coordinates(result, f"({tile}) * STEP{down}", column)
+        sent = [*member, f"at = {at}", f"add_tile({self.total}_map, at, part_tile.index(group))"]
         return [
             "tma.store_wait(0)",
             f"part_tile.index(group)._reinterpret(gl.float32, [{rows}, {across}], PART_TILE).store(part)",
@@ -305,6 +313,7 @@ class SpreadChain(Chain):
         leave."""
         last = "gl.load(visits + (count - 1)) // 2" if self.listed else "first"
         count = "count" if self.listed else "(end - first)"
+        count += f" * {self.shape.members.count}" if self.shape.members else ""
         it = Iteration()
         return [
             f"before = ({count} + 1) % 2",

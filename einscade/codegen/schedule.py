@@ -32,6 +32,8 @@ class Schedule:
     unordered: programs add to a sum in memory in whatever order they come (`codegen.gluon_spread`): not deterministic.
     in_order: an iteration's products are issued one after another, each where its result is next, rather than all of
         the next iteration's beforehand: fewer registers where there are several (`codegen.gluon_chain`).
+    grouped: a program goes through all members of a group (the heads that share keys), where all that its loop makes is
+        summed over them (`codegen.gluon_group`).
     resident: so many programs at most, each of which takes one tile of rows after another; 0: a program for each.
     """
 
@@ -46,6 +48,7 @@ class Schedule:
     unordered: bool = False
     resident: int = 0
     in_order: bool = False
+    grouped: bool = False
 
     def tile(self, name: str) -> int | None:
         return dict(self.tiles).get(name)

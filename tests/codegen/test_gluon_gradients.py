@@ -21,10 +21,12 @@ from einscade.codegen.gluon_spread import spread
 from einscade.codegen.loops import LoopProgram, plan
 from einscade.codegen.source import Unsupported
 from einscade.compiler.gradients import scan_free
+from einscade.ir.device import H200
 from einscade.ir.interpret import interpret
 from einscade.ir.text import parse_cascade
 from einscade.passes.differentiate import Gradient, differentiate
 from einscade.passes.pipeline import run
+from einscade.runtime.candidates import MOST_SCHEDULES
 from tests.codegen.cascades import CASES, DTYPES, inputs, relative_error, text
 from tests.codegen.generated import module
 from tests.codegen.gluon_offline import assert_fits, compiled
@@ -110,8 +112,11 @@ def test_compiles(name: str, shape: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("full", WIDE), ("causal", WIDE), ("documents", WIDE), ("slopes", WIDE), ("full", NARROW), ("causal", NARROW)],
-)
+    [
+        ("full", WIDE), ("causal", WIDE), ("documents", WIDE), ("slopes", WIDE), ("full", NARROW), ("causal", NARROW),
+        ("causal", {**WIDE, "h": 8}), ("documents", {**WIDE, "h": 8}),
+    ],
+)  # fmt: skip
 def test_a_sum_over_programs_compiles(name: str, shape: dict[str, Any]) -> None:
     """As above; what is spilled is read again in every iteration, but nearly all of it written before the loops. Masks
     are behind a branch, not conditional instructions of every iteration."""
@@ -141,6 +146,38 @@ def test_the_gradient_of_a_bias_is_a_triton_kernel_beside_them() -> None:
     for shared, _, _ in compiled(made, example(gradient, "additive", NARROW, sizes), used).values():
         assert shared <= 227 << 10
     assert launched == [(5 * 5 * 2,)]
+
+
+# -- groups -----------------------------------------------------------------------------------------------------------
+
+HEADS = {**WIDE, "h": 8}
+
+
+@pytest.mark.parametrize(("name", "whole"), [("causal", True), ("slopes", False), ("documents", False)])
+def test_a_program_has_all_members_of_a_group(name: str, whole: bool) -> None:
+    """Then no head's sums go to memory; but not where what stays, or the list of tiles, may differ."""
+    _, loops = program(name, tuple(HEADS.items()))
+    tried = schedules(loops)
+    assert {(s.grouped, s.unordered) for s in tried} == {(g, u) for g in {False, whole} for u in (False, True)}
+    for schedule in tried:
+        assert ("def slices_" not in emit(loops, schedule).text) == schedule.grouped
+
+
+def test_a_result_of_each_member_goes_to_memory() -> None:
+    gradient, _ = program("causal", tuple(HEADS.items()))
+    asked = replace(gradient.cascade, outputs=(*gradient.cascade.outputs, "dKe"))
+    assert not any(s.grouped for s in schedules(plan(run(asked, "exact").cascade)))
+
+
+@pytest.mark.parametrize(
+    ("batch", "first"), [(1, [False]), (3, [False, True]), (16, [True, False])], ids=["idle", "uneven", "many"]
+)
+def test_few_groups_have_a_program_for_each_member(batch: int, first: list[bool]) -> None:
+    """Groups alone are 64, 192 and 1024 programs for 132 processors. Among as many schedules as are tried are both."""
+    _, loops = program("causal", tuple(HEADS.items()))
+    tried = schedules(loops, H200, {"B": batch, "P": 4096, "M": 4096})[: MOST_SCHEDULES["gluon"]]
+    for unordered in (True, False):
+        assert [s.grouped for s in tried if s.unordered == unordered][: len(first)] == first
 
 
 # -- a sum over programs ----------------------------------------------------------------------------------------------
