@@ -8,9 +8,13 @@
 A workload is a transformers model of a published size, its depth cut to `--layers` so that the whole table fits into
 ten minutes: time per layer is what is compared. Every variant computes the same call, after warm-up; medians of CUDA
 events. Decoding is measured with a static cache that is full to the length, one token a call, each variant under a CUDA
-graph of its own, so that what counts is the kernels and not Python. Before it is timed, einscade's output is compared
-with that of eager in float32, at the shorter length `CHECKED`: if it errs by more than 1.5 times eager's own bfloat16
-error, it has no time. Where a variant does not exist or does not fit, the row says why.
+graph of its own, so that what counts is the kernels and not Python. Einscade's output is compared with that of eager in
+float32, at the shorter length `CHECKED`: if it errs by more than 1.5 times eager's own bfloat16 error, it has no time.
+Where a variant does not exist or does not fit, the row says why.
+
+Most of the time is compilers, in one thread each, and it grows with the layers. So all of the table's checks and first
+calls are made beforehand, in processes of their own at once: what is timed afterwards finds torch.compile's part on
+disk (`first_call_s` is with that), and einscade measures its kernels then, on an idle GPU.
 """
 
 from __future__ import annotations
@@ -19,10 +23,12 @@ import argparse
 import copy
 import gc
 import json
+import os
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,10 +36,16 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks import apart
 
 CHECKED = 512
 ROOM = 64
 VARIANTS = ("eager", "sdpa", "flex", "einscade")
+AHEAD = ("check", "flex", "einscade", "sdpa")
+"""What is done beforehand for each workload, the longest first."""
+AT_ONCE = 14
+"""As many of these as fit into 139 GiB with eight layers."""
+AHEAD_SECONDS = 240.0
 
 
 @dataclass(frozen=True)
@@ -72,17 +84,22 @@ SMALL = {
 }  # fmt: skip
 
 
-def build(work: Workload, layers: int, device: str) -> Any:
-    """The model in float32 with random weights, on the device."""
+def build(work: Workload, layers: int, device: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The model with random weights, on the device."""
     import transformers
 
     depth = {"num_layers" if work.family == "t5" else "num_hidden_layers": layers}
     config = transformers.AutoConfig.for_model(work.family, **(work.config | depth), dropout_rate=0.0)
     kind = transformers.T5EncoderModel if work.encoder else transformers.AutoModelForCausalLM
     torch.manual_seed(0)
-    with torch.device(device):
-        model = kind(config) if work.encoder else kind.from_config(config)
-    return model.float().eval().requires_grad_(False)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # never more memory than that of the model
+    try:
+        with torch.device(device):
+            model = kind(config) if work.encoder else kind.from_config(config)
+    finally:
+        torch.set_default_dtype(before)
+    return model.to(dtype).eval().requires_grad_(False)
 
 
 def variant(model: Any, name: str) -> Any:
@@ -129,9 +146,10 @@ def graphed(call: Callable[[], torch.Tensor]) -> Callable[[], object]:
     return graph.replay
 
 
-def milliseconds(call: Callable[[], object], device: str, repeats: int = 7) -> float:
-    times = []
-    for _ in range(repeats):
+def milliseconds(call: Callable[[], object], device: str) -> float:
+    """The median of three calls, and of up to seven as long as they take less than a second together."""
+    times: list[float] = []
+    while len(times) < 3 or (len(times) < 7 and sum(times) < 1e3):
         if device == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -150,36 +168,74 @@ def distance(actual: torch.Tensor, exact: torch.Tensor) -> float:
     return float((actual.double() - exact.double()).norm() / exact.double().norm())
 
 
-def measure(work: Workload, layers: int, device: str, names: tuple[str, ...], checked: int) -> dict[str, Any]:
-    """Milliseconds, error and gigabytes of every variant, or why there are none."""
+def errors(work: Workload, layers: int, device: str) -> dict[str, Any]:
+    """Eager's error in bfloat16 against float32, and einscade's, or what went wrong with it."""
     model = build(work, layers, device)
     config = copy.deepcopy(model.config)
-    short = replace(work, length=checked)
     with torch.no_grad():
-        exact = call_of(short, variant(model, "eager"), config, device)()
+        exact = call_of(work, variant(model, "eager"), config, device)()
         model = model.bfloat16()
-        plain = distance(call_of(short, model, config, device)(), exact)
-        found: dict[str, Any] = {"layers": layers, "eager_bf16_error": plain, "variants": {}}
-        for name in names:
-            try:
-                found["variants"][name] = _measure_one(work, short, model, config, name, exact, plain, device)
-            except Exception as problem:  # a variant that does not exist, or does not fit, is a result
-                found["variants"][name] = {"problem": f"{type(problem).__name__}: {problem}".splitlines()[0][:300]}
-            print(f"{work.name} {name}: {found['variants'][name]}", file=sys.stderr, flush=True)
-            gc.collect()
-            if device == "cuda":
-                torch.cuda.empty_cache()
+        found: dict[str, Any] = {"eager_bf16_error": distance(call_of(work, model, config, device)(), exact)}
+        try:
+            found["error"] = distance(call_of(work, variant(model, "einscade"), config, device)(), exact)
+        except Exception as problem:
+            found["problem"] = _said(problem)
     return found
 
 
-def _measure_one(
-    work: Workload, short: Workload, model: Any, config: Any, name: str, exact: torch.Tensor, plain: float, device: str
-) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    if name == "einscade":
-        result["error"] = distance(call_of(short, variant(model, name), config, device)(), exact)
-        if not result["error"] <= 1.5 * plain:
-            raise AssertionError(f"error {result['error']:.1e} where eager in bfloat16 has {plain:.1e}")
+def checked_ahead(names: Sequence[str], variants: Sequence[str], options: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """`errors` by workload, where there was time for them; meanwhile each variant's compiler filled its caches.
+    `options`: of this program, for its own calls of itself."""
+    jobs = [(name, job) for job in AHEAD if job in ("check", *variants) for name in names]
+    this = str(Path(__file__).resolve())
+    with tempfile.TemporaryDirectory() as decisions:  # which kernels are best is not decided on a GPU that others use
+        settings = {"EINSCADE_AUTOTUNE": "0", "EINSCADE_CACHE_DIR": decisions}
+        commands = [[this, name, *options, "--ahead", job] for name, job in jobs]
+        said = apart.lines(commands, min(AT_ONCE, os.cpu_count() or 1), AHEAD_SECONDS, settings)
+    return {name: lines[0] for (name, job), lines in zip(jobs, said, strict=True) if job == "check" and lines}
+
+
+def _ahead(work: Workload, layers: int, checked: int, device: str, job: str, log: Path) -> None:
+    """One process of `checked_ahead`."""
+    if job == "check":
+        apart.append(log, errors(replace(work, length=checked), layers, device))
+        return
+    model = build(work, layers, device, torch.bfloat16)
+    with torch.no_grad():
+        call_of(work, variant(model, job), copy.deepcopy(model.config), device)()
+
+
+def measure(work: Workload, layers: int, device: str, names: tuple[str, ...], checks: dict[str, Any]) -> dict[str, Any]:
+    """Milliseconds, error and gigabytes of every variant, or why there are none. `checks`: its `errors`."""
+    model = build(work, layers, device).bfloat16()
+    config = copy.deepcopy(model.config)
+    plain = checks["eager_bf16_error"]
+    found: dict[str, Any] = {"layers": layers, "eager_bf16_error": plain, "variants": {}}
+    for name in names:
+        result: dict[str, Any] = {}
+        try:
+            if name == "einscade":
+                result = {key: checks[key] for key in ("error", "problem") if key in checks}
+                if not checks.get("error", 0.0) <= 1.5 * plain:
+                    raise AssertionError(f"error {result['error']:.1e} where eager in bfloat16 has {plain:.1e}")
+            if "problem" not in result:
+                with torch.no_grad():
+                    result |= _measure_one(work, model, config, name, device)
+        except Exception as problem:  # a variant that does not exist, or does not fit, is a result
+            result = {"problem": _said(problem)}
+        found["variants"][name] = result
+        print(f"{work.name} {name}: {result}", file=sys.stderr, flush=True)
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    return found
+
+
+def _said(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {problem}".splitlines()[0][:300]
+
+
+def _measure_one(work: Workload, model: Any, config: Any, name: str, device: str) -> dict[str, Any]:
     compiled = variant(model, name)  # compiled for the measured length alone
     call = call_of(work, compiled, config, device)
     if device == "cuda":
@@ -192,7 +248,7 @@ def _measure_one(
     for _ in range(2):
         call()
     timed = graphed(call) if work.decode and device == "cuda" else call
-    result |= {"ms": milliseconds(timed, device), "first_call_s": first}
+    result = {"ms": milliseconds(timed, device), "first_call_s": first}
     if device == "cuda":
         result["gigabytes"] = torch.cuda.max_memory_allocated() / 2**30
     if name == "einscade":
@@ -216,11 +272,12 @@ def line(work: Workload, found: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workloads", nargs="*", help=f"default: all of {', '.join(w.name for w in WORKLOADS)}")
-    parser.add_argument("--layers", type=int, default=4, help="depth of every model (default 4)")
+    parser.add_argument("--layers", type=int, default=8, help="depth of every model (default 8)")
     parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
     parser.add_argument("--tiny", action="store_true", help="small models and lengths: a test, not a measurement")
     parser.add_argument("--out", type=Path, help="a file for the JSON")
     parser.add_argument("--commit", help="the commit, where the tree has no git")
+    parser.add_argument("--ahead", nargs=2, help=argparse.SUPPRESS)  # a process of `checked_ahead`: what, and its log
     args = parser.parse_args()
     unknown = set(args.workloads) - {w.name for w in WORKLOADS}
     if unknown:
@@ -231,21 +288,26 @@ def main() -> int:
     if device == "cpu" and not args.tiny:
         parser.error("no CUDA device: only --tiny runs without one")
 
+    works = [w for w in WORKLOADS if not args.workloads or w.name in args.workloads]
+    checked, layers = CHECKED, args.layers
+    if args.tiny:
+        works = [replace(w, length=80, config={k: SMALL.get(k, v) for k, v in w.config.items()}) for w in works]
+        checked, layers = 48, 2
+    if args.ahead:
+        job, log = args.ahead
+        _ahead(works[0], layers, checked, device, job, Path(log))
+        return 0
+
     from benchmarks import record
 
     env = record.environment(args.commit)
     rows: dict[str, Any] = {}
+    ahead = {} if args.tiny else checked_ahead([w.name for w in works], args.variants, ["--layers", str(layers)])
     print("| ms | eager | sdpa, compiled | FlexAttention | einscade | of the best other |\n|---|---|---|---|---|---|")
-    for work in WORKLOADS:
-        if args.workloads and work.name not in args.workloads:
-            continue
-        checked, layers = CHECKED, args.layers
-        if args.tiny:
-            config = {k: SMALL.get(k, v) for k, v in work.config.items()}
-            work = Workload(work.name, work.family, 80, work.decode, work.encoder, config)
-            checked, layers = 48, 2
+    for work in works:
         try:
-            rows[work.name] = measure(work, layers, device, tuple(args.variants), checked)
+            checks = ahead.get(work.name) or errors(replace(work, length=checked), layers, device)
+            rows[work.name] = measure(work, layers, device, tuple(args.variants), checks)
             print(line(work, rows[work.name]), flush=True)
         except Exception as problem:
             rows[work.name] = {"problem": f"{type(problem).__name__}: {problem}"[:300]}

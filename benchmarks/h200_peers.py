@@ -13,12 +13,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import json
 import os
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -27,6 +23,7 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks import apart
 from benchmarks.h200_rows import ROWS, Row
 
 __all__ = ["PEERS", "attention", "call_ahead", "problem"]
@@ -114,45 +111,22 @@ def call_ahead(rows: Sequence[str], names: Sequence[str], seconds: float) -> dic
     if not (names := [name for name in names if name in AHEAD]):
         return {}
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # read when flash_attn is imported
-    one_thread = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
     workers = min(len(rows), max(1, (os.cpu_count() or 1) // 2))
     shares = [rows[i::workers] for i in range(workers)]
-    found: dict[tuple[str, str], str | None] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        logs = [Path(folder, str(i)) for i in range(workers)]
-        started = []
-        for log, share in zip(logs, shares, strict=True):
-            log.touch()
-            command = [sys.executable, str(Path(__file__).resolve()), ",".join(share), ",".join(names), str(log)]
-            quiet = subprocess.DEVNULL
-            started.append(subprocess.Popen(command, stdout=quiet, stderr=quiet, env=one_thread))
-        end = time.monotonic() + seconds
-        for process in started:
-            try:
-                process.wait(max(0.0, end - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        for log in logs:
-            for line in log.read_text().splitlines():
-                row, name, reason = json.loads(line)
-                found[row, name] = reason
+    this = str(Path(__file__).resolve())
+    said = apart.lines([[this, ",".join(share), ",".join(names)] for share in shares], workers, seconds)
+    found: dict[tuple[str, str], str | None] = {(row, name): reason for part in said for row, name, reason in part}
     unfinished = f"its first call crashed, or took longer than {seconds:g} s"
     return {key: unfinished if reason is None else reason for key, reason in found.items() if reason != ""}
 
 
 def _call_each(rows: Sequence[Row], names: Sequence[str], log: Path) -> None:
     """Writes of every call, as a line of JSON, that it began (None), and then what was wrong ("" for nothing)."""
-
-    def say(*call: str | None) -> None:
-        with log.open("a") as file:
-            file.write(json.dumps(call) + "\n")
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     functorch_config.donated_buffer = False  # as where they are timed, or what is kept would not fit
     for row in rows:
         for name in names:
-            say(row.name, name, None)
+            apart.append(log, [row.name, name, None])
             torch._dynamo.reset()
             reason = ""
             try:
@@ -161,7 +135,7 @@ def _call_each(rows: Sequence[Row], names: Sequence[str], log: Path) -> None:
                 _wait(device)
             except Exception as error:
                 reason = problem(error)
-            say(row.name, name, reason)
+            apart.append(log, [row.name, name, reason])
             if reason:
                 _wait(device)  # raises where a kernel took the device with it: all that follows would fail too
 

@@ -6,13 +6,14 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import counters, cpu_model, end_to_end, h200, h200_peers, launch, record, replay, warm, zoo
+from benchmarks import apart, counters, cpu_model, end_to_end, h200, h200_peers, launch, record, replay, warm, zoo
 from benchmarks.measure import interleaved_medians, peak_extra_memory
 from einscade.codegen.schedule import Schedule
 from einscade.ir.device import H200
@@ -137,6 +138,26 @@ def test_whole_models_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ours = figures[name]["variants"]["einscade"]
         assert ours["rewritten"] == ours["sites"] == 2
         assert ours["ms"] > 0
+
+
+@pytest.mark.slow
+def test_whole_models_are_checked_in_other_processes() -> None:
+    """Before the table is made; their errors come back."""
+    name = "t5-large-encoder-4k"
+    (found,) = end_to_end.checked_ahead([name], ["eager"], ["--tiny"]).items()
+    assert found[0] == name
+    assert 0 < found[1]["error"] <= 1.5 * found[1]["eager_bf16_error"]
+    assert "problem" not in found[1]
+
+
+def test_what_processes_apart_say(tmp_path: Path) -> None:
+    """Of one that ends well, one that crashes and one that takes too long: what they said until then."""
+    say = "import sys; print('lost'); log = open(sys.argv[-1], 'a'); log.write('[1]\\n'); log.flush(); "
+    commands = [["-c", say + rest] for rest in ("log.write('2\\n')", "1 / 0", "import time; time.sleep(60)")]
+    started = time.monotonic()
+    assert apart.lines(commands, 3, 5) == [[[1], 2], [[1]], [[1]]]
+    assert time.monotonic() - started < 30
+    assert apart.lines(commands, 1, 0) == [[], [], []]
 
 
 @pytest.mark.slow
