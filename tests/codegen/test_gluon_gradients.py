@@ -19,6 +19,7 @@ from einscade.codegen.gluon_program import emit, schedules
 from einscade.codegen.gluon_rows import row_sum
 from einscade.codegen.gluon_spread import spread
 from einscade.codegen.loops import LoopProgram, plan
+from einscade.codegen.schedule import Schedule
 from einscade.codegen.source import Unsupported
 from einscade.compiler.gradients import scan_free
 from einscade.ir.device import H200
@@ -67,24 +68,34 @@ def example(gradient: Gradient, name: str, shape: dict[str, Any], sizes: dict[st
 @pytest.mark.parametrize("unordered", [False, True], ids=["ordered", "unordered"])
 @pytest.mark.parametrize("name", NAMES)
 def test_right_in_any_order(name: str, shape: dict[str, Any], lengths: tuple[int, int], unordered: bool) -> None:
-    """Error against float64 at most three times that of rounding the exact gradients: weights are rounded, too."""
     torch.manual_seed(len(name) + lengths[0])
+    _, loops = program(name, tuple(shape.items()))
+    space = [s for s in schedules(loops) if s.unordered == unordered]
+    if not space:
+        pytest.skip("no tile for a sum over programs")
+    assert_right(name, shape, lengths, space[len(name) % len(space)])
+
+
+def assert_right(
+    name: str, shape: dict[str, Any], lengths: tuple[int, int], schedule: Schedule, device: str = "simulator"
+) -> None:
+    """Error against float64 at most three times that of rounding the exact gradients: weights are rounded, too."""
     gradient, loops = program(name, tuple(shape.items()))
-    sizes = {"B": 1, "P": lengths[0], "M": lengths[1]}
+    sizes = {"B": 1 if device == "simulator" else 2, "P": lengths[0], "M": lengths[1]}
     given = example(gradient, name, shape, sizes)
     named = {t.name: x for t, x in zip(gradient.cascade.inputs, given, strict=True)}
     expected = interpret(gradient.cascade, named, {n: s for n, s in sizes.items() if n in gradient.cascade.symbols})
     used = {n: s for n, s in sizes.items() if n in loops.cascade.symbols}
-    space = [s for s in schedules(loops) if s.unordered == unordered]
-    if not space:
-        pytest.skip("no tile for a sum over programs")
-    schedule = space[len(name) % len(space)]
-    found = Simulator(len(name)).load(emit(loops, schedule).text).run(*given, **used)
+    source = emit(loops, schedule)
+    if device == "simulator":
+        found = Simulator(len(name)).load(source.text).run(*given, **used)
+    else:
+        found = module(source).run(*(x.to(device) for x in given), **used)
     for output, value in zip(gradient.cascade.outputs, found, strict=True):
         exact = expected[output]
         rounding = relative_error(exact.to(value.dtype), exact)
         scale = exact.norm() + 1e-2 * named["dO"].double().norm()  # a gradient that cancels keeps its terms' rounding
-        assert (value.double() - exact).norm() <= 3 * max(rounding, 2**-10) * scale, output
+        assert (value.double().cpu() - exact).norm() <= 3 * max(rounding, 2**-10) * scale, (output, schedule)
 
 
 # -- compiled without a GPU -------------------------------------------------------------------------------------------
@@ -151,6 +162,10 @@ def test_the_gradient_of_a_bias_is_a_triton_kernel_beside_them() -> None:
 # -- groups -----------------------------------------------------------------------------------------------------------
 
 HEADS = {**WIDE, "h": 8}
+GROUPS = [
+    ("causal", {**NARROW, "h": 6, "g": 2}, (150, 333)), ("window", {**NARROW, "h": 5, "g": 1}, (200, 77)),
+    ("softcap", {**WIDE, "h": 3, "g": 1}, (77, 130)), ("full", {**WIDE, "h": 2, "g": 1}, (1, 140)),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "whole"), [("causal", True), ("slopes", False), ("documents", False)])
@@ -161,6 +176,16 @@ def test_a_program_has_all_members_of_a_group(name: str, whole: bool) -> None:
     assert {(s.grouped, s.unordered) for s in tried} == {(g, u) for g in {False, whole} for u in (False, True)}
     for schedule in tried:
         assert ("def slices_" not in emit(loops, schedule).text) == schedule.grouped
+
+
+@pytest.mark.parametrize(("name", "shape", "lengths"), GROUPS)
+def test_groups_are_right(name: str, shape: dict[str, Any], lengths: tuple[int, int]) -> None:
+    """Of any number of members, with three warpgroups too, and where programs visit no tile."""
+    torch.manual_seed(lengths[0])
+    _, loops = program(name, tuple(shape.items()))
+    tried = [s for s in schedules(loops) if s.grouped]
+    for schedule in {s.unordered: s for s in reversed(tried)}.values():
+        assert_right(name, shape, lengths, schedule)
 
 
 def test_a_result_of_each_member_goes_to_memory() -> None:
@@ -309,10 +334,11 @@ def test_the_forward_pass_that_saves_compiles() -> None:
 # -- on a GPU ---------------------------------------------------------------------------------------------------------
 
 
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
-)
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize(
     ("shape", "lengths"),
     [(NARROW, (1, 1)), (NARROW, (300, 77)), (WIDE, (333, 333)), (WIDE, (77, 300)), (GROUPED, (150, 200))],
@@ -322,16 +348,14 @@ def test_the_forward_pass_that_saves_compiles() -> None:
 def test_right(name: str, lengths: tuple[int, int], shape: dict[str, Any]) -> None:
     """Every schedule's kernels on the device, to the bound of the simulated ones."""
     torch.manual_seed(0)
-    gradient, loops = program(name, tuple(shape.items()))
-    sizes = {"B": 2, "P": lengths[0], "M": lengths[1]}
-    given = example(gradient, name, shape, sizes)
-    named = {t.name: x for t, x in zip(gradient.cascade.inputs, given, strict=True)}
-    expected = interpret(gradient.cascade, named, {n: s for n, s in sizes.items() if n in gradient.cascade.symbols})
-    used = {n: s for n, s in sizes.items() if n in loops.cascade.symbols}
-    for schedule in schedules(loops):
-        found = module(emit(loops, schedule)).run(*(x.cuda() for x in given), **used)
-        for output, value in zip(gradient.cascade.outputs, found, strict=True):
-            exact = expected[output]
-            rounding = relative_error(exact.to(value.dtype), exact)
-            scale = exact.norm() + 1e-2 * named["dO"].double().norm()
-            assert (value.double().cpu() - exact).norm() <= 3 * max(rounding, 2**-10) * scale, (output, schedule)
+    for schedule in schedules(program(name, tuple(shape.items()))[1]):
+        assert_right(name, shape, lengths, schedule, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize(("name", "shape", "lengths"), GROUPS)
+def test_groups_are_right_on_the_device(name: str, shape: dict[str, Any], lengths: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    for schedule in [s for s in schedules(program(name, tuple(shape.items()))[1]) if s.grouped]:
+        assert_right(name, shape, lengths, schedule, "cuda")
