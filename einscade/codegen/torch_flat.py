@@ -18,7 +18,7 @@ from einscade.codegen.tiles import (
     reads_maxima,
     with_fills,
 )
-from einscade.codegen.torch_values import Name, Range, Value, value
+from einscade.codegen.torch_values import Name, Range, Value, as_float, as_tensor, value
 from einscade.codegen.torch_writer import TORCH_DTYPES, Writer
 from einscade.ir.cascade import Einsum
 from einscade.ir.expr import Access, Expr, Where, accesses, free_vars, var
@@ -151,7 +151,7 @@ class FlatWriter(Writer):
         code, rank = self.module.code(s.name), e.scan.rank
         ranks = self.scope.sort(tuple(r for r in s.ranks if r != rank))
         init = value(e.scan.init, self.scope)
-        init = self.spread(replace(init, kind="f") if init.kind == "i" else init, ranks)
+        init = self.spread(as_float(as_tensor(init, self.scope), self.scope), ranks)
         self.out(f"{code} = {code}_first = {init.code}")
         self.out(f"{code}_steps = []")
         self.out(f"for {rank} in range({self.scope.ranges[rank].size}):")
@@ -162,7 +162,7 @@ class FlatWriter(Writer):
         previous = {a: Access(s.name, *(i for r, i in zip(s.ranks, a.index, strict=True) if r != rank))
                     for a in accesses(s.expr) if a.tensor == s.name}  # fmt: skip
         step = replace(s, ranks=ranks, expr=s.expr.xreplace(previous), keep=s.keep.xreplace(previous))
-        v = self.spread(self.evaluate(step), ranks)
+        v = self.spread(as_float(self.evaluate(step), self.scope), ranks)
         self.out(f"{code} = {v.code}")
         self.out(f"{code}_steps.append({code})")
         self.out.depth -= 1

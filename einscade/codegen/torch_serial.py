@@ -19,7 +19,7 @@ from einscade.codegen.tiles import (
     Statement,
     TileLoop,
 )
-from einscade.codegen.torch_values import Range, Value, align, exact_factor, value
+from einscade.codegen.torch_values import Range, Value, align, as_float, exact_factor, value
 from einscade.codegen.torch_writer import Lines, Writer
 from einscade.ir.expr import Expr, accesses, free_vars, var
 from einscade.passes.domains import certain, is_data_dependent, possible, span
@@ -78,9 +78,7 @@ class SerialWriter(Writer):
     def initialise(self, state: State) -> None:
         ranks = self.scope.sort(state.ranks)
         v = value(state.init, self.scope)
-        if v.kind == "i" and not v.ranks:
-            v = Value(v.code, (), "f")
-        v = self.spread(v, ranks)
+        v = self.spread(replace(v, kind="f") if v.host else as_float(v, self.scope), ranks)
         code = v.code if v.owned and v.code.startswith("torch.full") else f"{v.tight()}.clone()"
         if not ranks and state.init.is_number:
             code = f"torch.full((), {v.code}, dtype=torch.{self.scope.acc}, device={self.module.device})"
@@ -201,6 +199,7 @@ class SerialWriter(Writer):
                 self.scope.dead = set()
             v = self.evaluate(s)
             if s.name in carried:
+                v = as_float(v, self.scope)
                 state = carried[s.name]
                 overwritten = not any(a.tensor == state.name for t in statements[i + 1 :] for a in t.reads)
                 v = self.spread(v, self.scope.sort(state.ranks))
@@ -211,6 +210,8 @@ class SerialWriter(Writer):
             if output and not read_later:
                 self.store(s.name, v, s.row)
                 continue
+            if s.fill is not None and s.row in self.partial:  # the same dimensions, masked or not
+                v = self.spread(v, self.scope.sort((*v.ranks, *(free_vars(s.row) & self.scope.dims))))
             # The tile of an output is a variable beside the memory that it is stored in.
             self.define(s.name, v, s.ranks, f"{self.module.code(s.name)}_here" if output else None)
             if s.fill is not None:
@@ -267,11 +268,11 @@ class SerialWriter(Writer):
         outer, codes = c.outer, []
         for expr, prepare in ((c.left_expr, c.as_left), (c.right_expr, c.as_right)):
             if not self.invariant(expr):
-                v = c.left(self.scope) if expr is c.left_expr else c.right(self.scope)
+                v = self.left(c) if expr is c.left_expr else self.right(c)
                 codes.append(prepare(v).tight())
                 continue
             here, self.out = self.out, self.hoisted
-            v = c.left(self.scope) if expr is c.left_expr else c.right(self.scope)
+            v = self.left(c) if expr is c.left_expr else self.right(c)
             if outer != 1 and exact_factor(outer):
                 v = Value(f"{v.tight(1)} * {number(outer)}", v.ranks, "f", True, 1)
                 outer = sympy.Integer(1)

@@ -20,7 +20,7 @@ from einscade.codegen.tiles import Finite
 from einscade.ir.expr import Access, Expr, FloorDiv, Mod, Round, Trunc, Where, free_vars
 
 __all__ = [
-    "ATOM", "COMPARISON", "Name", "Range", "Scope", "Value", "align", "as_float", "exact_factor", "value",
+    "ATOM", "COMPARISON", "Name", "Range", "Scope", "Value", "align", "as_float", "as_tensor", "exact_factor", "value",
 ]  # fmt: skip
 
 ATOM, PRODUCT, SUM, COMPARISON = 0, 1, 2, 3
@@ -30,13 +30,14 @@ LOG2_E = repr(math.log2(math.e))
 @dataclass(frozen=True)
 class Value:
     """`code` with dimensions `ranks`. `kind`: f (float), i (integer), b (boolean). `owned`: a fresh tensor of exactly
-    these dimensions that nothing else refers to, so that it may be changed in place."""
+    these dimensions that nothing else refers to, so that it may be changed in place. `host`: a number of Python's."""
 
     code: str
     ranks: tuple[str, ...] = ()
     kind: str = "f"
     owned: bool = False
     prec: int = ATOM
+    host: bool = False
 
     def tight(self, prec: int = ATOM) -> str:
         return self.code if self.prec <= prec else f"({self.code})"
@@ -117,13 +118,14 @@ def value(expr: Expr, scope: Scope) -> Value:
     if isinstance(expr, Access):
         return read(expr, scope)
     if isinstance(expr, (BooleanTrue, BooleanFalse)):
-        return Value(str(bool(expr)), kind="b")
+        return Value(str(bool(expr)), kind="b", host=True)
     if isinstance(expr, sympy.Symbol):
         return _variable(expr.name, scope)
     if expr.is_number and not expr.args:
-        return Value(number(expr), kind="i" if expr.is_Integer else "f", prec=SUM if expr.is_negative else ATOM)
+        prec = SUM if expr.is_negative else ATOM
+        return Value(number(expr), kind="i" if expr.is_Integer else "f", prec=prec, host=True)
     if expr.is_number and isinstance(expr, sympy.Expr):
-        return Value(repr(float(expr)))
+        return Value(repr(float(expr)), host=True)
     if isinstance(expr, sympy.Add):
         return _add(expr, scope)
     if isinstance(expr, sympy.Mul):
@@ -148,10 +150,10 @@ def value(expr: Expr, scope: Scope) -> Value:
 
 def _variable(name: str, scope: Scope) -> Value:
     if name not in scope.ranges:
-        return Value(scope.numbers.get(name, name), kind="i")
+        return Value(scope.numbers.get(name, name), kind="i", host=True)
     r = scope.ranges[name]
     if r.at is not None:
-        return Value(r.at, kind="i", prec=ATOM if r.at.isidentifier() else PRODUCT)
+        return Value(r.at, kind="i", prec=ATOM if r.at.isidentifier() else PRODUCT, host=True)
     assert scope.rank_values is not None
     return Value(scope.rank_values(name), (name,), "i")
 
@@ -170,15 +172,19 @@ def _function(expr: Expr, scope: Scope) -> Value:
     if name is None:
         raise Unsupported(f"function {expr.func.__name__} in {expr}")
     v = value(expr.args[0], scope)
-    if not v.ranks and not _is_tensor(v) and not (v.kind == "f" and expr.has(Access)):
-        v = Value(f"torch.tensor({v.code}, dtype=torch.{scope.acc}, device={scope.device})", (), "f", True)
+    if v.host:
+        v = as_tensor(replace(v, kind="f"), scope)
     if name == "exp" and scope.in_place:  # torch's exp2 takes less than half of the time, with this pass too
         return _method(_binary(as_float(v, scope), Value(LOG2_E), "*", "mul", scope, PRODUCT), "exp2", scope)
     return _method(v, name, scope)
 
 
-def _is_tensor(v: Value) -> bool:
-    return bool(v.ranks) or "[" in v.code or v.owned
+def as_tensor(v: Value, scope: Scope) -> Value:
+    """A number of Python's as a tensor: what torch's functions and other statements read."""
+    if not v.host:
+        return v
+    dtype = {"f": scope.acc, "i": "int64", "b": "bool"}[v.kind]
+    return Value(f"torch.full((), {v.code}, dtype=torch.{dtype}, device={scope.device})", (), v.kind, True)
 
 
 _OF_INTEGERS = ("abs", "sign", "floor", "ceil", "round", "trunc", "square", "clamp")
@@ -195,7 +201,7 @@ def _method(v: Value, name: str, scope: Scope, *args: str) -> Value:
 
 def as_float(v: Value, scope: Scope) -> Value:
     """Integers and booleans as floats of the dtype computed in: torch itself would take its default one."""
-    if v.kind == "f" or not _is_tensor(v):
+    if v.kind == "f" or v.host:
         return v
     narrow = v.code.removesuffix(".long()") if v.prec == ATOM else v.code  # small integers are read as 64-bit ones
     return _cast(replace(v, code=narrow), scope)
@@ -215,14 +221,14 @@ def _terms(args: Sequence[Expr], scope: Scope) -> list[Value]:
 def _binary(a: Value, b: Value, symbol: str, method: str, scope: Scope, prec: int) -> Value:
     ranks = scope.sort(a.ranks + b.ranks)
     kind = "f" if "f" in (a.kind, b.kind) or symbol == "/" else "i"
-    if kind == "f" and not any(v.kind == "f" and _is_tensor(v) for v in (a, b)):
+    if kind == "f" and not any(v.kind == "f" and not v.host for v in (a, b)):
         a, b = as_float(a, scope), as_float(b, scope)
     if scope.in_place and a.owned and a.ranks == ranks and a.kind == kind == "f":
         return Value(f"{a.tight()}.{method}_({align(b, ranks)})", ranks, kind, True)
     left, right = Value(align(a, ranks), prec=a.prec), Value(align(b, ranks), prec=b.prec)
     tight = prec - 1 if symbol in "-/" else prec
-    tensor = bool(ranks)
-    return Value(f"{left.tight(prec)} {symbol} {right.tight(tight)}", ranks, kind, tensor, prec)
+    code = f"{left.tight(prec)} {symbol} {right.tight(tight)}"
+    return Value(code, ranks, kind, bool(ranks), prec, a.host and b.host)
 
 
 def _add(expr: sympy.Add, scope: Scope) -> Value:
@@ -232,7 +238,7 @@ def _add(expr: sympy.Add, scope: Scope) -> Value:
     values.sort(key=lambda vn: (vn[1], -len(vn[0].ranks), not vn[0].owned))
     (total, negative), others = values[0], values[1:]
     if negative:
-        total = Value(f"-{total.tight()}", total.ranks, total.kind, bool(total.ranks), PRODUCT)
+        total = Value(f"-{total.tight()}", total.ranks, total.kind, bool(total.ranks), PRODUCT, total.host)
     for v, minus in others:
         total = _binary(total, v, "-" if minus else "+", "sub" if minus else "add", scope, SUM)
     if constant != 0:
@@ -261,7 +267,7 @@ def _mul(expr: sympy.Mul, scope: Scope) -> Value:
     for v in values[1:]:
         total = _binary(total, v, "*", "mul", scope, PRODUCT)
     if coefficient == -1:
-        total = Value(f"-{total.tight(PRODUCT)}", total.ranks, total.kind, bool(total.ranks), PRODUCT)
+        total = Value(f"-{total.tight(PRODUCT)}", total.ranks, total.kind, bool(total.ranks), PRODUCT, total.host)
     elif coefficient != 1:
         total = _binary(total, value(coefficient, scope), "*", "mul", scope, PRODUCT)
     for f in below:
@@ -275,10 +281,11 @@ def _pow(expr: sympy.Pow, scope: Scope) -> Value:
         return _function(sympy.exp(exponent, evaluate=False), scope)
     if exponent.is_number and exponent.is_negative and exponent != sympy.Rational(-1, 2):
         v = as_float(value(base**-exponent, scope), scope)
-        return Value(f"1 / {v.tight()}", v.ranks, "f", bool(v.ranks), PRODUCT)
+        return Value(f"1 / {v.tight()}", v.ranks, "f", bool(v.ranks), PRODUCT, v.host)
     v = value(base, scope)
-    if exponent.is_number and not _is_tensor(v):
-        return Value(f"({v.tight()} ** {number(exponent)})", (), "i" if exponent.is_Integer and v.kind == "i" else "f")
+    if exponent.is_number and v.host:
+        kind = "i" if exponent.is_Integer and v.kind == "i" else "f"
+        return Value(f"({v.tight()} ** {number(exponent)})", (), kind, host=True)
     if exponent == sympy.Rational(-1, 2):
         return _method(v, "rsqrt", scope)
     if exponent == 2:
@@ -287,7 +294,7 @@ def _pow(expr: sympy.Pow, scope: Scope) -> Value:
         return _method(v, "sqrt", scope)
     if exponent.is_number:
         return _method(v, "pow", scope, number(exponent))
-    e = value(exponent, scope)
+    v, e = as_tensor(v, scope), value(exponent, scope)
     ranks = scope.sort(v.ranks + e.ranks)
     return Value(f"torch.pow({align(v, ranks)}, {align(e, ranks)})", ranks, "f", True)
 
@@ -295,14 +302,15 @@ def _pow(expr: sympy.Pow, scope: Scope) -> Value:
 def _logic(expr: And | Or | Not, scope: Scope) -> Value:
     if isinstance(expr, Not):
         v = value(expr.args[0], scope)
-        if not _is_tensor(v):
-            return Value(f"not {v.tight()}", kind="b", prec=COMPARISON)
+        if v.host:
+            return Value(f"not {v.tight()}", kind="b", prec=COMPARISON, host=True)
         return Value(f"~{v.tight()}", v.ranks, "b", True, PRODUCT)
     parts = [value(a, scope) for a in expr.args]
     ranks = scope.sort([r for v in parts for r in v.ranks])
     symbol = " & " if isinstance(expr, And) else " | "
     code = symbol.join(Value(align(v, ranks), prec=v.prec).tight() for v in parts)
-    return Value(code, ranks, "b", True, COMPARISON)
+    host = all(v.host for v in parts)
+    return Value(code, ranks, "b", not host, COMPARISON, host)
 
 
 def _relation(expr: sympy.core.relational.Relational, scope: Scope) -> Value:
@@ -310,31 +318,34 @@ def _relation(expr: sympy.core.relational.Relational, scope: Scope) -> Value:
     ranks = scope.sort(left.ranks + right.ranks)
     symbol = expr.rel_op
     a, b = (Value(align(v, ranks), prec=v.prec).tight(SUM) for v in (left, right))
-    return Value(f"{a} {symbol} {b}", ranks, "b", True, COMPARISON)
+    host = left.host and right.host
+    return Value(f"{a} {symbol} {b}", ranks, "b", not host, COMPARISON, host)
 
 
 def _where(expr: Where, scope: Scope) -> Value:
     condition, *branches = (value(a, scope) for a in expr.args)
+    kind = "f" if any(v.kind == "f" for v in branches) else branches[0].kind
+    if kind == "f" and all(v.host for v in branches):  # torch would take its default dtype
+        branches[0] = as_tensor(replace(branches[0], kind=kind), scope)
+    condition = as_tensor(condition, scope)
     ranks = scope.sort([r for v in (condition, *branches) for r in v.ranks])
     codes = ", ".join(align(v, ranks) for v in (condition, *branches))
-    return Value(
-        f"torch.where({codes})", ranks, "f" if any(v.kind == "f" for v in branches) else branches[0].kind, True
-    )
+    return Value(f"torch.where({codes})", ranks, kind, True)
 
 
 def _extreme(expr: sympy.Max | sympy.Min, scope: Scope) -> Value:
     name = "max" if isinstance(expr, sympy.Max) else "min"
     values = _terms(expr.args, scope)
-    tensors = [v for v in values if _is_tensor(v)]
-    scalars = [v for v in values if not _is_tensor(v)]
+    tensors = [v for v in values if not v.host]
+    scalars = [v for v in values if v.host]
     if len(scalars) > 1:  # sizes, compared on the host
         code = f"{name}({', '.join(v.code for v in scalars)})"
-        scalars = [Value(code, kind="f" if any(v.kind == "f" for v in scalars) else "i")]
+        scalars = [Value(code, kind="f" if any(v.kind == "f" for v in scalars) else "i", host=True)]
     if not tensors:
         return scalars[0]
     total = tensors[0]
     for v in (*tensors[1:], *scalars):
-        if not _is_tensor(v):
+        if v.host:
             bound = "min" if name == "max" else "max"
             total = _method(total, "clamp", scope, f"{bound}={v.code}")
             continue
@@ -349,7 +360,8 @@ def _integer_division(expr: FloorDiv | Mod, scope: Scope) -> Value:
     ranks = scope.sort(a.ranks + b.ranks)
     symbol = "//" if isinstance(expr, FloorDiv) else "%"
     left, right = Value(align(a, ranks), prec=a.prec), Value(align(b, ranks), prec=b.prec)
-    return Value(f"{left.tight(PRODUCT)} {symbol} {right.tight()}", ranks, "i", bool(ranks), PRODUCT)
+    code = f"{left.tight(PRODUCT)} {symbol} {right.tight()}"
+    return Value(code, ranks, "i", bool(ranks), PRODUCT, a.host and b.host)
 
 
 # -- reads ------------------------------------------------------------------------------------------------------------

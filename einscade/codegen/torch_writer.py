@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import sympy
@@ -20,7 +20,7 @@ from einscade.codegen.source import Unsupported
 from einscade.codegen.tiles import (
     Statement,
 )
-from einscade.codegen.torch_values import COMPARISON, Name, Scope, Value, align, value
+from einscade.codegen.torch_values import COMPARISON, Name, Scope, Value, align, as_tensor, value
 from einscade.ir.cascade import MONOIDS
 from einscade.ir.expr import Access, Expr
 from einscade.ir.text import print_einsum
@@ -76,9 +76,10 @@ class Writer:
                 self.out(f"# {line}")
 
     def evaluate(self, s: Statement) -> Value:
-        """The statement's value over `s.ranks`, reductions done, fills not yet applied."""
+        """The statement's value over `s.ranks`, or those of them that it moves with, reductions done, fills not yet
+        applied."""
         if s.monoid is None:
-            return value(s.expr, self.scope)
+            return as_tensor(value(s.expr, self.scope), self.scope)
         if s.monoid == "topk":
             return self.topk(s)
         if s.monoid == "sum" and (c := contraction(s, self.scope.order, self.scope.dims)) is not None:
@@ -95,6 +96,8 @@ class Writer:
             op = "& " if fill == sympy.false else "| ~"
             operand = Value(align(v, full), prec=v.prec)
             return Value(f"{operand.tight()} {op}{align(keep, full)}", full, "b", True, COMPARISON)
+        if v.kind == "f" or not fill.is_Integer:
+            v = as_tensor(v, self.scope)
         if v.kind == "i" and not fill.is_Integer:
             v = Value(f"{v.tight()}.to(torch.{self.scope.acc})", v.ranks, "f", True)
         return Value(f"torch.where({align(keep, full)}, {align(v, full)}, {number(fill)})", full, v.kind, True)
@@ -102,7 +105,7 @@ class Writer:
     def mask(self, predicate: Boolean) -> Value:
         """The variable that holds the points that exist."""
         if predicate not in self.masks:
-            v = value(predicate, self.scope)
+            v = as_tensor(value(predicate, self.scope), self.scope)
             name = "keep" if not self.masks else f"keep{len(self.masks)}"
             self.out(f"{name} = {v.code}")
             self.masks[predicate] = Value(name, v.ranks, "b")
@@ -112,9 +115,8 @@ class Writer:
         missing = [r for r in s.reduced if r not in operand.ranks]
         if missing:  # the operand is the same along a reduced rank: spread it out
             full = self.scope.sort(operand.ranks + tuple(missing))
-            if not operand.ranks:  # perhaps a number
-                text = f"torch.as_tensor({operand.code}, dtype=torch.{self.scope.acc}, device={self.module.device})"
-                operand = Value(text, (), "f", True)
+            if operand.host:
+                operand = as_tensor(operand if operand.kind == "b" else replace(operand, kind="f"), self.scope)
             sizes = ", ".join(self.length(r) if r in missing else "-1" for r in full)
             operand = Value(
                 f"{Value(align(operand, full), prec=operand.prec).tight()}.expand({sizes})", full, operand.kind
@@ -160,7 +162,7 @@ class Writer:
             operand = self.masked(operand, s.keep, -sympy.oo)
         full = self.scope.sort(tuple(r for r in s.ranks if r != e.reduce.slot) + s.reduced)
         dim = full.index(s.reduced[0]) - len(full)
-        code = f"torch.sort({align(operand, full)}, dim={dim}, descending=True, stable=True).indices"
+        code = f"torch.sort({self.spread(operand, full).code}, dim={dim}, descending=True, stable=True).indices"
         code += f".narrow({dim}, 0, {self.length(e.reduce.slot)})"
         kept = tuple(e.reduce.slot if r == s.reduced[0] else r for r in full)
         order = self.scope.sort(kept)
@@ -173,7 +175,7 @@ class Writer:
         return f"{r.hi} - {r.lo}" if r.lo is not None else r.size
 
     def contract(self, c: Contraction, s: Statement) -> Value:
-        left, right = c.left(self.scope), c.right(self.scope)
+        left, right = self.left(c), self.right(c)
         if s.mask_operand:
             keep = self.mask(s.keep)
             side = next((v for v in (left, right) if set(keep.ranks) <= set(v.ranks)), None)
@@ -183,6 +185,16 @@ class Writer:
             left, right = (masked, right) if side is left else (left, masked)
         result = c.product(c.as_left(left).tight(), c.as_right(right).tight(), self.scope, self.length)
         return self.scaled(result, c.outer)
+
+    def left(self, c: Contraction) -> Value:
+        """The left side of a product with all of its dimensions: also those along which its value is the same."""
+        v = c.left(self.scope)
+        return self.spread(v, self.scope.sort((*v.ranks, *c.batch, *c.rows, *c.reduced)))
+
+    def right(self, c: Contraction) -> Value:
+        """The right side likewise; it may lack a batch dimension, since the left side has all."""
+        v = c.right(self.scope)
+        return self.spread(v, self.scope.sort((*v.ranks, *c.reduced, *c.columns)))
 
     def scaled(self, result: Value, outer: Expr) -> Value:
         """The product times the factors that lack the reduced ranks."""
@@ -203,7 +215,7 @@ class Writer:
         if not ranks:
             return v
         code = Value(align(v, ranks), prec=v.prec)
-        if not v.ranks and "[" not in v.code:
+        if v.host:
             dtype = {"f": self.scope.acc, "i": "int64", "b": "bool"}[v.kind]
             shape = ", ".join(self.length(r) for r in ranks)
             comma = "," if len(ranks) == 1 else ""
@@ -235,7 +247,7 @@ class Writer:
         """Write a value to its place in an output; missing points are 0."""
         t = self.cascade.tensors[name]
         if row != sympy.true:
-            keep = value(row, self.scope)
+            keep = as_tensor(value(row, self.scope), self.scope)
             full = self.scope.sort(v.ranks + keep.ranks)
             zero = "False" if v.kind == "b" else "0"
             v = Value(f"torch.where({align(keep, full)}, {align(v, full)}, {zero})", full, v.kind, True)

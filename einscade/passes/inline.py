@@ -95,8 +95,8 @@ def _may_inline(s: Einsum, cascade: Cascade) -> bool:
     of its own, or is part of one (the scales of quantized values), is stored."""
     if s.output.layout != DENSE or s.name in cascade.in_layouts:
         return False
-    factors = [f.as_base_exp() for f in sympy.Mul.make_args(s.expr)]
-    if all(b.is_number or (isinstance(b, Access) and e.is_positive) for b, e in factors):
+    factors = [f.as_base_exp() for f in sympy.Mul.make_args(s.expr)] if isinstance(s.expr, sympy.Expr) else ()
+    if factors and all(b.is_number or (isinstance(b, Access) and e.is_positive) for b, e in factors):
         return True
     made = any(a.tensor in cascade.definitions for a in accesses(s.expr))
     for user in cascade.users(s.name):

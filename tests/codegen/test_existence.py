@@ -121,7 +121,8 @@ PARTS = """cascade parts(X[p,m], U[p], V[m], A[p]: bool, B[m]: bool, C[p,m]: boo
 
 @st.composite
 def cascades(draw: st.DrawFn) -> Cascade:
-    """Statements over two ranks, pointwise or reduced, each with a domain or none, which read what is before them."""
+    """Statements over two ranks, pointwise or reduced, each with a domain or none, which read what is before them, or
+    nothing at all."""
     values, flags = {"X": "pm", "U": "p", "V": "m"}, {"A": "p", "B": "m", "C": "pm"}
 
     def read(table: dict[str, str], ranks: str) -> str:
@@ -141,9 +142,11 @@ def cascades(draw: st.DrawFn) -> Cascade:
         return read(flags, ranks) if kind == "flag" else f"{read(values, ranks)} > 0"
 
     def value(ranks: str, depth: int = 2) -> str:
-        kind = draw(st.sampled_from(["sum", "product", "where", "read"][0 if depth else 3 :]))
+        kind = draw(st.sampled_from(["sum", "product", "where", "read", "read", "constant"][0 if depth else 3 :]))
         if kind == "read":
             return read(values, ranks)
+        if kind == "constant":
+            return draw(st.sampled_from(["1", "0.5", "-2", "P / 3", f"(1 + {ranks[0]})", "Where(M < 3, 1, 0.25)"]))
         a, b = value(ranks, depth - 1), value(ranks, depth - 1)
         if kind == "where":
             return f"Where({condition(ranks, 1)}, {a}, {b})"
