@@ -53,15 +53,19 @@ def tile_symbols(program: LoopProgram) -> tuple[str, ...]:
 
 def tiled_ranks(program: LoopProgram, lengths: Lengths) -> tuple[str, ...]:
     """Of each nest the grid rank that is tiled: one whose points share what the loop reads, so that a tile is read
-    once for all of them; the longest of those. None where no grid rank is long."""
+    once for all of them, or at least what it multiplies (a mask or a bias is another for every point); the longest of
+    those. None where no grid rank is long."""
     found: dict[str, None] = {}
     for nest in program.serial_nests:
         long = [r for r in nest.grid if is_long(program.cascade, r)]
-        moving = {r for t, index in moving_inputs(nest) for r in free_vars(Access("_", *index))}
-        sharing = [r for r in long if r not in moving]
+        shared = ([r for r in long if r not in _ranks_of(reads)] for reads in (moving_inputs(nest), _multiplied(nest)))
         if long:
-            found[max(sharing or long, key=lengths.rank)] = None
+            found[max(next(filter(None, shared), long), key=lengths.rank)] = None
     return tuple(found)
+
+
+def _ranks_of(reads: Iterable[tuple[str, tuple[Expr, ...]]]) -> frozenset[str]:
+    return frozenset().union(*(free_vars(Access("_", *index)) for _, index in reads))
 
 
 def crossed(cascade: Cascade, nest: SerialNest) -> tuple[str, ...]:
@@ -131,7 +135,7 @@ def few_rows(program: LoopProgram, lengths: Lengths) -> dict[str, int] | None:
     if len(sharing) != 1 or not contractions(sharing[0]):
         return None
     nest = sharing[0]
-    shared = {r for _, index in _multiplied(nest) for r in free_vars(Access("_", *index))}
+    shared = _ranks_of(_multiplied(nest))
     rows = dict([heads]) if (heads := heads_in_groups(program.cascade, nest)) is not None else {}
     positions = max((r for r in nest.grid if r not in shared and r not in rows), key=lengths.rank, default=None)
     if positions is not None:

@@ -90,9 +90,12 @@ def _emitted(cascade: Cascade, plan: Plan, join: bool) -> Cascade:
 
 def crossed(cascade: Cascade, names: Iterable[str], reduced: Collection[str]) -> bool:
     """Whether any of these statements is made of products over two long ranks that are not among those `reduced`, nor
-    parts of one index with them."""
+    parts of one index with them. Where a reduced rank is on a side itself (queries that the batch shares, and keys of
+    each of its points), that side has a tile of it."""
 
     def long(s: Einsum, side: frozenset[str]) -> bool:
+        if side & {*reduced}:
+            return False
         with_reduced = {r for a in s.reads for i in a.index if free_vars(i) & {*reduced} for r in free_vars(i)}
         return any(is_long(cascade, r) for r in side - with_reduced)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from einscade.codegen.cost import Lengths, few_rows, heads_in_groups, narrow_steps, row_ranks
+from einscade.codegen.cost import Lengths, few_rows, heads_in_groups, narrow_steps, row_ranks, tiled_ranks
 from einscade.codegen.loops import LoopProgram, plan
 from einscade.codegen.space import candidates
+from einscade.codegen.triton_emit import emit
 from einscade.ir.device import H200
 from einscade.ir.text import parse_cascade
 from einscade.passes.differentiate import differentiate
@@ -67,3 +68,28 @@ def test_the_merge_runs_a_point_a_program() -> None:
     assert row_ranks(found.cascade, parts, tiles) == ("p", "h")
     assert row_ranks(found.cascade, merge, tiles) == ()
     assert narrow_steps(found, Lengths(found.cascade, {})) == {"MS0": 64}
+
+
+@pytest.mark.parametrize("sizes", [{}, {"B": 256, "P": 256, "M": 256}, {"B": 512, "P": 256, "M": 256}], ids=str)
+@pytest.mark.parametrize("queries", ["b,h,p,e", "h,p,e"])
+@pytest.mark.parametrize("mask", ["b,p,m", "p,m", "b,h,p,m", "b,m"])
+def test_positions_are_tiled_where_a_mask_is_another_for_every_point(
+    mask: str, queries: str, sizes: dict[str, int]
+) -> None:
+    """A tile of the batch would share nothing that the loop multiplies, however long the batch is; queries that it
+    shares change nothing about that."""
+    text = f"""
+cascade masked(Q[{queries}]: bf16, K[b,h,m,e]: bf16, V[b,h,m,f]: bf16, A[{mask}]: bool) -> O
+  where b < B, h < 4, p < P, m < M, e < 64, f < 64
+  S[b,h,p,m] = sum(e) Q[{queries}] * K[b,h,m,e]   if A[{mask}]
+  G[b,h,p]   = max(m) S[b,h,p,m]
+  W[b,h,p,m] = exp(S[b,h,p,m] - G[b,h,p])
+  Z[b,h,p]   = sum(m) W[b,h,p,m]
+  O[b,h,p,f]: bf16 = sum(m) W[b,h,p,m] * V[b,h,m,f] / Z[b,h,p]
+"""
+    found = plan(run(parse_cascade(text), "exact").cascade)
+    assert tiled_ranks(found, Lengths(found.cascade, sizes)) == ("p",)
+    schedule, *_ = candidates(found, H200, sizes)
+    source = emit(found, schedule).text
+    assert dict(schedule.tiles)["M0"] > 1
+    assert source.count("tl.dot(") == 2
