@@ -132,7 +132,7 @@ class FloorDiv(sympy.Function):
             return sympy.Integer(int(a) // int(b))
         if a.is_zero:
             return sympy.Integer(0)
-        if a.is_Add or a.is_Mul or a.is_Symbol:
+        if a.is_Add or a.is_Mul or a.is_Pow or a.is_Symbol:
             whole, rest = _split_multiple(a, b)
             if whole != 0:
                 return whole + cls(rest, b)
@@ -156,7 +156,7 @@ class Mod(sympy.Function):
             return sympy.Integer(0)
         if a.is_Integer and b.is_Integer and b != 0:
             return sympy.Integer(int(a) % int(b))
-        if a.is_Add or a.is_Mul or a.is_Symbol:
+        if a.is_Add or a.is_Mul or a.is_Pow or a.is_Symbol:
             whole, rest = _split_multiple(a, b)
             if whole != 0:
                 return cls(rest, b)

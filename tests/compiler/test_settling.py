@@ -320,6 +320,23 @@ def test_queries_keys_and_values_in_one_tensor(function: Callable[..., Tensor], 
 # -- masks and memory --------------------------------------------------------------------------------------------------
 
 
+def mixed_heads(x: Tensor, mix: Tensor) -> Tensor:
+    b, n, width = x.shape
+    q, k, v = x.view(b, n, 3, 4, width // 12).permute(2, 0, 3, 1, 4).flatten(1, 2)
+    scores = torch.baddbmm(torch.zeros(1, n, n), q, k.mT).view(b, 4, n, n)
+    return torch.einsum("bhnm,hg->bgnm", scores.softmax(-1), mix) @ v.view(b, 4, n, -1)
+
+
+def test_heads_mixed_over_products_of_one_batch() -> None:
+    """einsum flattens the two positions, which have one length, and takes them apart again."""
+    compiled = Compiled(mixed_heads)
+    for batch, n in ((2, 24), (3, 40), (5, 7)):
+        compiled.check(torch.randn(batch, n, 96), torch.randn(4, 4))
+    assert compiled.graphs == 1
+    assert {"B", "P"} <= {*compiled.cascade.symbols}
+    assert "//" not in str(compiled.cascade)
+
+
 def test_a_window_of_a_length_that_moves() -> None:
     def window(q: Tensor, k: Tensor, v: Tensor, width: int) -> Tensor:
         behind = torch.arange(q.size(-2))[:, None] - torch.arange(k.size(-2))

@@ -66,6 +66,8 @@ def test_exact_multiples_leave_a_division() -> None:
     assert FloorDiv(4 * p + m, 4) == p + FloorDiv(m, 4)
     assert Mod(4 * p + m, 4) == Mod(m, 4)
     assert FloorDiv(M * p, M) == p
+    assert FloorDiv(M**2, M) == M
+    assert Mod(M**2, M) == 0
     assert FloorDiv(p, 1) == p
     assert Mod(p, 1) == 0
     assert ceil_div(M, N).xreplace({M: sympy.Integer(7), N: sympy.Integer(2)}) == 4
