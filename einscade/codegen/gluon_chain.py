@@ -41,7 +41,8 @@ RUNS = {"f32": "gl.float32", "i32": "gl.int32", **{d: GLUON_DTYPES[d] for d in (
 @dataclass
 class Iteration:
     """What the text of an iteration has come to: products and sums in flight, in order; tiles that have arrived, and
-    those handed back; columns' values read; values made; sums issued."""
+    those handed back; columns' values read; values made; sums issued. Its tiles are at `stage` of the rings, where they
+    come if `there` holds."""
 
     flying: list[str] = field(default_factory=list)
     seen: set[str] = field(default_factory=set)
@@ -49,6 +50,9 @@ class Iteration:
     read: set[str] = field(default_factory=set)
     done: set[str] = field(default_factory=set)
     issued: set[str] = field(default_factory=set)
+    stage: str = "stage"
+    phase: str = "phase"
+    there: str = ""
 
 
 class Chain(Frame):
@@ -212,9 +216,10 @@ class Chain(Frame):
         if ring.name in it.seen:
             return []
         it.seen.add(ring.name)
+        wait = f"mbarrier.wait({ring.name}_full.index({it.stage}), {it.phase})"
         return [
-            f"mbarrier.wait({ring.name}_full.index(stage), phase)",
-            f"{ring.name}_tile = {self._view(ring, 'stage')}",
+            *([f"if {it.there}:", f"    {wait}"] if it.there else [wait]),
+            f"{ring.name}_tile = {self._view(ring, it.stage)}",
         ]
 
     def _pointers(self) -> list[str]:
@@ -323,9 +328,12 @@ class Chain(Frame):
     def _step_arguments(self) -> list[str]:
         stills = [f"{x.name}_rows" for x in self.stills]
         rings = [f"{x.name}_tiles" for x in self.rings]
-        running = [*self._state_names(), *self._sum_names()]
         rings += [*self._table_rings(), *self._ring_barriers()]
-        return ["tile", *running, "stage", "phase", *stills, *rings, "zero", *self._context()]
+        return ["tile", *self._running(), "stage", "phase", *stills, *rings, "zero", *self._context()]
+
+    def _running(self) -> list[str]:
+        """What an iteration takes from the one before."""
+        return [*self._state_names(), *self._sum_names()]
 
     def _step(self) -> str:
         shape = self.shape
@@ -355,23 +363,32 @@ class Chain(Frame):
                     continue
                 it.done.add(name)
                 if name in shape.scores:
-                    lines += [self._await(it, self.name(name)), *self._release(it)]
+                    lines += [*self._await_score(name, it), *self._release(it)]
                 lines += self._read_columns(statements[name], it)
                 lines += [*self._comment(statements[name]), *self._statement(statements[name], masked, full)]
             for x in self.order[0]:
                 if x.weights == end[0] and x.state.name not in it.issued:
                     lines += self._issue_sum(x, full, it)
-        for x in self.order[0]:
-            it.done.add(x.state.name)
-            lines += [self._await(it, self.name(x.state.name), self.weight_names[x.weights]), *self._release(it)]
+        lines += self._complete(it)
         lines += [f"{self.name(s.name)} = {self.name(s.new)}" for s in shape.states]
-        lines.append(f"return {', '.join([*self._state_names(), *self._sum_names()])}")
+        lines.append(f"return {', '.join(self._running())}")
         masking = "MASKED: gl.constexpr" if self._masked() == "True" else "MASKED"
         constants = [f"{c}: gl.constexpr" for c in self._step_constants()]
         return function("step", [*self._step_arguments(), masking, *constants], lines)
 
     def _step_constants(self) -> list[str]:
         return []
+
+    def _await_score(self, name: str, it: Iteration) -> list[str]:
+        return [self._await(it, self.name(name))]
+
+    def _complete(self, it: Iteration) -> list[str]:
+        """The end of an iteration: its sums are waited for."""
+        return [line for x in self.order[0] for line in self._await_sum(x, it)]
+
+    def _await_sum(self, x: WeightedSum, it: Iteration) -> list[str]:
+        it.done.add(x.state.name)
+        return [self._await(it, self.name(x.state.name), self.weight_names[x.weights]), *self._release(it)]
 
     def _ready(self, ends: Sequence[str], it: Iteration) -> list[str]:
         """The values that these take; where sums are rescaled, also what else can be made of them (the weights' own
@@ -451,10 +468,9 @@ class Chain(Frame):
         lines += self._initial(printer)
         for x in self.stills:
             lines += [f"mbarrier.wait({x.name}_full, 0)", f"{x.name}_rows = {self._view(x, 'group', still=True)}"]
-        lines += ["stage = 0", "phase = 0", *self._walk()]
-        running = [*self._state_names(), *self._sum_names()]
+        lines += [*self._begin(), "stage = 0", "phase = 0", *self._walk()]
         passed = [*self._step_arguments(), self._masked(), *self._step_constants()]
-        lines += indent(call(running, "step", passed).splitlines())
+        lines += indent(call(self._running(), "step", passed).splitlines())
         lines += indent(self._next_stage())
         lines += self._finish()
         lines += self._settle()
@@ -464,6 +480,10 @@ class Chain(Frame):
         lines += [line for x in shape.written for line in self._store(x)]
         lines += ["tma.store_wait(0)"] if shape.written or self.added else []
         return function("compute", [*self._compute_arguments(), "group: gl.constexpr"], lines)
+
+    def _begin(self) -> list[str]:
+        """What comes before the loop, when the operands that stay are there."""
+        return []
 
     def _finish(self) -> list[str]:
         """What follows the loop, before results leave."""

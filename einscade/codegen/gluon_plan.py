@@ -48,7 +48,7 @@ RESERVED = frozenset({
     "reciprocal", "row_max", "row_min", "row_sum", "row_parts", "tile_map", "MASKED", "ROWS", "COLUMNS",
     "visit", "visits", "count", "counts", "listed", "lists", "list_tiles", "add", "at", "some", "whole", "add_tile",
     "others", "others_full", "part", "part_tile", "before", "values", "program", "still_phase", "following", "packed",
-    "taken", "upcoming",
+    "taken", "upcoming", "next_stage", "next_phase",
 })  # fmt: skip
 
 

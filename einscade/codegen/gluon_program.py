@@ -18,6 +18,7 @@ from math import ceil, prod
 import sympy
 
 from einscade.codegen.cost import Lengths, crossed
+from einscade.codegen.gluon_ahead import AheadChain
 from einscade.codegen.gluon_chain import Chain
 from einscade.codegen.gluon_form import Form, nest_form
 from einscade.codegen.gluon_frame import IMPORTS
@@ -45,6 +46,10 @@ TILES = ((3, 64), (2, 128), (2, 64), (2, 32))
 EVEN = 2
 """With fewer programs a processor, those left for the last turn weigh more than what a group in one program saves."""
 
+NARROW = 64
+"""Up to this width a sum over programs issues the next scores ahead: its sums leave registers for them."""
+
+
 ADD_IMPORTS = """
 from triton._C.libtriton import ir
 from triton.experimental.gluon.language._core import builtin
@@ -61,8 +66,9 @@ def schedules(
 ) -> tuple[Schedule, ...]:
     """Schedules for the program: first those that add up one nest's sums from another's programs, where that fits; then
     every nest at its first choice of tiles, at the second, and so on. Of each kind those with a program for all members
-    of a group, where there are such, and those without take turns. Raises `Unsupported` as `emit` does, and where at
-    these sizes a loop would leave most of the device idle."""
+    of a group, where there are such, and those without take turns; else narrow rows are tried with the next scores
+    issued ahead and without. Raises `Unsupported` as `emit` does, and where at these sizes a loop would leave most of
+    the device idle."""
     forms = [nest_form(program.cascade, nest) for nest in _own(program)]
     if not forms:
         raise Unsupported("the program has no loop: there is nothing to write a kernel for")
@@ -82,6 +88,9 @@ def schedules(
                 del variants[0]
             elif programs < EVEN * device.processors:
                 variants.reverse()
+    if len(variants) == 1:
+        unordered, ordered = variants[0]
+        variants = [(list(dict.fromkeys(x for s in unordered for x in (s, replace(s, ahead=False)))), ordered)]
     turns = [row for kind in zip(*variants, strict=True) for row in zip_longest(*kind)]
     return tuple(s for row in turns for s in row if s is not None)
 
@@ -97,7 +106,9 @@ def _alternatives(
         left_out = {other for other, _ in merged.values()}
         choices = [_choices(shape)[:1] if i in left_out else _choices(shape, merged[i][1] if i in merged else None)
                    for i, shape in enumerate(forms)]  # fmt: skip
-        unordered = [_schedule(tiles, grouped, True) for tiles in _rows(choices)] if all(choices) else []
+        narrow = all(x.width <= NARROW for i in merged for x in (*forms[i].stills, *forms[i].moving))
+        tiles = _rows(choices) if all(choices) else []
+        unordered = [_schedule(t, grouped, True, narrow) for t in tiles]
     return unordered, [_schedule(tiles, grouped) for tiles in _rows([_choices(shape) for shape in forms])]
 
 
@@ -122,10 +133,11 @@ def _grouped(program: LoopProgram, forms: Sequence[Form]) -> list[Form]:
     return found
 
 
-def _schedule(tiles: Mapping[str, int], grouped: bool = False, unordered: bool = False) -> Schedule:
-    return Schedule(
-        tuple(sorted(tiles.items())), 4, 2, (), "cuda:90", True, unordered=unordered, grouped=grouped
-    )
+def _schedule(
+    tiles: Mapping[str, int], grouped: bool = False, unordered: bool = False, ahead: bool = False
+) -> Schedule:
+    own = tuple(sorted(tiles.items()))
+    return Schedule(own, 4, 2, (), "cuda:90", True, unordered=unordered, ahead=ahead, grouped=grouped)
 
 
 def _rows(choices: Sequence[Sequence[Mapping[str, int]]]) -> list[dict[str, int]]:
@@ -173,7 +185,9 @@ def _choices(shape: Form, spread: Spread | None = None) -> list[dict[str, int]]:
 
 
 def _chain(shape: Form, schedule: Schedule, spread: Spread | None) -> Chain:
-    return Chain(shape, schedule) if spread is None else SpreadChain(shape, schedule, spread)
+    if spread is None:
+        return Chain(shape, schedule)
+    return (AheadChain if schedule.ahead else SpreadChain)(shape, schedule, spread)
 
 
 class _Program(TritonModule):

@@ -35,7 +35,7 @@ from einscade.codegen.tiles import Statement
 from einscade.ir.expr import Access, Expr, accesses, var
 from einscade.passes.terms import conjuncts
 
-__all__ = ["ADD_TILE", "Spread", "SpreadChain", "spread"]
+__all__ = ["ADD_TILE", "ARRIVE", "Spread", "SpreadChain", "spread"]
 
 ADD_TILE = '''
 @builtin
@@ -44,6 +44,9 @@ def add_tile(target, at, tile, _semantic=None):
     at = _semantic._convert_to_ir_values(at, require_i64=False)
     _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, target.handle, at, tile.handle)
 '''
+
+ARRIVE = "mbarrier.arrive(others_full.index(i % 2))"
+"""The weights of an iteration are made, and its part of those before is multiplied."""
 
 PANEL = 64
 """Columns of 16 bits in a row of swizzled shared memory: what a product reads begins at a multiple."""
@@ -232,8 +235,7 @@ class SpreadChain(Chain):
     def _issue_products(self, it: Iteration) -> list[str]:
         """First what the last tile adds to the sum, whose weights everybody has made meanwhile; it is sent off behind
         the first scores. Products that the first sum does not need wait for its weights, which leaves registers."""
-        lines = ["before = (i + 1) % 2", "mbarrier.wait(others_full.index(before), ((i + 1) // 2 + 1) % 2)"]
-        lines += self._multiply_part("before", it)
+        lines = [*self._await_others("i"), *self._multiply_part(it)]
         first, *rest = [s for s in self.order[1] if s not in self.late]
         lines += self._issue_product(first, it)
         lines.append(self._await(it, "part"))
@@ -251,8 +253,12 @@ class SpreadChain(Chain):
             return f"tile + 1 - ({i} % {x.count} + {x.count - 1}) // {x.count}"
         return f"gl.load(visits + ({i} - 1)) // 2" if self.listed else "tile + 1"
 
-    def _multiply_part(self, turn: str, it: Iteration) -> list[str]:
-        """This warpgroup's part of the product of all weights of an iteration."""
+    def _await_others(self, i: str) -> list[str]:
+        """Until all weights of the iteration before are made; those before them nobody reads any more."""
+        return [f"before = ({i} + 1) % 2", f"mbarrier.wait(others_full.index(before), (({i} + 1) // 2 + 1) % 2)"]
+
+    def _multiply_part(self, it: Iteration) -> list[str]:
+        """This warpgroup's part of the product of all weights of the iteration before."""
         rows, across = self.part
         ring = next(r for r in self.stills if r.operand == self.spread.values)
         weights = ".permute([1, 0])"
@@ -263,7 +269,7 @@ class SpreadChain(Chain):
             values = self._view(ring, str(group), still=True)
             if across != ring.width:
                 values += f".slice(group * {across}, {across}, 1)"
-            left = f"others.index({turn} * GROUPS + {group}){weights}"
+            left = f"others.index(before * GROUPS + {group}){weights}"
             kept = "" if group else "use_acc=False, "
             lines += [f"values = {values}", f"part = warpgroup_mma({left}, values, part, {kept}is_async=True)"]
             it.flying.append("part" if group == self.groups - 1 else f"part {group}")
@@ -296,29 +302,31 @@ class SpreadChain(Chain):
         *lines, product = super()._issue_sum(x, printer, it)
         if x.weights != self.spread.weights:
             return [*lines, *products, product]
+        return [*lines[:-1], *self._keep_weights(x, printer), *products, product, ARRIVE]
+
+    def _keep_weights(self, x: WeightedSum, printer: Printer) -> list[str]:
+        """The weights of a sum of programs, which go to shared memory, too."""
         value, weights = printer.names[x.weights].atom(), self.weight_names[x.weights]
         return [
-            *lines[:-1],
             f"{weights} = {value}.to({GLUON_DTYPES[self.shape.dtype]})",
             f"others.index(i % 2 * GROUPS + group).store({weights})",
             "fence_async_shared()",
             f"{weights} = gl.convert_layout({weights}, WEIGHTS)",
-            *products,
-            product,
-            "mbarrier.arrive(others_full.index(i % 2))",
         ]
+
+    def _count(self) -> str:
+        """The iterations of a program."""
+        count = "count" if self.listed else "(end - first)"
+        return f"{count} * {self.shape.members.count}" if self.shape.members else count
 
     def _finish(self) -> list[str]:
         """After the loop: the last tile's part; then nobody reads the operands that stay, through whose tiles results
         leave."""
         last = "gl.load(visits + (count - 1)) // 2" if self.listed else "first"
-        count = "count" if self.listed else "(end - first)"
-        count += f" * {self.shape.members.count}" if self.shape.members else ""
         it = Iteration()
         return [
-            f"before = ({count} + 1) % 2",
-            f"mbarrier.wait(others_full.index(before), (({count} + 1) // 2 + 1) % 2)",
-            *self._multiply_part("before", it),
+            *self._await_others(self._count()),
+            *self._multiply_part(it),
             self._await(it, "part"),
             *self._send(last, None),
             'gl.inline_asm_elementwise("bar.sync 8, '

@@ -30,6 +30,8 @@ class Schedule:
         `run` computes it by at every call.
     summaries: compute beforehand what data along a loop says of its tiles (`codegen.summaries`), to skip them.
     unordered: programs add to a sum in memory in whatever order they come (`codegen.gluon_spread`): not deterministic.
+    ahead: where they do, the products that an iteration begins with are issued at the end of the one before
+        (`codegen.gluon_ahead`): more registers.
     in_order: an iteration's products are issued one after another, each where its result is next, rather than all of
         the next iteration's beforehand: fewer registers where there are several (`codegen.gluon_chain`).
     grouped: a program goes through all members of a group (the heads that share keys), where all that its loop makes is
@@ -46,6 +48,7 @@ class Schedule:
     launch: tuple[tuple[str, str], ...] = ()
     summaries: bool = False
     unordered: bool = False
+    ahead: bool = False
     resident: int = 0
     in_order: bool = False
     grouped: bool = False

@@ -31,7 +31,8 @@ from einscade.runtime.candidates import MOST_SCHEDULES
 from tests.codegen.cascades import CASES, DTYPES, inputs, relative_error, text
 from tests.codegen.generated import module
 from tests.codegen.gluon_offline import assert_fits, compiled
-from tests.codegen.gluon_simulator import Simulator
+from tests.codegen.gluon_simulator import Misuse, Simulator
+from tests.codegen.test_gluon_simulated import SYNCHRONISES, without
 
 BY_NAME = {c.name: c for c in CASES}
 NAMES = [n for n in BY_NAME if n != "sink"]
@@ -60,18 +61,24 @@ def example(gradient: Gradient, name: str, shape: dict[str, Any], sizes: dict[st
     return [values[t.name] for t in gradient.cascade.inputs]
 
 
+def of_kind(loops: LoopProgram, kind: str) -> list[Schedule]:
+    """The schedules whose nests are loops of their own ("ordered"), or which add up a sum of programs: one iteration
+    after the other, or with the next scores ahead."""
+    found = [replace(s, ahead=kind == "ahead") for s in schedules(loops) if s.unordered == (kind != "ordered")]
+    return list(dict.fromkeys(found))
+
+
 @pytest.mark.parametrize(
     ("shape", "lengths"),
     [(NARROW, (1, 1)), (NARROW, (150, 333)), (WIDE, (150, 200)), (GROUPED, (200, 77))],
     ids=["64-one", "64", "128", "96x80"],
 )
-@pytest.mark.parametrize("unordered", [False, True], ids=["ordered", "unordered"])
+@pytest.mark.parametrize("kind", ["ordered", "unordered", "ahead"])
 @pytest.mark.parametrize("name", NAMES)
-def test_right_in_any_order(name: str, shape: dict[str, Any], lengths: tuple[int, int], unordered: bool) -> None:
+def test_right_in_any_order(name: str, shape: dict[str, Any], lengths: tuple[int, int], kind: str) -> None:
     torch.manual_seed(len(name) + lengths[0])
     _, loops = program(name, tuple(shape.items()))
-    space = [s for s in schedules(loops) if s.unordered == unordered]
-    if not space:
+    if not (space := of_kind(loops, kind)):
         pytest.skip("no tile for a sum over programs")
     assert_right(name, shape, lengths, space[len(name) % len(space)])
 
@@ -122,19 +129,22 @@ def test_compiles(name: str, shape: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"),
+    ("name", "shape", "kind"),
     [
-        ("full", WIDE), ("causal", WIDE), ("documents", WIDE), ("slopes", WIDE), ("full", NARROW), ("causal", NARROW),
-        ("causal", {**WIDE, "h": 8}), ("documents", {**WIDE, "h": 8}),
+        ("full", WIDE, "unordered"), ("causal", WIDE, "unordered"), ("documents", WIDE, "unordered"),
+        ("slopes", WIDE, "unordered"), ("full", NARROW, "unordered"), ("causal", NARROW, "unordered"),
+        ("causal", {**WIDE, "h": 8}, "unordered"), ("documents", {**WIDE, "h": 8}, "unordered"),
+        ("full", NARROW, "ahead"), ("causal", NARROW, "ahead"), ("documents", NARROW, "ahead"),
+        ("causal", {**NARROW, "h": 8}, "ahead"),
     ],
 )  # fmt: skip
-def test_a_sum_over_programs_compiles(name: str, shape: dict[str, Any]) -> None:
+def test_a_sum_over_programs_compiles(name: str, shape: dict[str, Any], kind: str) -> None:
     """As above; what is spilled is read again in every iteration, but nearly all of it written before the loops. Masks
     are behind a branch, not conditional instructions of every iteration."""
     gradient, loops = program(name, tuple(shape.items()))
     sizes = {"B": 1, "P": 300, "M": 300}
     used = {n: s for n, s in sizes.items() if n in loops.cascade.symbols}
-    made = module(emit(loops, next(s for s in schedules(loops) if s.unordered)))
+    made = module(emit(loops, of_kind(loops, kind)[0]))
     for shared, report, assembly in compiled(made, example(gradient, name, shape, sizes), used).values():
         assert shared <= 227 << 10
         assert "serialized" not in report
@@ -157,6 +167,14 @@ def test_the_gradient_of_a_bias_is_a_triton_kernel_beside_them() -> None:
     for shared, _, _ in compiled(made, example(gradient, "additive", NARROW, sizes), used).values():
         assert shared <= 227 << 10
     assert launched == [(5 * 5 * 2,)]
+
+
+def test_narrow_rows_issue_the_next_scores_ahead() -> None:
+    for shape, expected in ((NARROW, [True, False]), (WIDE, [False])):
+        _, loops = program("causal", tuple(shape.items()))
+        assert [s.ahead for s in schedules(loops) if s.unordered] == expected
+    _, loops = program("causal", tuple({**NARROW, "h": 8}.items()))
+    assert [s.ahead for s in schedules(loops)[:3]] == [True, True, False]
 
 
 # -- groups -----------------------------------------------------------------------------------------------------------
@@ -289,6 +307,39 @@ def test_what_the_copy_engine_cannot_write_has_no_kernel(old: str) -> None:
     _, loops, _ = reshaped(old, f"{old[2]},{old[0]}]")
     with pytest.raises(Unsupported, match="not innermost"):
         emit(loops, next(s for s in schedules(loops) if not s.unordered))
+
+
+@pytest.mark.parametrize("kind", ["unordered", "ahead"])
+def test_every_synchronisation_is_missed(kind: str) -> None:
+    """Of the lines of a kernel with a sum of its programs that synchronise, none can go, but for two that others say
+    enough of: the second ring's tiles are handed back before the first's; and the next scores ahead, the fence behind
+    the part stands between the weights and their barrier, too."""
+    torch.manual_seed(0)
+    shape = {**NARROW, "h": 1, "g": 1}
+    gradient, loops = program("causal", tuple(shape.items()))
+    source = emit(loops, of_kind(loops, kind)[0]).text
+    cases = []
+    for sizes in ({"B": 1, "P": 400, "M": 150}, {"B": 1, "P": 60, "M": 60}):  # several tiles of the loop, and one
+        given = example(gradient, "causal", shape, sizes)
+        named = {t.name: x for t, x in zip(gradient.cascade.inputs, given, strict=True)}
+        cases.append((given, sizes, interpret(gradient.cascade, named, sizes)))
+
+    def holds(changed: str, seed: int) -> bool:
+        try:
+            found = [(Simulator(seed).load(changed).run(*given, **sizes), exact) for given, sizes, exact in cases]
+        except (Misuse, TypeError):
+            return False
+        pairs = [(x, exact[o]) for made, exact in found for o, x in zip(gradient.cascade.outputs, made, strict=True)]
+        return all(relative_error(x, exact) <= 2**-6 for x, exact in pairs)
+
+    assert all(holds(source, seed) for seed in range(8))
+    text = source.split("\n")
+    lines = [i for i, line in enumerate(text) if SYNCHRONISES.match(line) and "wait(X3_empty" not in line]
+    if kind == "ahead":
+        lines.remove(next(i for i in lines if "others.index(i % 2" in text[i - 1]))
+    assert len(lines) > 20
+    for line in lines:
+        assert not all(holds(without(source, line), seed) for seed in range(60)), text[line]
 
 
 # -- sums along rows --------------------------------------------------------------------------------------------------
