@@ -1,7 +1,8 @@
 """What was found in a model, what was done with it, and why not where nothing was done.
 
 `Report.sites` is for programs; `print(report)` fits one screen: sites that are alike (thirty layers) are one paragraph
-with the cascade, the rewrites with their pass counts, the kernel and the way gradients are computed.
+with the cascade, the rewrites with their pass counts, the kernel and the way gradients are computed. Where many differ
+(a pyramid of resolutions), each kind is one line, and `report.details()` has the paragraphs.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from einscade.runtime.steps import StepRecord, measures
 __all__ = ["REWRITTEN", "UNCHANGED", "Report", "Site"]
 
 REWRITTEN, UNCHANGED = "rewritten", "unchanged"
+MOST_PARAGRAPHS = 4
+"""With more kinds of sites than this, each is a line."""
 
 
 @dataclass
@@ -119,7 +122,11 @@ class Report:
         return Report, (self.recipe, self.inner, [], 0, [loaded])
 
     def __str__(self) -> str:
-        return _printable("\n".join(_lines(self)))
+        return _printable("\n".join(_lines(self, MOST_PARAGRAPHS)))
+
+    def details(self) -> str:
+        """What `print(report)` shows, with a paragraph for each kind of site, however many there are."""
+        return _printable("\n".join(_lines(self, len(self.sites))))
 
 
 def _printable(text: str) -> str:
@@ -134,7 +141,7 @@ def _printable(text: str) -> str:
     return text
 
 
-def _lines(report: Report) -> Iterable[str]:
+def _lines(report: Report, most: int) -> Iterable[str]:
     done = sum(s.status == REWRITTEN for s in report.sites)
     graphs = f"{report.graphs} graph{'s' * (report.graphs != 1)}"
     how = f"recipe {report.recipe}, rest by {report.inner}"
@@ -142,9 +149,15 @@ def _lines(report: Report) -> Iterable[str]:
     if not report.graphs and not report.unchanged_graphs:
         yield "  nothing was compiled yet: call the model once"
         yield "  (called, it had no graph that Dynamo could trace: TORCH_LOGS=graph_breaks says where that stopped)"
-    for group in _alike(report.sites):
+    groups = _alike(report.sites)
+    if len(groups) <= most:
+        for group in groups:
+            yield ""
+            yield from _group(group)
+    else:
         yield ""
-        yield from _group(group)
+        yield from map(_summary, groups)
+        yield f"{len(groups)} kinds of sites: print(report.details()) shows the cascade and the rewrites of each"
     if report.breaks:
         yield ""
         yield f"graph breaks: {len(report.breaks)}"
@@ -163,10 +176,23 @@ def _alike(sites: Sequence[Site]) -> list[list[Site]]:
     return list(groups.values())
 
 
-def _group(sites: list[Site]) -> Iterable[str]:
-    site = sites[0]
+def _head(sites: list[Site]) -> str:
     times = f" ×{len(sites)}" if len(sites) > 1 else ""
-    yield f"{_paths([s.module_path for s in sites])}{times}  {site.source}  {site.status}"
+    return f"{_paths([s.module_path for s in sites])}{times}  {sites[0].source}  {sites[0].status}"
+
+
+def _summary(sites: list[Site]) -> str:
+    """Sites that are alike, as one line."""
+    site = sites[0]
+    kernel = f" · {site.kernel.candidate}" if site.kernel is not None else ""
+    reason = f" · because: {site.reason}" if site.reason else ""
+    return f"{_head(sites)}{kernel}{reason}"
+
+
+def _group(sites: list[Site]) -> Iterable[str]:
+    """Sites that are alike, as a paragraph."""
+    site = sites[0]
+    yield _head(sites)
     if site.reason:
         yield f"  because: {site.reason}"
     if site.cascade is None:

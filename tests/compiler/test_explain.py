@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,32 @@ def test_a_report_prints_where_standard_output_has_no_unicode(monkeypatch: pytes
     assert text.isascii()
     assert "gr\\xf6\\xdfe.0-1 x2" in text
     assert "online 1" in text
+
+
+def test_many_kinds_of_sites_are_a_line_each() -> None:
+    """Four lengths of the same layers are paragraphs; with a fifth each is a line, with its count and its kernel."""
+
+    class Pyramid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.levels = nn.ModuleList(nn.Sequential(CausalAttention(), CausalAttention()) for _ in range(5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for level in self.levels:
+                x = level(x)[:, 1:]
+            return x
+
+    many = einscade.explain(Pyramid(), torch.randn(2, 19, 32))
+    few = replace(many, sites=many.sites[:8])
+    assert str(few) == few.details()
+    assert str(few).count("cascade attention(") == 4
+    head, empty, *lines, last = str(many).splitlines()
+    assert head.startswith("einscade: 10 of 10 attention sites rewritten")
+    assert empty == ""
+    for i, (line, site) in enumerate(zip(lines, many.sites[::2], strict=True)):
+        assert line == f"levels.{i}.0-1 ×2  {site.source}  rewritten · {site.kernel.candidate}"
+    assert "report.details()" in last
+    assert many.details().count("cascade attention(") == 5
 
 
 @pytest.mark.parametrize("name", ["EINSCADE_AUTOTUNE", "EINSCADE_PROGRESS"])
