@@ -2,7 +2,8 @@
 
 Comes in: a `Plan` and the lists of its tiles. Goes out: the function `place` as text, and the loop of a resident
 program over its places. Loops of one length are dealt out in turns; where they differ, a program takes the next place
-that nobody has.
+that nobody has, and some neighbours along the batch go abreast: the longest loops of all of them come first, so that a
+long one does not begin when there is little else left.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ class Places(Visits):
             f"row_tiles = gl.cdiv({names.value(shape.extent(shape.p)).code}, {self.rows})",
             *([] if self.resident else ["program = gl.program_id(0)"]),
         ]
-        share = self._sharing()
-        if share > 1:
+        abreast = max(self.sharing, self.schedule.abreast)
+        if abreast > 1:
+            why = "neighbours share what the loop reads" if abreast == self.sharing else "the long loops of all first"
             lines += [
-                f"rest = program % ({share} * row_tiles)  # neighbours share what the loop reads",
-                f"batch = program // ({share} * row_tiles) * {share} + rest % {share}",
-                f"row_tile = rest // {share}",
+                f"rest = program % ({abreast} * row_tiles)  # {why}",
+                f"batch = program // ({abreast} * row_tiles) * {abreast} + rest % {abreast}",
+                f"row_tile = rest // {abreast}",
             ]
         else:
             lines += ["batch = program // row_tiles", "row_tile = program % row_tiles"]
@@ -104,7 +106,8 @@ class Places(Visits):
         """The loading warp's question for the next place."""
         return ['following = gl.num_programs(0) + gl.atomic_add(taken, 1, sem="relaxed")'] if self.dynamic else []
 
-    def _sharing(self) -> int:
+    @property
+    def sharing(self) -> int:
         """How many neighbours along the innermost batch rank read the same keys."""
         if not self.shape.batch:
             return 1

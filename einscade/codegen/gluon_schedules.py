@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 import sympy
+from sympy import divisors
 
 from einscade.codegen.cost import Lengths
 from einscade.codegen.gluon_chain import Chain
@@ -46,6 +47,9 @@ of a resident program, whose loads run ahead. Estimated from packed documents.""
 UNEVEN = 1.1
 """What resident programs lose where tiles of rows have loops of different lengths, as long causal rows showed."""
 
+CACHED = 0.35
+"""The part of the second-level cache that neighbours' operands may take up, besides what else goes through it."""
+
 LEAST_ROWS = 32
 """With fewer rows a warpgroup computes mostly padding."""
 
@@ -55,13 +59,15 @@ MOST = 4
 @dataclass(frozen=True)
 class Choice:
     """A point of the space that fits. `iterations`: how many tiles of the loop the middle tile of rows visits, as an
-    expression; None where data decides. `uneven`: whether other tiles of rows visit more or fewer."""
+    expression; None where data decides. `uneven`: whether other tiles of rows visit more or fewer. `sharing`: how many
+    neighbours along the innermost batch rank read the same keys."""
 
     groups: int
     columns: int
     schedule: Schedule
     iterations: Expr | None
     uneven: bool
+    sharing: int
 
 
 def schedules(
@@ -104,7 +110,26 @@ def schedules(
         if c.groups > 1 and programs(c) > device.processors
         if _plan(shape, alternative := replace(c.schedule, resident=device.processors)) is not None
     ]
-    return tuple(c.schedule for c in sorted([*found, *resident], key=cost)[:MOST])
+    best = sorted([*found, *resident], key=cost)[:MOST]
+    return tuple(replace(c.schedule, abreast=_abreast(shape, c, lengths, device)) for c in best)
+
+
+def _abreast(shape: Form, choice: Choice, lengths: Lengths, device: Device) -> int:
+    """How many neighbours along the innermost batch rank have their tiles of rows dealt out together, where loops
+    differ in length: as many as what their loops read fits in `CACHED` of the second-level cache."""
+    extent = shape.extent(shape.batch[-1]) if shape.batch else sympy.Integer(1)
+    if not choice.uneven or not extent.is_Integer:
+        return 1
+    tile = choice.groups * GROUP_ROWS
+    longest = lengths.number(shape.loop.limit or sympy.Integer(0), {})
+    if choice.iterations is not None:
+        ends = (0, lengths.rank(shape.p) // tile * tile)
+        longest = min(longest, max(lengths.number(choice.iterations, {"row": r}) for r in ends) * choice.columns)
+    read = longest * sum(x.width for x in shape.moving) * 2
+    fitting = [
+        n for n in divisors(int(extent)) if n % choice.sharing == 0 and n // choice.sharing * read <= CACHED * device.l2
+    ]
+    return max(fitting, default=1)
 
 
 def _fitting(shape: Form, groups: int, columns: int, stages: int, in_order: bool = False) -> Choice | None:
@@ -120,7 +145,7 @@ def _fitting(shape: Form, groups: int, columns: int, stages: int, in_order: bool
     if plan is None:
         return None
     iterations = None if plan.listed else plan.bounds.end - plan.bounds.first
-    return Choice(groups, columns, schedule, iterations, plan.uneven)
+    return Choice(groups, columns, schedule, iterations, plan.uneven, plan.sharing)
 
 
 def _plan(shape: Form, schedule: Schedule) -> Tables | None:

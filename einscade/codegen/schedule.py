@@ -36,6 +36,8 @@ class Schedule:
         the next iteration's beforehand: fewer registers where there are several (`codegen.gluon_chain`).
     grouped: a program goes through all members of a group (the heads that share keys), where all that its loop makes is
         summed over them (`codegen.gluon_group`).
+    abreast: so many neighbours along the innermost batch rank have their tiles of rows dealt out together
+        (`codegen.gluon_places`).
     resident: so many programs at most, each of which takes one tile of rows after another; 0: a program for each.
     """
 
@@ -52,6 +54,7 @@ class Schedule:
     resident: int = 0
     in_order: bool = False
     grouped: bool = False
+    abreast: int = 1
 
     def tile(self, name: str) -> int | None:
         return dict(self.tiles).get(name)

@@ -102,6 +102,19 @@ def test_every_synchronisation_is_missed() -> None:
         assert not all(holds(without(source, line), seed) for seed in range(60)), source.split("\n")[line]
 
 
+@pytest.mark.parametrize("programs", [0, 3])
+@pytest.mark.parametrize("abreast", [1, 2, 4])
+def test_heads_go_abreast(abreast: int, programs: int) -> None:
+    """Four heads, of which two share their keys: in whatever order, all rows are computed."""
+    plain, rewritten = cascade(BY_NAME["causal"], **NARROW)  # type: ignore[arg-type]
+    loops, sizes = plan(rewritten), {"B": 2, "P": 300, "M": 300}
+    given = inputs(plain, BY_NAME["causal"], sizes)
+    schedule = replace(schedules(loops)[0], resident=programs, abreast=abreast)
+    (out,) = Simulator(abreast).load(emit(loops, schedule).text).run(*given.values(), **sizes)
+    exact = interpret(plain, given, {})["O"]
+    assert relative_error(out, exact) <= 3 * relative_error(exact.bfloat16(), exact)
+
+
 @pytest.mark.parametrize(
     ("domain", "counted"), [("", False), ("if m <= p", True), ("if m <= p & X[p] == X[m]", True)], ids=str
 )
@@ -136,6 +149,19 @@ def test_chosen_where_loops_are_short() -> None:
     assert first("full", 512).resident == H200.processors
     assert not first("causal", 16384).resident
     assert not first("causal", 256).resident  # all tiles of rows at once
+
+
+def test_as_many_heads_abreast_as_the_cache_holds() -> None:
+    """Where loops differ in length; of windows, whose loops read little, more than of causal rows."""
+
+    def abreast(name: str, length: int) -> int:
+        loops = plan(cascade(BY_NAME[name], **(WIDE | {"h": 32, "g": 32}))[1])  # type: ignore[arg-type]
+        (found,) = {s.abreast for s in schedules(loops, H200, {"B": 2, "P": length, "M": length})}
+        return found
+
+    assert abreast("full", 8192) == 1
+    assert abreast("causal", 2048) > abreast("causal", 8192) >= abreast("causal", 32768) >= 1
+    assert abreast("window", 8192) == 32
 
 
 @pytest.mark.parametrize("shape", [NARROW, WIDE], ids=["64", "128"])
