@@ -48,8 +48,8 @@ STEPS = ((64, 4, 3), (64, 4, 4), (128, 4, 2), (128, 4, 3), (32, 4, 4))
 MERGES = (32, 64)
 """Tiles of parts in the merge. The first step is timed with all of them, the others with the first."""
 
-PROGRAMS = (2, 3, 4, 6, 8)
-"""Programs a processor."""
+PROGRAMS = (1, 2, 3, 4, 6, 8)
+"""Programs a processor, at most."""
 
 
 def text(heads: int, groups: int) -> str:
@@ -71,7 +71,8 @@ def schedules(base: Schedule, programs: int, device: Device) -> Iterator[tuple[s
         for merge in MERGES if i == 0 else MERGES[:1]:
             for aim in PROGRAMS:
                 tiles = {**dict(base.tiles), "MU0": step, "MS0": merge}
-                length = f"{step}*ceil_div({programs}*M, {step * aim * device.processors})"
+                parts = max(1, aim * device.processors // programs)
+                length = f"{step}*ceil_div(M, {step * parts})"
                 name = f"{step:4} {warps:5} {stages:6} {merge:5} {aim:4}"
                 yield name, replace(base, tiles=tuple(sorted(tiles.items())), warps=warps, stages=stages,
                                     launch=(("L", length),))  # fmt: skip

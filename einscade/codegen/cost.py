@@ -143,16 +143,19 @@ def few_rows(program: LoopProgram, lengths: Lengths) -> dict[str, int] | None:
     return rows if rows and prod(rows.values()) <= MOST_ROWS else None
 
 
-def narrow_steps(program: LoopProgram, lengths: Lengths) -> dict[str, int]:
-    """Tiles of the loops that read vectors for one point at a time (the merge of parts): short ones."""
+def narrow_steps(program: LoopProgram, lengths: Lengths, device: Device) -> dict[str, int]:
+    """Tiles of the loops that read vectors for one point at a time (the merge of parts): as long as fit on
+    chip, since nothing hides the time that a tile takes to come, and no longer than the loop."""
     found = {}
+    most = min(8192, 1 << (device.shared // 16).bit_length() - 1)  # elements, of which four stages fit
     for nest in program.serial_nests:
         extent = program.cascade.extent(nest.tile) if nest.tile else None
         if extent is None or not extent.is_Symbol or row_ranks(program.cascade, nest, dict.fromkeys(nest.grid, 1)):
             continue
         inner = {r for e in nest.body for r in e.ranks} - {*nest.grid, nest.serial, nest.tile}
         width = max((lengths.rank(r) for r in inner), default=1)
-        found[extent.name] = max(16, min(64, 4096 // _power(width)))
+        positions = lengths.rank(nest.serial, {extent.name: 1})
+        found[extent.name] = max(16, min(64, most // _power(width), _power(positions)))
     return found
 
 

@@ -522,7 +522,7 @@ class Chain(Frame):
             *(f"        tile_map({self._seen(operand)}, {rows}, {width})," for operand, rows, width in written),
             *(f"        {code}," for code in self._map_calls()),
             *(wrapped(", ".join([*others, *self.sizes]) + ",", 8) if others or self.sizes else []),
-            "        num_warps=4,",
+            f"        {self._options()}",
             "    )",
         ]
 

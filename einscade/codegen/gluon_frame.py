@@ -18,6 +18,7 @@ from einscade.codegen.gluon_tables import Tables
 from einscade.codegen.gluon_text import REDUCTIONS, TILE_MAP, call, function, indent, paren, wrapped
 from einscade.codegen.gluon_values import HELPERS, Printer
 from einscade.codegen.host import python
+from einscade.codegen.overlap import GLUON_WAIT, OPTION
 from einscade.codegen.source import Unsupported
 
 __all__ = ["IMPORTS", "Frame"]
@@ -206,6 +207,7 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
         lines.append("for stage in gl.static_range(STAGES):")
         lines += [f"    mbarrier.init({b}.index(stage), {'1' if b.endswith('_full') else 'GROUPS'})" for b in rings]
         lines += self._init_tables()
+        lines += [GLUON_WAIT] * self.listed
         if not self.resident:
             lines.append(call(self._placed(), "place", self._place_arguments()))
         flags = self._table_flags()
@@ -267,12 +269,16 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
         if others or self.sizes:
             lines += wrapped(", ".join([*others, *self.sizes]) + ",", 8)
         lines += [f"        {flag}={flag}," for flag in self._table_flags()]
-        lines += ["        num_warps=4,", "    )"]
+        lines += [f"        {self._options()}", "    )"]
         lines.append(f"return {', '.join(outputs)},")
         signature = ", ".join(inputs + (["*", *symbols] if symbols else []))
         doc = '"""' + f"{self.cascade.name}: inputs with any strides; sizes by name." + '"""'
         body = "\n".join("    " + line for line in [doc, *lines])
         return f"def run({signature}) -> tuple[torch.Tensor, ...]:\n{body}"
+
+    def _options(self) -> str:
+        """How the kernel is launched: behind one that makes lists before that has ended."""
+        return ", ".join(["num_warps=4", *[OPTION] * self.listed]) + ","
 
     def _allocation(self, tensor: str, device: str) -> str:
         t = self.cascade.tensors[tensor]

@@ -216,6 +216,9 @@ class _Program(TritonModule):
             imports = imports.replace("torch\n", "torch\nimport triton\nimport triton.language as tl\n", 1)
         return "\n\n\n".join([imports, *adds, *self.texts, *maps]) + self.kernel_texts()
 
+    def neighbours(self, nest: SerialNest) -> tuple[bool, bool]:
+        return False, False  # loops as long as these gain nothing by overlapping
+
     def nest(self, nest: SerialNest | FlatNest) -> None:
         if isinstance(nest, FlatNest):
             nest = replace(nest, einsums=tuple(e for e in nest.einsums if e.name not in self.summed))

@@ -18,6 +18,7 @@ from einscade.codegen.gluon_points import Points
 from einscade.codegen.gluon_text import function, indent, paren, wrapped
 from einscade.codegen.gluon_values import Printer, Value
 from einscade.codegen.host import python
+from einscade.codegen.overlap import GLUON_GO
 from einscade.codegen.source import Unsupported
 from einscade.ir.expr import Access, Expr, accesses, ceil_div, free_vars, var
 from einscade.passes.domains import certain, possible, span
@@ -180,6 +181,7 @@ class Visits(Points):
         lines = [
             f'"""The tiles of {m} that a tile of {p} visits, last to first: twice the number, plus 1 where',
             f'points of it are missing. A tile of {p} without points visits one tile, masked."""',
+            GLUON_GO,
             f"row_tiles = gl.cdiv({rows}, {self.rows})",
             "program = gl.program_id(0)",
             "batch = program // row_tiles",

@@ -65,7 +65,7 @@ def python(expr: Expr, names: Mapping[str, str] | None = None) -> str:
 
 def _ceil_form(expr: FloorDiv) -> Expr | None:
     a, b = expr.args
-    return a - b + 1 if a.is_Add and not (a - b + 1).has(b) and not b.is_Integer else None
+    return a - b + 1 if a.is_Add and not (a - b + 1).free_symbols & b.free_symbols and not b.is_Integer else None
 
 
 def _wrap(expr: Expr, code: str) -> str:

@@ -102,13 +102,13 @@ def part_lengths(
     step = lengths.number(cascade.extent(nest.tile), tiles) if nest.tile else 1
     last = next(q for q in cascade.extent(part).atoms(FloorDiv) if q.args[1] == var(symbol))
     whole = last.args[0] + 1 if cascade.extent(part) == last + 1 else last.args[0] - var(symbol) + 1
-    grid = [ceil_div(cascade.extent(r), tiles.get(r, 1)) for r in nest.grid if r != part]
+    others = sympy.Mul(*(ceil_div(cascade.extent(r), tiles.get(r, 1)) for r in nest.grid if r != part))
     ragged = _ragged(nest)
     least = max(1, (RAGGED_SHORTEST if ragged else SHORTEST) // step)
 
     def length(waves: int) -> Expr:
-        wanted = step * waves * device.processors
-        return step * sympy.Max(least, ceil_div(whole * sympy.Mul(*grid), wanted))
+        parts = sympy.Max(1, FloorDiv(waves * device.processors, sympy.Max(1, others)))  # one more is another wave
+        return step * sympy.Max(least, ceil_div(whole, step * parts))
 
     def seconds(waves: int) -> float:
         return _seconds(program, nest, part, length(waves), schedule, device, lengths)
@@ -133,7 +133,7 @@ def _seconds(
     moved = step_bytes(cascade, nest, schedule, lengths)
     kept = max(1, schedule.stages - 1) * moved  # one stage is in registers
     side_by_side = device.processors * max(1, min(4, device.shared // max(1, kept)))
-    rate = device.bandwidth / side_by_side * max(1.0, min(2.0, side_by_side / (others * parts)))
+    rate = device.bandwidth / side_by_side * max(1.0, min(2.0, side_by_side / max(1, others * parts)))
     reading = ceil(others * parts / side_by_side) * (PROGRAM_SECONDS + positions / step * moved / rate)
     partial = sum(
         prod(lengths.rank(r, tiles) for r in cascade.tensors[n].ranks if r != part) * 4 * parts for n in nest.outputs

@@ -17,6 +17,7 @@ from einscade.codegen.loops import LoopProgram
 from einscade.codegen.parts import part_lengths
 from einscade.codegen.schedule import Schedule, has_descriptors, target_of
 from einscade.ir.device import Device
+from einscade.ir.text import parse_expr
 
 __all__ = ["candidates"]
 
@@ -45,7 +46,14 @@ def candidates(program: LoopProgram, device: Device, sizes: Mapping[str, int]) -
 
 def _launched(program: LoopProgram, schedule: Schedule, device: Device, lengths: Lengths) -> list[Schedule]:
     """The schedule with the lengths of parts that are worth trying, if the program has a loop in parts."""
-    return [replace(schedule, launch=found) for found in part_lengths(program, schedule, device, lengths)]
+    found = []
+    for launch in part_lengths(program, schedule, device, lengths):
+        tiles = dict(schedule.tiles)
+        if launch:  # now it is known how many parts there are to merge
+            made = {name: lengths.number(parse_expr(text), tiles) for name, text in launch}
+            tiles |= narrow_steps(program, Lengths(program.cascade, {**lengths.sizes, **made}), device)
+        found.append(replace(schedule, tiles=tuple(sorted(tiles.items())), launch=launch))
+    return found
 
 
 def _cpu_space(program: LoopProgram, device: Device, lengths: Lengths) -> list[Schedule]:
@@ -72,7 +80,7 @@ def _gpu_space(program: LoopProgram, device: Device, lengths: Lengths) -> list[S
     symbols, ranks = tile_symbols(program), tiled_ranks(program, lengths)
     space = []
     for p, m, warps, stages in product((128, 64, 32, 16), (128, 64, 32, 16), (4, 8), (2, 3, 4)):
-        tiles = {**dict.fromkeys(symbols, m), **dict.fromkeys(ranks, p), **narrow_steps(program, lengths)}
+        tiles = {**dict.fromkeys(symbols, m), **dict.fromkeys(ranks, p), **narrow_steps(program, lengths, device)}
         space.append(
             Schedule(
                 tuple(sorted(tiles.items())), warps, stages, (), target_of(device), has_descriptors(device),
@@ -92,7 +100,7 @@ def _narrow_space(
     gathered = any(map(is_gathered, program.serial_nests))
     for m, warps, ahead in _NARROW:
         stages = 2 * ahead - 1 if gathered else ahead
-        tiles = {**dict.fromkeys(tile_symbols(program), m), **rows, **narrow_steps(program, lengths)}
+        tiles = {**dict.fromkeys(tile_symbols(program), m), **rows, **narrow_steps(program, lengths, device)}
         schedule = Schedule(tuple(sorted(tiles.items())), warps, stages, (), target_of(device), has_descriptors(device))
         best, *rest = _launched(program, schedule, device, lengths)
         space.append(best)

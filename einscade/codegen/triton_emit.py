@@ -9,6 +9,7 @@ from __future__ import annotations
 import textwrap
 
 from einscade.codegen.loops import FlatNest, LoopProgram, SerialNest
+from einscade.codegen.overlap import IMPORT, OPTION, overlaps
 from einscade.codegen.schedule import Schedule
 from einscade.codegen.source import Source, Unsupported
 from einscade.codegen.summaries import summarised
@@ -62,7 +63,7 @@ class TritonModule(TorchModule):
             return
         several = len(self.program.serial_nests) > 1
         name = f"{self.cascade.name}_kernel" + (f"{len(self.kernels) + 1}" if several else "")
-        k = kernel(self.memory, nest, self.kernel_schedule, name)
+        k = kernel(self.memory, nest, self.kernel_schedule, name, *self.neighbours(nest))
         self.kernels.append(k)
         added_to = {e.name for e in (*nest.body, *nest.totals)}
         for argument in dict.fromkeys(map(self.memory.argument, nest.outputs)):
@@ -72,6 +73,12 @@ class TritonModule(TorchModule):
                 size = self.size(self.memory.elements())
                 self.out(f"{argument} = torch.empty({size}, dtype=torch.float32, device={self.device})")
         self.launch(k)
+
+    def neighbours(self, nest: SerialNest) -> tuple[bool, bool]:
+        """Whether the kernel of a nest overlaps with one before it, and with one behind it."""
+        nests = self.program.serial_nests
+        able = overlaps(self.kernel_schedule.target)
+        return able and nest != nests[0], able and nest != nests[-1]
 
     def launch(self, k: Kernel) -> None:
         described = {}
@@ -83,6 +90,7 @@ class TritonModule(TorchModule):
         arguments += k.sizes
         arguments += [f"{t}_TMA={t}_TMA" for t in k.described]
         arguments += [f"num_warps={self.kernel_schedule.warps}", f"num_stages={self.kernel_schedule.stages}"]
+        arguments += [OPTION] * k.waits
         self.out(f"grid = ({k.grid},)")
         self.out(f"{k.name}[grid](")
         for line in textwrap.wrap(", ".join(arguments), 108, break_long_words=False):
@@ -109,6 +117,8 @@ class TritonModule(TorchModule):
         if any(k.described for k in self.kernels):
             imports += "from triton.tools.tensor_descriptor import TensorDescriptor\n"
             text += DESCRIBED
+        if any(self.neighbours(n) != (False, False) for n in self.program.serial_nests):
+            imports += IMPORT
         return imports + text + self.kernel_texts()
 
     def kernel_texts(self) -> str:

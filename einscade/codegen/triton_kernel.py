@@ -17,6 +17,7 @@ import sympy
 from sympy.logic.boolalg import Boolean
 
 from einscade.codegen.loops import SerialNest
+from einscade.codegen.overlap import GO, WAIT
 from einscade.codegen.schedule import Schedule
 from einscade.codegen.triton_bounds import BoundsWriter
 from einscade.codegen.triton_memory import Stored
@@ -32,7 +33,8 @@ __all__ = ["Kernel", "kernel"]
 class Kernel:
     """`text`: the functions. `name`: the kernel's. `grid`: code of the number of programs. `arguments`: what it takes,
     in order: tensors, strides, sizes. `described`: the block of each input read through a descriptor, if strides
-    allow; for each the kernel takes a flag that says whether they did. `helpers`: functions it needs."""
+    allow; for each the kernel takes a flag that says whether they did. `helpers`: functions it needs. `waits`: it is
+    launched before the kernel in front of it has ended (`overlap`)."""
 
     name: str
     text: str
@@ -42,11 +44,14 @@ class Kernel:
     sizes: tuple[str, ...]
     described: Mapping[str, tuple[int, ...]]
     helpers: frozenset[str]
+    waits: bool
 
 
-def kernel(stored: Stored, nest: SerialNest, schedule: Schedule, name: str) -> Kernel:
-    """Write the kernel, or raise `Unsupported`."""
-    return _KernelWriter(stored.cascade, nest, schedule, name).write(stored)
+def kernel(
+    stored: Stored, nest: SerialNest, schedule: Schedule, name: str, waits: bool = False, awaited: bool = False
+) -> Kernel:
+    """Write the kernel, or raise `Unsupported`. `waits`, `awaited`: it overlaps with one before it, one behind it."""
+    return _KernelWriter(stored.cascade, nest, schedule, name).write(stored, waits, awaited)
 
 
 class _KernelWriter(BoundsWriter):
@@ -61,7 +66,7 @@ class _KernelWriter(BoundsWriter):
 
     # -- the text --
 
-    def write(self, stored: Stored) -> Kernel:
+    def write(self, stored: Stored, waits: bool, awaited: bool) -> Kernel:
         self.write_head()
         if not self.loop.body and (reached := self.reached()) != sympy.true:
             self.write_empty(reached)
@@ -86,8 +91,10 @@ class _KernelWriter(BoundsWriter):
         head = Lines()
         for line in stored.lines(self.scope.memory):
             head(line)
+        for line in [WAIT] * waits + [GO] * awaited:
+            head(line)
         self.main.lines[:0] = head.lines
-        return self.assemble(stored, step, parameters, states)
+        return self.assemble(stored, step, parameters, states, waits)
 
     def write_head(self) -> None:
         here = self.main
@@ -176,7 +183,7 @@ class _KernelWriter(BoundsWriter):
     def main_names(self) -> list[str]:
         return re.findall(r"^    ([A-Za-z_]\w*) = ", self.main.text, re.M)
 
-    def assemble(self, stored: Stored, step: str, parameters: list[str], states: str) -> Kernel:
+    def assemble(self, stored: Stored, step: str, parameters: list[str], states: str, waits: bool) -> Kernel:
         used = _names(self.main.text + step)
         tensors = tuple(dict.fromkeys(map(stored.argument, self.scope.memory)))
         strides = tuple(
@@ -202,7 +209,7 @@ class _KernelWriter(BoundsWriter):
         programs = [f"-(-{_wrapped(self.grid_extent(r))} // {n})" for r, n in self.tiled()]
         programs += [_wrapped(self.grid_extent(r)) for r in self.points]
         return Kernel(self.name, text, " * ".join(programs) or "1", tensors, strides, sizes, self.described,
-                      frozenset(self.scope.helpers))  # fmt: skip
+                      frozenset(self.scope.helpers), waits)  # fmt: skip
 
     def grid_extent(self, rank: str) -> str:
         return self.host(self.cascade.extent(rank))

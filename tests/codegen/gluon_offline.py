@@ -35,7 +35,7 @@ class _Recorder:
         self.constants: dict[str, Any] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launch(*arguments: Any, num_warps: int, **constants: Any) -> None:
+        def launch(*arguments: Any, num_warps: int, launch_pdl: bool = False, **constants: Any) -> None:
             self.arguments, self.constants = arguments, constants
 
         return launch

@@ -144,10 +144,13 @@ class Simulator:
 
     # -- programs and partitions --
 
-    def launch(self, kernel: Callable[..., None], grid: Sequence[int], arguments: Sequence[Any], warps: int) -> None:
+    def launch(
+        self, kernel: Callable[..., None], grid: Sequence[int], arguments: Sequence[Any], warps: int, early: bool
+    ) -> None:
+        """`early`: the kernel before this one may not have ended when it begins."""
         given = [Pointer.to(x) if isinstance(x, Tensor) else scalar(x) if isinstance(x, int) else x for x in arguments]
         for number in range(prod(grid)):
-            self.program, self.grid = number, tuple(grid)
+            self.program, self.grid, self.ready = number, tuple(grid), not early
             self.shared, self.tiles, self.named = 0, list[Shared](), dict[int, Named]()
             self.partitions, self.flights = [Partition("default", warps, lambda: kernel(*given))], []
             self._drive()
@@ -253,6 +256,7 @@ class Simulator:
             self._land(f)
 
     def _copy_in(self, source: TensorDescriptor, at: Sequence[Any], barrier: Barrier, to: Shared) -> None:
+        self._touch()
         check(to.shape == source.block_shape and to.layout == source.layout, f"a copy into a tile of {to.shape}")
         address, inside = source.places(at)
         to.data.fill_(poison(to.data.dtype))
@@ -265,6 +269,7 @@ class Simulator:
         self._issue("load", effect)
 
     def _copy_out(self, target: TensorDescriptor, at: Sequence[Any], source: Shared) -> None:
+        self._touch()
         check(source.shape == target.block_shape and source.layout == target.layout, f"a copy out of {source.shape}")
         address, inside = target.places(at)
 
@@ -274,6 +279,7 @@ class Simulator:
         self._issue("store", effect)
 
     def _copy_added(self, target: TensorDescriptor, at: Sequence[Any], source: Shared) -> None:
+        self._touch()
         check(source.shape == target.block_shape and source.layout == target.layout, f"a copy out of {source.shape}")
         address, inside = target.places(at)
 
@@ -343,6 +349,9 @@ class Simulator:
 
     # -- memory --
 
+    def _touch(self) -> None:
+        check(self.ready, "memory is read or written before the kernel in front of this one has ended")
+
     def _allocate(self, dtype: torch.dtype, shape: Sequence[int], kind: Layout) -> Any:
         self.shared += prod(shape) * dtype.itemsize
         check(self.shared <= SHARED_BYTES, f"{self.shared} bytes of shared memory")
@@ -354,11 +363,13 @@ class Simulator:
         return tile
 
     def _load(self, pointer: Pointer, mask: Any = None, other: Any = 0) -> Any:
+        self._touch()
         shape = torch.broadcast_shapes(*(torch.as_tensor(x).shape for x in (pointer.offset, mask) if x is not None))
         at, used = pointer.addresses(mask, shape)
         return block(torch.where(used, pointer.memory[at], torch.as_tensor(other, dtype=pointer.memory.dtype)))
 
     def _store(self, pointer: Pointer, value: Any, mask: Any = None) -> None:
+        self._touch()
         if isinstance(value, int):
             value = torch.tensor(value, dtype=pointer.memory.dtype)
         value = torch.as_tensor(value).as_subclass(Tensor)
@@ -368,6 +379,7 @@ class Simulator:
         pointer.memory[at[used]] = value.broadcast_to(shape)[used].to(pointer.memory.dtype)
 
     def _add(self, pointer: Pointer, value: Any, mask: Any = None, **_: Any) -> Any:
+        self._touch()
         if isinstance(value, int):
             value = torch.tensor(value, dtype=pointer.memory.dtype)
         at, used = pointer.addresses(mask, value.shape)
@@ -379,6 +391,9 @@ class Simulator:
     def _assembly(self, text: str, _: str, arguments: Sequence[Any], dtype: torch.dtype, **__: Any) -> Any:
         if found := re.fullmatch(r"bar\.(sync|arrive) (\d+), (\d+); mov\.u32 \$0, 0;", text):
             self._named(found[1], int(found[2]), int(found[3]))
+            return block(0, dtype)
+        if text == GRID_WAIT:
+            self.ready = True
             return block(0, dtype)
         check(text in ASSEMBLY, f"inline assembly that the simulator does not know: {text}")
         return ASSEMBLY[text](*arguments).to(dtype)
@@ -456,8 +471,8 @@ class Kernel:
         return self.fn(*args, **named)
 
     def __getitem__(self, grid: Sequence[int]) -> Callable[..., None]:
-        def launch(*arguments: Any, num_warps: int = 4, **constants: Any) -> None:
-            self.simulator.launch(partial(self.fn, **constants), grid, arguments, num_warps)
+        def launch(*arguments: Any, num_warps: int = 4, launch_pdl: bool = False, **constants: Any) -> None:
+            self.simulator.launch(partial(self.fn, **constants), grid, arguments, num_warps, launch_pdl)
 
         return launch
 
@@ -497,11 +512,14 @@ def _scan(x: Tensor, axis: int, combine: Callable[[Any, Any], Any]) -> Any:
 
 DTYPES = ("float16", "bfloat16", "float32", "int8", "uint8", "int16", "int32", "int64")
 UNARY = ("exp", "exp2", "log", "log2", "sin", "cos", "erf", "abs", "floor", "ceil", "sqrt", "rsqrt")
+GRID_WAIT = "griddepcontrol.wait; mov.u32 $0, 0;"
+
 ASSEMBLY: dict[str, Callable[..., Tensor]] = {
     "mov.b32 $0, $1;": torch.clone,
     "rcp.approx.ftz.f32 $0, $1;": torch.reciprocal,
     "tanh.approx.f32 $0, $1;": torch.tanh,
     "add.f32 $0, $1, 0f80000000;": torch.clone,
     "mov.u32 $0, 0;": lambda: block(0),
+    "griddepcontrol.launch_dependents; mov.u32 $0, 0;": lambda: block(0),
 }
 """Inline assembly that generated kernels use, and what it computes."""

@@ -67,7 +67,8 @@ def test_the_merge_runs_a_point_a_program() -> None:
     tiles = {"h": 4, "p": 1}
     assert row_ranks(found.cascade, parts, tiles) == ("p", "h")
     assert row_ranks(found.cascade, merge, tiles) == ()
-    assert narrow_steps(found, Lengths(found.cascade, {})) == {"MS0": 64}
+    for length, tile in ((4096, 16), (128, 32), (64, 64), (32, 64)):  # of 4096 keys
+        assert narrow_steps(found, Lengths(found.cascade, {"L": length}), H200) == {"MS0": tile}
 
 
 @pytest.mark.parametrize("sizes", [{}, {"B": 256, "P": 256, "M": 256}, {"B": 512, "P": 256, "M": 256}], ids=str)

@@ -123,9 +123,36 @@ def test_parts_of_several_lengths_are_tried() -> None:
     """Of the likeliest tiles the two best lengths; the same one not twice, where the shortest is all there is."""
     loops = program(textbook(case("full"), "bf16", (32, 8), 128), parts=True)
     long, short = (candidates(loops, H200, {"B": 1, "P": 1, "M": m}) for m in (131072, 2048))
-    assert len({(s.tiles, s.warps, s.stages) for s in long}) == len(long) - 2 == len(short)
+    assert len({(s.tile("MU0"), s.warps, s.stages) for s in long}) == len(long) - 2 == len(short)
     assert len({(s.tiles, s.warps, s.stages, s.launch) for s in long}) == len(long)
-    assert [s.tiles for s in long[:4]] == [long[0].tiles, long[1].tiles, long[0].tiles, long[1].tiles]
+    assert [s.tile("MU0") for s in long[:4]] == [64, 128, 64, 128]
+
+
+@pytest.mark.parametrize("b", [0, 1, 3, 16, 20])
+def test_parts_are_no_more_than_a_wave_of_programs(b: int) -> None:
+    """Rounded down: one program more than fits would take as long again. The merge has them in as few tiles as fit."""
+    loops = program(textbook(case("full"), "bf16", (32, 8), 128), parts=True)
+    for chosen in candidates(loops, H200, {"B": b, "P": 1, "M": 131072}):
+        ((symbol, _),) = chosen.launch
+        line = next(x for x in emit(loops, chosen).text.splitlines() if x.strip().startswith(f"{symbol} = "))
+        length = eval(line.split("=", 1)[1], {}, {"B": b, "P": 1, "M": 131072})
+        parts = -(-131072 // length)
+        waves = [n for n in (1, 2, 3, 4, 8, 16) if 8 * b * parts <= n * H200.processors < 8 * b * (1.1 * parts + 1)]
+        assert waves or parts == 1 or b == 0
+        assert chosen.tile("MS0") == max(16, min(64, 1 << (parts - 1).bit_length()))
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_merge_is_launched_before_its_parts_have_ended(target: str) -> None:
+    """On NVIDIA's GPUs from Hopper on; it then waits for them before it reads or writes anything."""
+    loops = program(textbook(case("full"), "bf16", (32, 8), 128), parts=True)
+    best, able = candidates(loops, TARGETS[target], DECODE)[0], target == "cuda:90"
+    parts, merge = compile_offline(loops, best, target, descriptors=able)
+    assert parts.assembly.count("griddepcontrol.launch_dependents") == able
+    assert merge.assembly.count("griddepcontrol.wait") == able
+    assert "griddepcontrol.wait" not in parts.assembly
+    assert "griddepcontrol.launch_dependents" not in merge.assembly
+    assert not able or not re.search(r"(ld|st)\.global.*griddepcontrol", merge.assembly, re.S)
+    assert emit(loops, best).text.count("launch_pdl=True") == able
 
 
 def test_pages_are_boxes_where_a_tile_fits_one() -> None:

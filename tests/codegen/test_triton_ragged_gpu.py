@@ -45,11 +45,12 @@ def check(cascade: Cascade, case: Case, sizes: dict[str, int], parts: bool, choi
     run = module(emit(loops, schedules[min(choice, len(schedules) - 1)])).run
     on_gpu = {n: t.cuda() for n, t in x.items()}
     expected, allowed = interpret(cascade, x, {})["O"], 1.5 * math_error(on_gpu, case)
-    poison = torch.full((1 << 24,), float("nan"), device="cuda")
-    del poison
-    (out,) = run(*on_gpu.values(), **given)
-    error = relative_error(out, expected)
-    assert error <= allowed, f"{case.name} {sizes}: error {error:.3g}, allowed {allowed:.3g}"
+    for _ in range(20 if parts else 1):  # a merge that does not wait for the parts may be late by chance
+        poison = torch.full((1 << 24,), float("nan"), device="cuda")
+        del poison
+        (out,) = run(*on_gpu.values(), **given)
+        error = relative_error(out, expected)
+        assert error <= allowed, f"{case.name} {sizes}: error {error:.3g}, allowed {allowed:.3g}"
 
 
 @pytest.mark.parametrize("choice", [3, 6])
