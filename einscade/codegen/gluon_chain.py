@@ -6,9 +6,6 @@ the next scores while the last weights are used. So an iteration goes through it
 issued, each weighted sum as soon as its weights exist, and waited for as late as possible; one warpgroup's products
 then run behind the other's arithmetic. The weights (a transposed tile of probabilities, say) stay in registers, as the
 left operand of the sum.
-
-Where sums are rescaled (several softmaxes), a product is issued together with the sum before it: the tile of one
-score at a time is in registers, and a third warpgroup fits.
 """
 
 from __future__ import annotations
@@ -64,8 +61,8 @@ class Chain(Frame):
     # -- what differs in the plan --
 
     @property
-    def staggered(self) -> bool:
-        """Whether a product waits until the sum before it is issued."""
+    def rescaled(self) -> bool:
+        """Whether sums are rescaled: scores are made into weights then, and nothing else of a tile is kept."""
         return any(x.rescale is not None for x in self.shape.sums)
 
     def _check_fit(self) -> None:
@@ -79,14 +76,14 @@ class Chain(Frame):
         if tiles + 1024 > SHARED:
             raise Unsupported(f"{tiles} bytes of tiles do not fit in {SHARED} bytes of shared memory")
         registers = len(self.shape.sums) * self.f // 2 + self._most_live() + 24
-        spare = 16 if self.groups == 3 and not self.staggered else 0  # masks and positions take as many, of fewer
+        spare = 16 if self.groups == 3 and not self.rescaled else 0  # masks and positions take as many, of fewer
         if registers + spare > REGISTERS[self.groups] + self.spilled:
             raise Unsupported(f"tiles of {self.columns} by {self.f} do not fit in {REGISTERS[self.groups]} registers")
 
     def _most_live(self) -> int:
         """Registers of the iteration's tiles at the moment when most are needed: values of the points, weights of sums
         that have been issued, columns' values that are read by address."""
-        if self.staggered:
+        if self.rescaled:
             return self.columns // 2 + len(self.shape.sums) * self.columns // 4
         statements = {s.name: s for s in self.scaled[0]}
         tile = {n for n, s in statements.items() if {self.shape.p, self.shape.m} <= set(s.ranks)} | {*self.shape.scores}
@@ -358,7 +355,7 @@ class Chain(Frame):
         statements = {s.name: s for s in (*self.scores, *self.scaled[0])}
         ends = [(x.weights, *self._factors(x)) for x in self.order[0]] + [(s.name,) for s in self.scaled[0]]
         for end in ends:
-            for name in self._ready(end, it):
+            for name in dict.fromkeys(n for e in end for n in self._needed(e)):
                 if name in it.done:
                     continue
                 it.done.add(name)
@@ -390,34 +387,14 @@ class Chain(Frame):
         it.done.add(x.state.name)
         return [self._await(it, self.name(x.state.name), self.weight_names[x.weights]), *self._release(it)]
 
-    def _ready(self, ends: Sequence[str], it: Iteration) -> list[str]:
-        """The values that these take; where sums are rescaled, also what else can be made of them (the weights' own
-        sum), after which they need no registers."""
-        names = dict.fromkeys(n for e in ends for n in self._needed(e))
-        for s in self.scaled[0] if self.staggered else ():
-            if {n for n in self._needed(s.name) if n != s.name} <= it.done | set(names):
-                names[s.name] = None
-        return list(names)
-
     def _factors(self, x: WeightedSum) -> tuple[str, ...]:
         """The values of the loop that rescale a sum before it takes more."""
         made = {s.name for s in self.scaled[0]}
         factor = self.rescales[self.shape.sums.index(x)]
         return tuple(a.tensor for a in accesses(factor) if a.tensor in made) if factor is not None else ()
 
-    @cached_property
-    def turns(self) -> tuple[tuple[str, ...], ...]:
-        """The scores whose products are issued at first, with the first sum, and so on."""
-        if not self.staggered:
-            return (self.order[1], *(() for _ in self.order[0]))
-        found: list[tuple[str, ...]] = []
-        for x in self.order[0]:
-            needed = self._needed(x.weights)
-            found.append(tuple(s for s in self.order[1] if s in needed and not any(s in turn for turn in found)))
-        return (*found, tuple(s for s in self.order[1] if not any(s in turn for turn in found)))
-
     def _issue_products(self, it: Iteration) -> list[str]:
-        return [line for score in self.turns[0] for line in self._issue_product(score, it)]
+        return [line for score in self.order[1] for line in self._issue_product(score, it)]
 
     def _issue_product(self, score: str, it: Iteration) -> list[str]:
         x = next(x for x in self.shape.products if x.score.name == score)
@@ -434,8 +411,6 @@ class Chain(Frame):
             *self._see(ring, it),
             f"{weights} = gl.convert_layout({value}.to({GLUON_DTYPES[self.shape.dtype]}), WEIGHTS)",
         ]
-        for score in self.turns[1 + self.order[0].index(x)]:
-            lines += self._issue_product(score, it)
         if (factor := self.rescales[self.shape.sums.index(x)]) is not None:
             lines.append(f"{name} = {name} * gl.convert_layout({printer.value(factor).code}, RESULT_ROW)[:, None]")
         it.issued.add(x.state.name)

@@ -96,20 +96,21 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
             f"    tma.async_copy_global_to_shared({x.name}_map, at, {x.name}_full, {x.name}_tile.index(group))",
         ]
 
-    def _copy(self, ring: Ring, row: str, stage: str, phase: str | None = None) -> list[str]:
+    def _copy(self, ring: Ring, row: str, stage: str, phase: str | None = None, view: str | None = None) -> list[str]:
         """A tile to its place in the ring, after what was there has been read (`phase`; None: nothing was). The values
-        of columns come with the first ring's."""
+        of columns come with the first ring's. `view`: whose the copy engine's view is, if not the ring's."""
         x = ring.name
-        copies = {x: self._coordinates(ring.operand, row)}
+        copies = {x: (view or x, self._coordinates(ring.operand, row))}
         if ring == self.rings[0]:
-            copies |= {c.name: self._run_coordinates(c, row) for c in self.copied_columns}
-        size, full = " + ".join(f"{name}_map.block_type.nbytes" for name in copies), f"{x}_full.index({stage})"
+            copies |= {c.name: (c.name, self._run_coordinates(c, row)) for c in self.copied_columns}
+        size = " + ".join(f"{of}_map.block_type.nbytes" for of, _ in copies.values())
+        full = f"{x}_full.index({stage})"
         return [
             *([f"mbarrier.wait({x}_empty.index({stage}), {phase})"] if phase is not None else []),
             f"mbarrier.expect({full}, {size})",
             *(
-                f"tma.async_copy_global_to_shared({name}_map, {at}, {full}, {name}_tiles.index({stage}))"
-                for name, at in copies.items()
+                f"tma.async_copy_global_to_shared({of}_map, {at}, {full}, {name}_tiles.index({stage}))"
+                for name, (of, at) in copies.items()
             ),
         ]
 
@@ -190,7 +191,7 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
         ]
         lines += [
             tiles(f"{r.name}_tiles", shape.dtype, "STAGES", r.operand, self.columns, r.width, r.name)
-            for r in self.rings
+            for r in self.buffers
         ]
         lines += [
             tiles(f"{o}_tile", self.dtype(x.tensor), "GROUPS", x, GROUP_ROWS, self.f, o)

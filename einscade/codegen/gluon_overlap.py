@@ -129,7 +129,7 @@ class Overlapped(Frame):
             *self._leave_stills("last"),
             call(
                 [*states, *rescales, *(f"next_{w}" for w in weights)],
-                "weigh",
+                f"weigh{self.suffix}",
                 [*scores, *states, "tile * STEP", *self._points(), *self._context(), "MASKED"],
             ),
             self._waited(0, [*sums, *weights], [*(f"next_{s}" for s in sums), *weights]),
@@ -141,7 +141,7 @@ class Overlapped(Frame):
         lines.append(f"return {', '.join([*states, *sums, *(f'next_{w}' for w in weights), 'stage', 'phase'])}")
         last = ["last"] if self.resident else []
         constants = [*last, self._masked_argument(), *self._table_constants(), "group: gl.constexpr"]
-        return function("advance", [*self._advance_arguments(), *constants], lines)
+        return function(f"advance{self.suffix}", [*self._advance_arguments(), *constants], lines)
 
     def _pack(self) -> list[str]:
         """The weights, which iterations hand on, in the form in which products read them: first of all where they are

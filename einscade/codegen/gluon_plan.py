@@ -121,8 +121,8 @@ class Plan:
         self.loads = self._loads()
         self.tables = self._tables_of(self.loads)
         self.early_columns = self._columns_of(self.loads)
-        self._check_fit()
         self.sizes = self._sizes()
+        self._check_fit()
 
     def dtype(self, tensor: str) -> str:
         return self.cascade.tensors[tensor].dtype
@@ -157,6 +157,11 @@ class Plan:
             Ring(self._names[1][x], x, self.f if x in late else padded(x.width), x in early, x in late)
             for x in shape.moving
         )
+
+    @property
+    def buffers(self) -> tuple[Ring, ...]:
+        """The rings that there are in shared memory, where several operands can have one."""
+        return self.rings
 
     def ring(self, operand: Operand) -> Ring:
         return next(r for r in self.rings if r.operand == operand)
@@ -401,10 +406,10 @@ class Plan:
         return [f"{x.name}_full" for x in self.stills] + empty
 
     def _ring_barriers(self) -> list[str]:
-        return [b for x in self.rings for b in (f"{x.name}_full", f"{x.name}_empty")]
+        return [b for x in self.buffers for b in (f"{x.name}_full", f"{x.name}_empty")]
 
     def _tiles(self) -> list[str]:
-        moving = [x.name for x in self.rings] + [x.name for x in self.copied_columns]
+        moving = [x.name for x in self.buffers] + [x.name for x in self.copied_columns]
         return [f"{x.name}_tile" for x in self.stills] + [f"{name}_tiles" for name in moving]
 
     def _context(self) -> list[str]:

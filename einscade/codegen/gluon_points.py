@@ -30,6 +30,9 @@ GLUON_DTYPES = {"bf16": "gl.bfloat16", "f16": "gl.float16", "f32": "gl.float32"}
 class Points(Plan):
     """The elementwise part of a module."""
 
+    suffix = ""
+    """What tells the functions of an iteration from those of others in one module."""
+
     def _scalar_printer(self) -> Printer:
         """Prints what is the same for all of a program's points."""
 
@@ -143,7 +146,7 @@ class Points(Plan):
             result.append(f"gl.convert_layout({value}.to({GLUON_DTYPES[shape.dtype]}), WEIGHTS)")
         arguments = [*self._score_names(), *self._state_names(), f"{m}_first", *self._points(), *self._context()]
         lines.append(f"return {', '.join(result)}")
-        return function("weigh", [*arguments, self._masked_argument()], lines)
+        return function(f"weigh{self.suffix}", [*arguments, self._masked_argument()], lines)
 
     def _points(self) -> list[str]:
         """The tiles of tables, and the columns, that have been read."""

@@ -15,8 +15,8 @@ import sympy
 from sympy import divisors
 
 from einscade.codegen.cost import Lengths
-from einscade.codegen.gluon_chain import Chain
 from einscade.codegen.gluon_form import Form
+from einscade.codegen.gluon_passes import Passes, in_order, in_passes
 from einscade.codegen.gluon_plan import GROUP_ROWS
 from einscade.codegen.gluon_tables import Tables
 from einscade.codegen.schedule import Schedule
@@ -33,6 +33,9 @@ SPACE = (
 
 IN_ORDER = ((2, 128, 2), (3, 64, 2))
 """The same of loops with several products that are issued one after another."""
+
+IN_PASSES = ((3, 128, 2), (2, 128, 2), (2, 64, 3))
+"""The same of loops whose sums have a pass each."""
 
 SLOWER = {128: 1.0, 64: 1.15, 32: 1.5}
 """Time of a point in shorter tiles of the loop, which hide less; as measured at width 128."""
@@ -76,7 +79,8 @@ def schedules(
     """At most `MOST` schedules. Raises `Unsupported` where none fits, or where at these sizes none is worth trying."""
     found = _distinct([c for point in SPACE if (c := _fitting(shape, *point)) is not None])
     if len(shape.products) > 1:
-        found += [c for point in IN_ORDER if (c := _fitting(shape, *point, in_order=True)) is not None]
+        space = IN_PASSES if in_passes(shape) else IN_ORDER
+        found += [c for point in space if (c := _fitting(shape, *point, ordered=True)) is not None]
     if not found:
         raise Unsupported("no tile of the kernel fits on chip")
     if device is None or sizes is None:
@@ -132,7 +136,7 @@ def _abreast(shape: Form, choice: Choice, lengths: Lengths, device: Device) -> i
     return max(fitting, default=1)
 
 
-def _fitting(shape: Form, groups: int, columns: int, stages: int, in_order: bool = False) -> Choice | None:
+def _fitting(shape: Form, groups: int, columns: int, stages: int, ordered: bool = False) -> Choice | None:
     """A point of the space as a choice, if the kernel fits."""
     tiles = {shape.p: groups * GROUP_ROWS}
     step = shape.loop.step
@@ -140,7 +144,7 @@ def _fitting(shape: Form, groups: int, columns: int, stages: int, in_order: bool
         tiles[step.name] = columns
     elif step != columns:
         return None
-    schedule = Schedule(tuple(sorted(tiles.items())), 4, stages, (), "cuda:90", True, in_order=in_order)
+    schedule = Schedule(tuple(sorted(tiles.items())), 4, stages, (), "cuda:90", True, in_order=ordered)
     plan = _plan(shape, schedule)
     if plan is None:
         return None
@@ -152,8 +156,10 @@ def _plan(shape: Form, schedule: Schedule) -> Tables | None:
     """The kernel under a schedule, if it fits on chip."""
     try:
         if schedule.in_order:
-            chain = Chain(shape, schedule)
-            return None if chain.tables else chain
+            ordered = in_order(shape, schedule)
+            if isinstance(ordered, Passes):
+                return ordered if all(map(_has_registers, ordered.passes)) else None
+            return None if ordered.tables else ordered
         plan = Tables(shape, schedule)
     except Unsupported:
         return None

@@ -32,8 +32,8 @@ class Schedule:
     unordered: programs add to a sum in memory in whatever order they come (`codegen.gluon_spread`): not deterministic.
     ahead: where they do, the products that an iteration begins with are issued at the end of the one before
         (`codegen.gluon_ahead`): more registers.
-    in_order: an iteration's products are issued one after another, each where its result is next, rather than all of
-        the next iteration's beforehand: fewer registers where there are several (`codegen.gluon_chain`).
+    in_order: what a loop has several of is done one after another, with fewer registers: the products of an iteration
+        (`codegen.gluon_chain`), or the passes of sums that have nothing in common (`codegen.gluon_passes`).
     grouped: a program goes through all members of a group (the heads that share keys), where all that its loop makes is
         summed over them (`codegen.gluon_group`).
     abreast: so many neighbours along the innermost batch rank have their tiles of rows dealt out together

@@ -219,15 +219,14 @@ def test_tables_come_through_the_copy_engine_where_they_can() -> None:
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_fits_on_chip(name: str) -> None:
-    """The first schedule, with tables that the copy engine can take; and some schedule where it cannot. A third
-    warpgroup with two softmaxes may spill two registers."""
+    """The first schedule, with tables that the copy engine can take; and some schedule where it cannot."""
     text = TEXTS[name]
     loops = program(text)
     for length in (304, 301):
         sizes = {"B": 1, "P": 300, "M": length}
         passed = {s: sizes[s] for s in loops.cascade.symbols if s in sizes}
         tried = schedules(loops)[:1] if length == 304 else schedules(loops)[-1:]
-        assert_fits(module(emit(loops, tried[0])), inputs(text, sizes), passed, spilled=8 * tried[0].in_order)
+        assert_fits(module(emit(loops, tried[0])), inputs(text, sizes), passed)
 
 
 def test_what_several_read_is_loaded_once() -> None:

@@ -1,0 +1,301 @@
+"""The Gluon emitter for loops whose sums have nothing in common: a pass over the loop for each, in one kernel.
+
+Comes in: a form (of two softmaxes, say) and a schedule in order. Goes out: the text of a module. The scores, running
+values and sums of a loop fall into parts that read nothing of each other. Side by side, their sums and tiles of scores
+would share the registers, and tiles would be short. One after another, each has the iteration of `gluon_overlap` and
+tiles as long as there. The first scores of a pass are issued with the last sums of the pass before, so that nothing
+waits in between; these sums stay in shared memory until the last pass is over. The passes share the rings: what several
+of them read (the values) is copied several times, out of the second-level cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from itertools import pairwise
+
+import networkx as nx
+
+from einscade.codegen.gluon_chain import Chain
+from einscade.codegen.gluon_form import Form
+from einscade.codegen.gluon_overlap import Overlapped
+from einscade.codegen.gluon_plan import GROUP_ROWS, REGISTERS, SHARED, Ring
+from einscade.codegen.gluon_text import TURN, call, function, indent
+from einscade.codegen.schedule import Schedule
+from einscade.codegen.source import Unsupported
+from einscade.codegen.tiles import Statement
+from einscade.ir.expr import Expr, accesses
+
+__all__ = ["Passes", "in_order", "in_passes"]
+
+
+def in_order(shape: Form, schedule: Schedule) -> Chain | Passes:
+    """The kernel of a loop in order: of passes where there are several. Raises `Unsupported` where it does not fit."""
+    return (Passes if in_passes(shape) else Chain)(shape, schedule)
+
+
+def in_passes(shape: Form) -> bool:
+    """Whether a loop falls into parts, each with products and sums."""
+    parts = _parts(shape, shape.statements, [x.rescale for x in shape.sums])
+    sums = {x.state.name for x in shape.sums}
+    return len(parts) > 1 and not any(part.isdisjoint(x) for part in parts for x in (sums, shape.scores))
+
+
+def _parts(shape: Form, statements: Sequence[Statement], rescales: Sequence[Expr | None]) -> list[frozenset[str]]:
+    """The names of the loop's values, in parts that read nothing of each other; in the order of their products."""
+    names = {*shape.scores, *(s.name for s in statements), *(s.name for s in shape.states)}
+    graph = nx.Graph()
+    for s in statements:
+        read = {a.tensor for e in (s.expr, s.keep, s.row) for a in accesses(e)}
+        graph.add_edges_from((s.name, name) for name in {s.name, *read} & names)
+    graph.add_edges_from((s.name, s.new) for s in shape.states)
+    for x, rescale in zip(shape.sums, rescales, strict=True):
+        read = {x.weights, *(a.tensor for a in accesses(rescale))} if rescale is not None else {x.weights}
+        graph.add_edges_from((x.state.name, name) for name in read & names)
+    order = [*shape.scores, *graph.nodes]
+    return sorted(map(frozenset, nx.connected_components(graph)), key=lambda part: min(map(order.index, part)))
+
+
+class Passes(Overlapped):
+    """One nest's kernel."""
+
+    # -- the plan --
+
+    @cached_property
+    def passes(self) -> tuple[Pass, ...]:
+        parts = _parts(self.shape, self.statements, self.rescales)
+        return tuple(Pass(self, part, i) for i, part in enumerate(parts))
+
+    @property
+    def buffers(self) -> tuple[Ring, ...]:
+        return self.passes[0].rings
+
+    @property
+    def kept(self) -> list[str]:
+        """The sums that wait in shared memory, a tile for each warpgroup."""
+        return [name for x in self.passes[:-1] for name in x._sum_names()]
+
+    def _check_fit(self) -> None:
+        first, *rest = self.passes
+        if self.resident or self.tables:
+            raise Unsupported("passes over a loop have a program for each tile of rows, and read no tables")
+        if not rest or any(x.kind != first.kind for x in rest):
+            raise Unsupported("passes over a loop need operands of the same kinds")
+        tiles = self.stages * self.columns * sum(r.width for r in self.buffers) * 2
+        tiles += self.rows * (sum(r.width for r in self.stills) * 2 + self.f * 4 * len(self.kept))
+        tiles += self.rows * self.f * 2 * (len(self.shape.written) - len(self.shares))
+        tiles += self.stages * sum(max(128, self.columns * c.size) for c in self.copied_columns)
+        if tiles + 1024 > SHARED:
+            raise Unsupported(f"{tiles} bytes of tiles do not fit in {SHARED} bytes of shared memory")
+        sums, products = len(first.shape.sums), len(first.shape.products)
+        registers = sums * self.f // 2 + products * self.columns * 3 // 4 + 32
+        if registers > REGISTERS[self.groups]:
+            raise Unsupported(f"tiles of {self.columns} by {self.f} do not fit in {REGISTERS[self.groups]} registers")
+
+    def _compute_arguments(self) -> list[str]:
+        return [*super()._compute_arguments(), *(f"{name}_kept" for name in self.kept)]
+
+    def _table_layouts(self) -> list[str]:
+        return [*super()._table_layouts(), "KEPT = gl.constexpr(gl.SwizzledSharedLayout(2, 1, 8, [1, 0]))"]
+
+    def _allocate_tables(self) -> list[str]:
+        shape = f"[GROUPS, {GROUP_ROWS}, {self.f}]"
+        kept = [f"{name}_kept = gl.allocate_shared_memory(gl.float32, {shape}, KEPT)" for name in self.kept]
+        return [*super()._allocate_tables(), *kept]
+
+    # -- the text --
+
+    def _functions(self) -> list[str]:
+        turn = [TURN.strip("\n")] if self.groups > 1 else []
+        passes = [text for x in self.passes for text in (x._weigh(), x._advance())]
+        crossings = [self._cross(*both) for both in pairwise(self.passes)]
+        return [*turn, self._place(), self._load(), *passes, *crossings, self._compute(), self._kernel()]
+
+    def _tiles_after(self, step: list[str]) -> list[str]:
+        """A loop over the tiles after the first."""
+        if self.listed:
+            return ["for i in range(1, count):", *indent(["visit = gl.load(visits + i)", *step])]
+        return ["for _ in range(end - 1 - first):", *indent(step)]
+
+    def _load(self) -> str:
+        first, last = self.passes[0], self.passes[-1]
+        head = "gl.load(visits) // 2" if self.listed else "end - 1"
+        step = "visit // 2" if self.listed else "tile - 1"
+        lines = ['"""The loading warp: all of a program\'s tiles, pass by pass, in the order they are read."""']
+        lines += [f"tile = {head}", *self._copy_pass(first, True, "tile", "0")]
+        lines += [line for x in self.stills for line in self._copy_still(x)]
+        lines += ["stage = 0", "phase = 1"]
+        for x, after in zip(self.passes, [*self.passes[1:], None], strict=True):
+            lines += self._tiles_after([f"next_tile = {step}", *self._copy_next(x, x)])
+            if after is not None:
+                lines += [f"next_tile = {head}", *self._copy_next(x, after)]
+        lines += self._copy_pass(last, False, "tile", "stage", "phase")
+        return function("load", self._load_arguments(), lines)
+
+    def _copy_next(self, now: Pass, after: Pass) -> list[str]:
+        """The operands of the next tile's products, and of this tile's sums."""
+        return [
+            "next_stage = stage + 1",
+            "next_phase = phase",
+            "if next_stage == STAGES:",
+            "    next_stage = 0",
+            "    next_phase = phase ^ 1",
+            *self._copy_pass(after, True, "next_tile", "next_stage", "next_phase"),
+            *self._copy_pass(now, False, "tile", "stage", "phase"),
+            "stage = next_stage",
+            "phase = next_phase",
+            "tile = next_tile",
+        ]
+
+    def _copy_pass(self, x: Pass, early: bool, tile: str, stage: str, phase: str | None = None) -> list[str]:
+        """The tiles of a pass that products read, or those that only sums do, to their places."""
+        lines = []
+        for ring in x.rings:
+            if ring.early == early:
+                lines += x._copy(ring, f"{tile} * STEP", stage, phase, self.ring(ring.operand).name)
+        return lines
+
+    def _cross(self, before: Pass, after: Pass) -> str:
+        """The end of a pass and the beginning of the next."""
+        scores, sums, weights = after._score_names(), before._sum_names(), list(before.weight_names.values())
+        turn, done = self._turns()
+        lines = [
+            '"""The first scores of a pass are issued before the last weights of the one before meet their values."""',
+            *before._pack(),
+            "last_stage = stage",
+            "last_phase = phase",
+            *self._next_stage(),
+            *self._read_columns_early("True"),
+            *(f"mbarrier.wait({r.name}_full.index(stage), phase)" for r in self.buffers if r.early),
+            *self._read_columns_copied("stage"),
+            *turn,
+            *after._multiply(lambda still: f"{still.name}_tile", "stage", ""),
+            *before._accumulate("last_stage", "last_phase", ""),
+            *done,
+            self._waited(len(sums), scores, scores),
+            *(f"mbarrier.arrive({r.name}_empty.index(stage))" for r in self.buffers if not r.late),
+            after._weigh_first("next_"),
+            self._waited(0, [*sums, *weights], [*sums, *weights]),
+            *(f"mbarrier.arrive({r.name}_empty.index(last_stage))" for r in self.buffers if r.late),
+            f"return {', '.join(self._crossed(before, after))}",
+        ]
+        return function(f"cross{after.suffix}", [*self._cross_arguments(before, after), "group: gl.constexpr"], lines)
+
+    def _crossed(self, before: Pass, after: Pass, weights: str = "next_") -> list[str]:
+        made = [f"{weights}{w}" for w in after.weight_names.values()]
+        return [*after._state_names(), *before._sum_names(), *made, "stage", "phase"]
+
+    def _cross_arguments(self, before: Pass, after: Pass) -> list[str]:
+        running = [*after._state_names(), *before._sum_names(), *before.weight_names.values(), "stage", "phase"]
+        return ["tile", *running, *after._tiles(), *self._ring_barriers(), "zero", *self._context()]
+
+    def _compute(self) -> str:
+        shape, (first, *_), last = self.shape, self.passes, self.passes[-1]
+        printer, (turn, done) = self._printer(""), self._turns()
+        head = "gl.load(visits) // 2" if self.listed else "end - 1"
+        scores, sums, weights = first._score_names(), last._sum_names(), list(last.weight_names.values())
+        begun = ["if group == GROUPS - 1:", "    pass_turn(group)  # the first turn is the first warpgroup's"]
+        begun = begun if self.groups > 1 else []
+        lines = [
+            f'"""A warpgroup: {GROUP_ROWS} rows of {shape.p}, all passes over their loop, and what follows."""',
+            f"{shape.p}_ = row + group * {GROUP_ROWS} + gl.arange(0, {GROUP_ROWS}, ROW)",
+            *(f"{x.name} = {self._element(x.access, printer).code}" for x in self.loads if x.name is not None),
+            *first._initial(printer),
+            f"tile = {head}",
+            *self._read_columns_early("True"),
+            *begun,
+            *first._see_stills(),
+            *(f"mbarrier.wait({r.name}_full.index(0), 0)" for r in self.buffers if r.early),
+            *self._read_columns_copied("0"),
+            *turn,
+            *first._multiply(lambda still: f"{still.name}_rows", "0", ""),
+            *done,
+            self._waited(0, scores, scores),
+            *(f"mbarrier.arrive({r.name}_empty.index(0))" for r in self.buffers if not r.late),
+            first._weigh_first(""),
+            "stage = 0",
+            "phase = 0",
+            *first._rest_of_loop(),
+        ]
+        for before, after in pairwise(self.passes):
+            lines += [*after._see_stills(), *after._initial(printer)[1:], f"tile = {head}"]
+            passed = [*_as_rows(after, self._cross_arguments(before, after)), "group"]
+            lines.append(call(self._crossed(before, after, ""), f"cross{after.suffix}", passed))
+            lines += [f"{name}_kept.index(group).store({name})" for name in before._sum_names()]
+            lines += after._rest_of_loop()
+        lines += [
+            *last._pack(),
+            *last._accumulate("stage", "phase", ""),
+            self._waited(0, [*sums, *weights], [*sums, *weights]),
+            *(f"{name} = {name}_kept.index(group).load(RESULT)" for name in self.kept),
+            *self._settle(),
+            *self._after(),
+            *(line for x in shape.written for line in self._store(x)),
+            "tma.store_wait(0)",
+        ]
+        return function("compute", [*self._compute_arguments(), "group: gl.constexpr"], lines)
+
+
+def _as_rows(x: Pass, arguments: list[str]) -> list[str]:
+    """Arguments with a warpgroup's own rows where a function names the tiles that stay."""
+    stills = {f"{r.name}_tile": f"{r.name}_rows" for r in x.stills}
+    return [stills.get(a, a) for a in arguments]
+
+
+class Pass(Overlapped):
+    """What one pass computes: the plan of the whole, for some of its values."""
+
+    def __init__(self, whole: Passes, names: frozenset[str], number: int) -> None:
+        # what the whole has found out is right for its parts, but for what it says of all its values
+        cached = {n for c in type(whole).__mro__ for n, x in vars(c).items() if isinstance(x, cached_property)}
+        vars(self).update({n: x for n, x in vars(whole).items() if n not in cached})
+        shape, self.whole, self.number = whole.shape, whole, number
+        self.suffix = f"_{number + 1}" if number else ""
+        self.statements = tuple(s for s in whole.statements if s.name in names)
+        self.scores = tuple(s for s in whole.scores if s.name in names)
+        self.rescales = tuple(r for r, x in zip(whole.rescales, shape.sums, strict=True) if x.state.name in names)
+        self.shape = replace(
+            shape,
+            products=tuple(x for x in shape.products if x.score.name in names),
+            sums=tuple(x for x in shape.sums if x.state.name in names),
+            statements=tuple(s for s in shape.statements if s.name in names),
+            states=tuple(s for s in shape.states if s.name in names),
+            split=shape.split & names,
+        )
+
+    @cached_property
+    def rings(self) -> tuple[Ring, ...]:
+        """The operands of this pass, under the names that the first one's have."""
+        early, late = [x.moving for x in self.shape.products], [x.values for x in self.shape.sums]
+        own = [replace(self.whole.ring(x), early=x in early, late=x in late) for x in self.shape.moving]
+        if self.number == 0:
+            return tuple(own)
+        return tuple(replace(r, name=b.name) for r, b in zip(own, self.whole.buffers, strict=False))
+
+    @cached_property
+    def stills(self) -> tuple[Ring, ...]:
+        return tuple(r for r in self.whole.stills if r.operand in self.shape.stills)
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What passes that share rings have in common."""
+        rings = [(r.width, r.early, r.late) for r in self.rings]
+        return rings, len(self.shape.moving), len(self.shape.products), len(self.shape.sums)
+
+    def _see_stills(self) -> list[str]:
+        waits = [f"mbarrier.wait({x.name}_full, 0)" for x in self.stills]
+        return waits + [f"{x.name}_rows = {self._view(x, 'group', still=True)}" for x in self.stills]
+
+    def _weigh_first(self, prefix: str) -> str:
+        """The first scores to weights."""
+        states, weights = self._state_names(), [f"{prefix}{w}" for w in self.weight_names.values()]
+        passed = [*self._score_names(), *states, "tile * STEP", *self._points(), *self._context(), "True"]
+        return call([*states, *self.rescale_names.values(), *weights], f"weigh{self.suffix}", passed)
+
+    def _rest_of_loop(self) -> list[str]:
+        """The iterations after the first scores."""
+        passed = [*_as_rows(self, self._advance_arguments()), self._edge(), "group"]
+        step = "visit // 2" if self.listed else "tile - 1"
+        advance = call(self._running(), f"advance{self.suffix}", passed)
+        return self.whole._tiles_after([f"tile = {step}", *advance.splitlines()])

@@ -1,0 +1,118 @@
+"""Loops of several softmaxes in passes: right in any order of events, and within a Hopper GPU's resources."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from einscade.codegen.gluon import emit, schedules
+from einscade.codegen.gluon_form import form
+from einscade.codegen.gluon_passes import Passes, in_order
+from einscade.codegen.loops import LoopProgram
+from einscade.codegen.schedule import Schedule
+from einscade.ir.interpret import interpret
+from einscade.ir.text import parse_cascade
+from tests.codegen import test_gluon_operands
+from tests.codegen.cascades import relative_error
+from tests.codegen.generated import module
+from tests.codegen.gluon_offline import assert_fits
+from tests.codegen.gluon_simulator import Misuse, Simulator
+from tests.codegen.test_gluon_simulated import SYNCHRONISES, without
+
+THREE = """cascade three(Q[b,g,p,e]: bf16, K[b,g,m,e]: bf16, V[b,h,m,f]: bf16) -> O[b,h,p,f]: bf16
+  where b < B, g < 3, h < 1, p < P, m < M, e < 64, f < 64
+  A[b,g,p,m] = sum(e) 0.125 * Q[b,g,p,e] * K[b,g,m,e]   if m <= p
+  G[b,g,p]   = max(m) A[b,g,p,m]
+  W[b,g,p,m] = exp(A[b,g,p,m] - G[b,g,p])
+  Z[b,g,p]   = sum(m) W[b,g,p,m]
+  D[b,g,p,m] = W[b,g,p,m] / Z[b,g,p]
+  O[b,h,p,f]: bf16 = sum(m) (D[b,3*h,p,m] - 0.5 * D[b,3*h + 1,p,m] + 0.25 * D[b,3*h + 2,p,m]) * V[b,h,m,f]
+"""
+PADDED = """cascade padded(Q[b,p,e]: bf16, K[b,m,e]: bf16, R[b,p,e]: bf16, L[b,m,e]: bf16, V[b,m,f]: bf16,
+  D[b,m]: bool) -> O[b,p,f]: bf16
+  where b < B, p < P, m < M, e < 64, f < 64
+  A[b,p,m] = sum(e) 0.125 * Q[b,p,e] * K[b,m,e]   if D[b,m]
+  G[b,p]   = max(m) A[b,p,m]
+  W[b,p,m] = exp(A[b,p,m] - G[b,p])
+  Z[b,p]   = sum(m) W[b,p,m]
+  C[b,p,m] = sum(e) 0.125 * R[b,p,e] * L[b,m,e]   if D[b,m]
+  H[b,p]   = max(m) C[b,p,m]
+  U[b,p,m] = exp(C[b,p,m] - H[b,p])
+  Y[b,p]   = sum(m) U[b,p,m]
+  O[b,p,f]: bf16 = sum(m) (W[b,p,m] / Z[b,p] - 0.3 * U[b,p,m] / Y[b,p]) * V[b,m,f]
+"""
+TWO_PRODUCTS = """cascade parts(Q[b,h,p,e]: bf16, K[b,h,m,e]: bf16, A[b,h,p,r]: bf16, C[b,m,r]: bf16,
+  V[b,h,m,f]: bf16) -> O[b,h,p,f]: bf16
+  where b < B, h < 2, p < P, m < M, e < 128, r < 64, f < 64
+  S[b,h,p,m] = sum(e) 0.125 * Q[b,h,p,e] * K[b,h,m,e]
+  R[b,h,p,m] = sum(r) 0.125 * A[b,h,p,r] * C[b,m,r]
+  T[b,h,p,m] = S[b,h,p,m] + R[b,h,p,m]   if m <= p
+  G[b,h,p]   = max(m) T[b,h,p,m]
+  W[b,h,p,m] = exp(T[b,h,p,m] - G[b,h,p])
+  Z[b,h,p]   = sum(m) W[b,h,p,m]
+  O[b,h,p,f]: bf16 = sum(m) W[b,h,p,m] * V[b,h,m,f] / Z[b,h,p]
+"""
+SEVERAL = {n: test_gluon_operands.TEXTS[n] for n in ("two softmaxes", "halves of one tensor")}
+SEVERAL |= {"three softmaxes": THREE, "padding": PADDED}
+TEXTS = SEVERAL | {"one softmax of two products": TWO_PRODUCTS}
+
+
+def ordered(loops: LoopProgram) -> list[Schedule]:
+    """The schedules in order, and one of small tiles."""
+    found = [s for s in schedules(loops) if s.in_order]
+    small = {"p": 64, str(form(loops).loop.step): 32}
+    return [*found, replace(found[0], tiles=tuple(sorted(small.items())))]
+
+
+@pytest.mark.parametrize("lengths", [(300, 304), (200, 77), (1, 1)], ids=str)
+@pytest.mark.parametrize("name", TEXTS)
+def test_right(name: str, lengths: tuple[int, int]) -> None:
+    text, sizes = TEXTS[name], {"B": 1, "P": lengths[0], "M": lengths[1]}
+    given, plain = test_gluon_operands.inputs(text, sizes), parse_cascade(text)
+    loops = test_gluon_operands.program(text)
+    exact = interpret(plain, dict(zip((t.name for t in plain.inputs), given, strict=True)), {})["O"]
+    passed = {s: sizes[s] for s in loops.cascade.symbols if s in sizes}
+    tried = ordered(loops)
+    assert len(tried) > 1
+    for schedule in tried:
+        for seed in range(2):
+            (out,) = Simulator(seed).load(emit(loops, schedule).text).run(*given, **passed)
+            assert relative_error(out, exact) <= 3 * relative_error(exact.bfloat16(), exact)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_passes_are_for_sums_with_scores_of_their_own(name: str) -> None:
+    loops = test_gluon_operands.program(TEXTS[name])
+    found = in_order(form(loops), ordered(loops)[0])
+    assert isinstance(found, Passes) == (name in SEVERAL)
+
+
+def test_every_synchronisation_is_missed() -> None:
+    text = TEXTS["two softmaxes"].replace("h < 2", "h < 1").replace("g < 4", "g < 2")
+    sizes = {"B": 1, "P": 70, "M": 400}
+    given, plain = test_gluon_operands.inputs(text, sizes), parse_cascade(text)
+    loops = test_gluon_operands.program(text)
+    exact = interpret(plain, dict(zip((t.name for t in plain.inputs), given, strict=True)), {})["O"]
+    source = emit(loops, ordered(loops)[-1]).text
+
+    def holds(changed: str, seed: int) -> bool:
+        try:
+            (out,) = Simulator(seed).load(changed).run(*given, **sizes)
+        except (Misuse, TypeError):  # a product that nothing waited for is no number
+            return False
+        return relative_error(out, exact) <= 3 * relative_error(exact.bfloat16(), exact)
+
+    assert all(holds(source, seed) for seed in range(12))
+    lines = [i for i, line in enumerate(source.split("\n")) if SYNCHRONISES.match(line)]
+    assert len(lines) > 20
+    assert not [source.split("\n")[i] for i in lines if all(holds(without(source, i), seed) for seed in range(60))]
+
+
+@pytest.mark.parametrize("name", [*SEVERAL])
+def test_fits_on_chip(name: str) -> None:
+    """Causal softmaxes may spill two registers in each of three warpgroups."""
+    text, sizes = TEXTS[name], {"B": 2, "P": 300, "M": 304}
+    loops = test_gluon_operands.program(text)
+    passed = {s: sizes[s] for s in loops.cascade.symbols if s in sizes}
+    assert_fits(module(emit(loops, ordered(loops)[0])), test_gluon_operands.inputs(text, sizes), passed, spilled=24)
