@@ -186,8 +186,9 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
             sizes = f"[{count}, {', '.join(map(str, block))}]"
             return f"{name} = gl.allocate_shared_memory({GLUON_DTYPES[dtype]}, {sizes}, {layout}_map.layout)"
 
+        slots = "GROUPS" if self.slots == 1 else f"{self.slots} * GROUPS"
         lines = [
-            tiles(f"{x.name}_tile", shape.dtype, "GROUPS", x.operand, GROUP_ROWS, x.width, x.name) for x in self.stills
+            tiles(f"{x.name}_tile", shape.dtype, slots, x.operand, GROUP_ROWS, x.width, x.name) for x in self.stills
         ]
         lines += [
             tiles(f"{r.name}_tiles", shape.dtype, "STAGES", r.operand, self.columns, r.width, r.name)
@@ -201,10 +202,16 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
         lines += self._allocate_tables()
         if self.dynamic:
             lines.append("upcoming = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))")
-        stills, rings = self._still_barriers(), self._ring_barriers()
+        rings = self._ring_barriers()
+        slotted = [] if self.slots == 1 else [f"{x.name}_{end}" for x in self.stills for end in ("full", "empty")]
+        stills = [b for b in self._still_barriers() if b not in slotted]
         lines += [f"{b} = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())" for b in stills]
+        lines += [
+            f"{b} = gl.allocate_shared_memory(gl.int64, [{self.slots}, 1], mbarrier.MBarrierLayout())" for b in slotted
+        ]
         lines += [f"{b} = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())" for b in rings]
-        lines += [f"mbarrier.init({b}, {'1' if b.endswith('_full') else 'GROUPS'})" for b in stills]
+        single = [*stills, *(f"{b}.index({i})" for b in slotted for i in range(self.slots))]
+        lines += [f"mbarrier.init({b}, {'1' if '_full' in b else 'GROUPS'})" for b in single]
         lines.append("for stage in gl.static_range(STAGES):")
         lines += [f"    mbarrier.init({b}.index(stage), {'1' if b.endswith('_full') else 'GROUPS'})" for b in rings]
         lines += self._init_tables()

@@ -44,7 +44,7 @@ class Overlapped(Frame):
         lines += [line for x in self.stills for line in self._copy_still(x)]
         lines += self._copy_tables(self._at("tile", "end - 1"), *first)
         lines += [
-            *(["still_phase ^= 1", "stage = next_stage", "phase = next_phase"] if self.resident else []),
+            *([*self._next_still(), "stage = next_stage", "phase = next_phase"] if self.resident else []),
             *([] if self.resident else ["stage = 0", "phase = 1"]),
             "for visit in range(1, count):" if self.listed else "for tile in range(end - 1 - first):",
             *(["    next_tile = gl.load(visits + visit) // 2"] if self.listed else []),
@@ -63,8 +63,15 @@ class Overlapped(Frame):
             *(line for r in late for line in self._copy(r, self._at("tile", "first"), "stage", "phase")),
         ]
         if self.resident:  # one before the first stage, none of which has been read
-            lines = ["stage = STAGES - 1", "phase = 0", "still_phase = 1", *self._each_place(lines, loads=True)]
+            lines = ["stage = STAGES - 1", "phase = 0", *self._free_stills(), *self._each_place(lines, loads=True)]
         return function("load", [*self._load_arguments(), *self._table_constants()], [doc, *lines])
+
+    def _free_stills(self) -> list[str]:
+        """Before the first place, where the places of operands that stay are free."""
+        return ["still_phase = 1"]
+
+    def _next_still(self) -> list[str]:
+        return ["still_phase ^= 1"]
 
     def _at(self, listed: str, ranged: str) -> str:
         """The row at which a tile begins: of the list, or of the range."""
@@ -104,7 +111,8 @@ class Overlapped(Frame):
             lines.append(f"{prefix}{name} = warpgroup_mma({weights}, {tile}, {name}, is_async=True)")
         return lines
 
-    def _advance(self) -> str:
+    def _advance(self, rescaled: bool = True) -> str:
+        """The function of an iteration; it multiplies the sums with their factors (`rescaled`) or returns these."""
         scores, sums, states = self._score_names(), self._sum_names(), self._state_names()
         weights = list(self.weight_names.values())
         rescales = list(self.rescale_names.values())
@@ -135,13 +143,19 @@ class Overlapped(Frame):
             self._waited(0, [*sums, *weights], [*(f"next_{s}" for s in sums), *weights]),
             *(f"mbarrier.arrive({r.name}_empty.index(last_stage))" for r in late),
         ]
-        for name, factor in zip(sums, self.rescales, strict=True):
-            if factor is not None:
-                lines.append(f"{name} = {name} * gl.convert_layout({self.rescale_names[factor]}, RESULT_ROW)[:, None]")
-        lines.append(f"return {', '.join([*states, *sums, *(f'next_{w}' for w in weights), 'stage', 'phase'])}")
+        found = [*states, *sums, *(f"next_{w}" for w in weights), "stage", "phase"]
+        lines += self._rescale() if rescaled else []
+        lines.append(f"return {', '.join(found if rescaled else [*found, *rescales])}")
         last = ["last"] if self.resident else []
         constants = [*last, self._masked_argument(), *self._table_constants(), "group: gl.constexpr"]
         return function(f"advance{self.suffix}", [*self._advance_arguments(), *constants], lines)
+
+    def _rescale(self) -> list[str]:
+        return [
+            f"{name} = {name} * gl.convert_layout({self.rescale_names[factor]}, RESULT_ROW)[:, None]"
+            for name, factor in zip(self._sum_names(), self.rescales, strict=True)
+            if factor is not None
+        ]
 
     def _pack(self) -> list[str]:
         """The weights, which iterations hand on, in the form in which products read them: first of all where they are

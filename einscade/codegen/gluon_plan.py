@@ -48,7 +48,7 @@ RESERVED = frozenset({
     "reciprocal", "row_max", "row_min", "row_sum", "row_parts", "tile_map", "MASKED", "ROWS", "COLUMNS",
     "visit", "visits", "count", "counts", "listed", "lists", "list_tiles", "add", "at", "some", "whole", "add_tile",
     "others", "others_full", "part", "part_tile", "before", "values", "program", "still_phase", "following", "packed",
-    "taken", "upcoming", "next_stage", "next_phase",
+    "taken", "upcoming", "next_stage", "next_phase", "slot_phase", "finish",
 })  # fmt: skip
 
 
@@ -124,6 +124,11 @@ class Plan:
         self.sizes = self._sizes()
         self._check_fit()
 
+    @property
+    def slots(self) -> int:
+        """How many tiles of rows have their operands that stay in shared memory at once."""
+        return 2 if self.schedule.joined else 1
+
     def dtype(self, tensor: str) -> str:
         return self.cascade.tensors[tensor].dtype
 
@@ -192,7 +197,7 @@ class Plan:
 
     def _check_fit(self) -> None:
         tiles = self.stages * self.columns * sum(r.width for r in self.rings) * 2
-        tiles += self.rows * sum(r.width for r in self.stills) * 2
+        tiles += self.slots * self.rows * sum(r.width for r in self.stills) * 2
         tiles += self.rows * self.f * 2 * (len(self.shape.written) - len(self.shares))
         tiles += self.stages * self.rows * self.columns * sum(t.size for t in self.tables)
         tiles += self.stages * sum(max(128, self.columns * c.size) for c in self.copied_columns)

@@ -50,6 +50,13 @@ of a resident program, whose loads run ahead. Estimated from packed documents.""
 UNEVEN = 1.1
 """What resident programs lose where tiles of rows have loops of different lengths, as long causal rows showed."""
 
+JOINED_START = 4.5
+"""The same as `STARTS` of tiles of rows that are joined, whose code is longer: windows lose."""
+
+JOINED = {2: 1.04, 3: 0.96}
+"""The same as `UNEVEN` where tiles of rows are joined, by the number of warpgroups: three gain, as long causal rows of
+width 64 showed. Loops of one length, and lists of tiles, lose."""
+
 CACHED = 0.35
 """The part of the second-level cache that neighbours' operands may take up, besides what else goes through it."""
 
@@ -106,13 +113,16 @@ def schedules(
             visited = lengths.number(choice.iterations, {"row": rows // 2})
         resident = bool(choice.schedule.resident)
         loop = choice.groups * visited * choice.columns / 128 * SLOWER[choice.columns] * TURNS[choice.groups]
+        if choice.schedule.joined:
+            return waves * (loop + JOINED_START) * JOINED[choice.groups]
         return waves * (loop + STARTS[resident]) * (UNEVEN if resident and choice.uneven else 1.0)
 
     resident = [
         replace(c, schedule=alternative)
         for c in found
+        for joined in (False, True)[: 1 + (c.uneven and c.iterations is not None and not c.schedule.in_order)]
         if c.groups > 1 and programs(c) > device.processors
-        if _plan(shape, alternative := replace(c.schedule, resident=device.processors)) is not None
+        if _plan(shape, alternative := replace(c.schedule, resident=device.processors, joined=joined)) is not None
     ]
     best = sorted([*found, *resident], key=cost)[:MOST]
     return tuple(replace(c.schedule, abreast=_abreast(shape, c, lengths, device)) for c in best)

@@ -136,7 +136,8 @@ def wrapped(text: str, depth: int) -> list[str]:
 def call(targets: Sequence[str], name: str, arguments: Sequence[str]) -> str:
     """A call whose results are bound to names, over as many lines as it takes."""
     text = f"{', '.join(targets)} = {name}({', '.join(arguments)})"
-    return "\n".join(textwrap.wrap(text, 104, subsequent_indent="    ", break_long_words=False))
+    lines = textwrap.wrap(text, 104, subsequent_indent="    ", break_long_words=False)
+    return text if lines[0].endswith("=") else "\n".join(lines)  # a line ends within brackets only
 
 
 def function(name: str, arguments: Sequence[str], lines: Sequence[str], decorator: str = "@gluon.jit") -> str:

@@ -36,6 +36,8 @@ class Schedule:
         (`codegen.gluon_chain`), or the passes of sums that have nothing in common (`codegen.gluon_passes`).
     grouped: a program goes through all members of a group (the heads that share keys), where all that its loop makes is
         summed over them (`codegen.gluon_group`).
+    joined: a resident program issues the first scores of its next tile of rows together with the last weighted sum of
+        this one (`codegen.gluon_joined`).
     abreast: so many neighbours along the innermost batch rank have their tiles of rows dealt out together
         (`codegen.gluon_places`).
     resident: so many programs at most, each of which takes one tile of rows after another; 0: a program for each.
@@ -54,6 +56,7 @@ class Schedule:
     resident: int = 0
     in_order: bool = False
     grouped: bool = False
+    joined: bool = False
     abreast: int = 1
 
     def tile(self, name: str) -> int | None:

@@ -26,14 +26,15 @@ from tests.codegen.test_gluon_simulated import SYNCHRONISES, without
 BY_NAME = {c.name: c for c in CASES}
 NARROW = {"dtype": "bf16", "h": 4, "g": 2, "e": 64, "f": 64}
 WIDE = {"dtype": "bf16", "h": 4, "g": 2, "e": 128, "f": 128}
+JOINED = pytest.mark.parametrize("joined", [False, True], ids=["apart", "joined"])
 TEXTS = ["two sums", "two softmaxes", "one tensor", "a bias", "biases of rows and of columns", "a mask"]
 
 
-def resident(loops: LoopProgram, programs: int = 3) -> list[Schedule]:
-    """The schedules of two warpgroups with resident programs, where those fit on chip: results have a tile of their
-    own there."""
-    tried = [x for x in schedules(loops) if x.tile("p") == 128 and not x.in_order]
-    return [s for x in tried if fits(loops, s := replace(x, resident=programs))]
+def resident(loops: LoopProgram, programs: int = 3, joined: bool = False) -> list[Schedule]:
+    """The schedules of two warpgroups, and of three if tiles of rows are joined, with resident programs, where those
+    fit on chip: results have a tile of their own there."""
+    tried = [x for x in schedules(loops) if x.tile("p") in ((128, 192) if joined else (128,)) and not x.in_order]
+    return [s for x in tried if fits(loops, s := replace(x, resident=programs, joined=joined))]
 
 
 def fits(loops: LoopProgram, schedule: Schedule) -> bool:
@@ -44,10 +45,12 @@ def fits(loops: LoopProgram, schedule: Schedule) -> bool:
     return True
 
 
-def right(plain: Cascade, loops: LoopProgram, given: list[torch.Tensor], sizes: dict[str, int], seed: int) -> None:
+def right(
+    plain: Cascade, loops: LoopProgram, given: list[torch.Tensor], sizes: dict[str, int], seed: int, joined: bool
+) -> None:
     exact = interpret(plain, dict(zip((t.name for t in plain.inputs), given, strict=True)), {})
     passed = {s: sizes[s] for s in loops.cascade.symbols if s in sizes}
-    tried = resident(loops)
+    tried = resident(loops, joined=joined)
     assert tried
     for schedule in tried:
         found = Simulator(seed).load(emit(loops, schedule).text).run(*given, **passed)
@@ -55,35 +58,39 @@ def right(plain: Cascade, loops: LoopProgram, given: list[torch.Tensor], sizes: 
             assert relative_error(out, exact[name]) <= 3 * relative_error(exact[name].to(out.dtype), exact[name])
 
 
+@JOINED
 @pytest.mark.parametrize("lengths", [(300, 304), (500, 77), (1, 1)], ids=str)
 @pytest.mark.parametrize("name", TEXTS)
-def test_right(name: str, lengths: tuple[int, int]) -> None:
+def test_right(name: str, lengths: tuple[int, int], joined: bool) -> None:
     text, sizes = test_gluon_operands.TEXTS[name], {"B": 2, "P": lengths[0], "M": lengths[1]}
     given = test_gluon_operands.inputs(text, sizes)
-    right(parse_cascade(text), test_gluon_operands.program(text), given, sizes, len(name))
+    right(parse_cascade(text), test_gluon_operands.program(text), given, sizes, len(name), joined)
 
 
-@pytest.mark.parametrize("name", ["causal", "window", "slopes", "sink", "softcap"])
-def test_cases_are_right(name: str) -> None:
+@JOINED
+@pytest.mark.parametrize("name", ["full", "causal", "window", "slopes", "sink", "softcap"])
+def test_cases_are_right(name: str, joined: bool) -> None:
     plain, rewritten = cascade(BY_NAME[name], **NARROW)  # type: ignore[arg-type]
     sizes = {"B": 1, "P": 300, "M": 333}
-    right(plain, plan(rewritten), list(inputs(plain, BY_NAME[name], sizes).values()), sizes, len(name))
+    right(plain, plan(rewritten), list(inputs(plain, BY_NAME[name], sizes).values()), sizes, len(name), joined)
 
 
+@JOINED
 @pytest.mark.parametrize("name", ["causal documents", "padding", "a window and a sink"])
-def test_lists_are_followed(name: str) -> None:
+def test_lists_are_followed(name: str, joined: bool) -> None:
     plain, loops = test_gluon_visits.textbook(name), test_gluon_visits.program(name)
-    right(plain, loops, test_gluon_visits.made(name, ordered=False), test_gluon_visits.SIZES, len(name))
+    right(plain, loops, test_gluon_visits.made(name, ordered=False), test_gluon_visits.SIZES, len(name), joined)
 
 
-def test_every_synchronisation_is_missed() -> None:
+@JOINED
+def test_every_synchronisation_is_missed(joined: bool) -> None:
     """Of the lines of a resident kernel that synchronise, none can go, where one tensor is keys and values. (Values of
     their own are waited for before the next keys are loaded, and that says enough of the keys. Turns guard no data.)"""
     text = test_gluon_operands.TEXTS["one tensor"]
     plain, loops = parse_cascade(text), test_gluon_operands.program(text)
-    source = emit(loops, resident(loops, 2)[-1]).text
+    source = emit(loops, resident(loops, 2, joined)[-1]).text
     cases = []
-    for sizes in ({"B": 2, "M": 300}, {"B": 5, "M": 60}):  # several tiles of the loop, and one
+    for sizes in ({"B": 2, "M": 300}, {"B": 9, "M": 60}):  # several tiles of the loop, and one
         given = test_gluon_operands.inputs(text, sizes)
         exact = interpret(plain, dict(zip((t.name for t in plain.inputs), given, strict=True)), {})["O"]
         cases.append((given, {s: sizes[s] for s in loops.cascade.symbols if s in sizes}, exact))
@@ -91,7 +98,7 @@ def test_every_synchronisation_is_missed() -> None:
     def holds(changed: str, seed: int) -> bool:
         try:
             found = [(Simulator(seed).load(changed).run(*given, **sizes)[0], exact) for given, sizes, exact in cases]
-        except (Misuse, TypeError):
+        except (Misuse, TypeError, UnboundLocalError):
             return False
         return all(relative_error(out, exact) <= 3 * relative_error(exact.bfloat16(), exact) for out, exact in found)
 
@@ -174,6 +181,12 @@ def test_what_is_offered_fits(name: str, shape: dict[str, int]) -> None:
             emit(loops, schedule)
 
 
+def test_only_residents_are_joined() -> None:
+    loops = plan(cascade(BY_NAME["full"], **NARROW)[1])  # type: ignore[arg-type]
+    with pytest.raises(Unsupported, match="resident"):
+        emit(loops, replace(schedules(loops)[0], joined=True))
+
+
 def test_some_do_not_fit() -> None:
     loops = plan(cascade(BY_NAME["additive"], **WIDE)[1])  # type: ignore[arg-type]
     assert [s.tile("M0") for s in schedules(loops) if s.tile("p") == 128] == [64]
@@ -184,12 +197,14 @@ def test_some_do_not_fit() -> None:
 # -- compiled without a GPU -------------------------------------------------------------------------------------------
 
 
+@JOINED
+@pytest.mark.parametrize("shape", [NARROW, WIDE], ids=["64", "128"])
 @pytest.mark.parametrize("name", ["causal", "window", "documents", "softcap"])
-def test_compiles(name: str) -> None:
-    plain, rewritten = cascade(BY_NAME[name], **WIDE)  # type: ignore[arg-type]
+def test_compiles(name: str, shape: dict[str, int], joined: bool) -> None:
+    plain, rewritten = cascade(BY_NAME[name], **shape)  # type: ignore[arg-type]
     loops, sizes = plan(rewritten), {"B": 2, "P": 300, "M": 304}
     given = list(inputs(plain, BY_NAME[name], sizes).values())
-    assert_fits(module(emit(loops, resident(loops)[0])), given, sizes)
+    assert_fits(module(emit(loops, resident(loops, joined=joined)[0])), given, sizes)
 
 
 @pytest.mark.parametrize("name", ["two softmaxes", "a bias", "biases of rows and of columns"])
@@ -215,7 +230,7 @@ def test_right_on_a_gpu(name: str, shape: dict[str, int], lengths: tuple[int, in
     loops, sizes = plan(rewritten), {"B": 2, "P": lengths[0], "M": lengths[1]}
     given = inputs(plain, BY_NAME[name], sizes, "cuda")
     exact = interpret(plain, {n: x.cpu() for n, x in given.items()}, {})["O"]
-    tried = resident(loops, 7)
+    tried = resident(loops, 7) + resident(loops, 7, joined=True)
     if not tried:
         pytest.skip("no schedule with resident programs fits on chip")
     for schedule in tried:

@@ -1,0 +1,179 @@
+"""The Gluon emitter for resident programs whose tiles of rows run into one another.
+
+Comes in: what `gluon_overlap` takes, with a schedule that says `joined`. Goes out: a module in which the first scores
+of a program's next tile of rows are issued together with the last weighted sum of this one, as those of the next tile
+of keys are within a loop. So the tensor cores work while the first weights are made and while results leave. There are
+two places in shared memory for each operand that stays: these rows', and the next.
+"""
+
+from __future__ import annotations
+
+from einscade.codegen.gluon_overlap import Overlapped
+from einscade.codegen.gluon_plan import GROUP_ROWS, Ring
+from einscade.codegen.gluon_text import TURN, call, function, indent
+from einscade.codegen.source import Unsupported
+
+__all__ = ["Joined"]
+
+
+class Joined(Overlapped):
+    """One nest's kernel. `still_phase` is 0 for every other tile of rows and 1 for the rest, and so tells the places of
+    operands that stay apart; `slot_phase` is the phase of their barriers, which turn half as often."""
+
+    def _check_fit(self) -> None:
+        if not self.resident:
+            raise Unsupported("only a resident program's tiles of rows run into one another")
+        super()._check_fit()
+
+    def _functions(self) -> list[str]:
+        turn = [TURN.strip("\n")] if self.groups > 1 else []
+        load = [self._load(), *map(self._reader, self.tables)]
+        own = [self._advance(rescaled=False), self._finish(), self._compute()]
+        return [*turn, self._place(), *load, self._weigh(), *own, self._kernel()]
+
+    # -- the loading warp, which is ahead by what is free --
+
+    def _free_stills(self) -> list[str]:
+        return ["still_phase = 1", "slot_phase = 1"]
+
+    def _copy_still(self, x: Ring) -> list[str]:
+        full, tile = f"{x.name}_full.index(still_phase ^ 1)", f"{x.name}_tile.index((still_phase ^ 1) * GROUPS + group)"
+        return [
+            f"mbarrier.wait({x.name}_empty.index(still_phase ^ 1), slot_phase)",
+            f"mbarrier.expect({full}, GROUPS * {x.name}_map.block_type.nbytes)",
+            "for group in gl.static_range(GROUPS):",
+            f"    at = {self._coordinates(x.operand, f'row + group * {GROUP_ROWS}')}",
+            f"    tma.async_copy_global_to_shared({x.name}_map, at, {full}, {tile})",
+        ]
+
+    def _next_still(self) -> list[str]:
+        return ["still_phase ^= 1", "slot_phase ^= still_phase"]
+
+    # -- the warpgroups --
+
+    def _pack(self) -> list[str]:
+        """Nothing: weights of one loop's end and of the next one's beginning meet, where the compiler packs them."""
+        return []
+
+    def _at_rows(self) -> list[str]:
+        """What a warpgroup knows of its rows, which begin at `row`."""
+        p_, printer = f"{self.shape.p}_", self._printer("")
+        lines = [f"{p_} = row + group * {GROUP_ROWS} + gl.arange(0, {GROUP_ROWS}, ROW)"]
+        return lines + [f"{x.name} = {self._element(x.access, printer).code}" for x in self.loads if x.name is not None]
+
+    def _at_place(self) -> list[str]:
+        """To the first tile of the place `program`."""
+        place = call(self._placed(), "place", ["program", *self._lists(), *self.sizes])
+        return [place, f"tile = {'gl.load(visits) // 2' if self.listed else 'end - 1'}", *self._at_rows()]
+
+    def _views(self) -> list[str]:
+        at = "still_phase * GROUPS + group"
+        return [f"{x.name}_rows = {self._view(x, at, still=True)}" for x in self.stills]
+
+    def _advanced(self, last: str, masked: str) -> list[str]:
+        """The call of an iteration."""
+        given = {f"{x.name}_tile": f"{x.name}_rows" for x in self.stills}
+        given |= {f"{x.name}_empty": f"{x.name}_empty.index(still_phase)" for x in self.stills}
+        passed = [given.get(x, x) for x in self._advance_arguments()]
+        results = [*self._running(), *self.rescale_names.values()]
+        return call(results, "advance", [*passed, last, masked, *self._table_flags(), "group"]).splitlines()
+
+    def _next_program(self) -> list[str]:
+        if not self.dynamic:
+            return ["program += gl.num_programs(0)"]
+        return [
+            "mbarrier.wait(upcoming_full, still_phase)",
+            "program = gl.sum(upcoming.load(gl.BlockedLayout([1], [32], [4], [0])), axis=0)",
+            "mbarrier.arrive(upcoming_empty)",
+        ]
+
+    def _finish_arguments(self) -> list[str]:
+        maps = [f"{self.name(x.tensor)}_{end}" for x in self.shape.written for end in ("map", "tile")]
+        done = [*self._sum_names(), *self._state_names(), *self.shape.batch, "row"]
+        return [*done, *maps, *self._pointers(), *self.sizes]
+
+    def _finish(self) -> str:
+        """The function that writes results."""
+        lines = ['"""What follows the loop of some rows."""', *self._at_rows(), *self._settle(), *self._after()]
+        lines += ["tma.store_wait(0)  # of the rows before"] if self.shape.written else []
+        lines += [line for written in self.shape.written for line in self._store(written)]
+        return function("finish", [*self._finish_arguments(), "group: gl.constexpr"], lines)
+
+    def _first_weights(self) -> list[str]:
+        """Those of a program's first tile of rows, beside which there is nothing."""
+        scores, states = self._score_names(), self._state_names()
+        turn, done = self._turns()
+        last = "count == 1" if self.listed else "tile == first"
+        given = [*scores, *states, "tile * STEP", *self._points(), *self._context(), "True"]
+        return [
+            *self._read_columns_early("True"),
+            *(f"mbarrier.wait({x.name}_full.index(0), 0)" for x in self.stills),
+            *self._views(),
+            *(f"mbarrier.wait({r.name}_full.index(0), 0)" for r in self.rings if r.early),
+            *self._read_columns_copied("0"),
+            *turn,
+            *self._multiply(lambda still: f"{still.name}_rows", "0", ""),
+            *done,
+            self._waited(0, scores, scores),
+            *(f"mbarrier.arrive({r.name}_empty.index(0))" for r in self.rings if not r.late),
+            f"if {last}:",
+            *(f"    mbarrier.arrive({x.name}_empty.index(0))" for x in self.stills),
+            *self._read_tables("0", "0"),
+            call([*states, *self.rescale_names.values(), *self.weight_names.values()], "weigh", given),
+        ]
+
+    def _loop(self) -> list[str]:
+        """The tiles of a place after its first."""
+        if not self.listed:
+            step = [*self._advanced("tile == first", self._edge()), *self._rescale()]
+            return ["for _ in range(end - 1 - first):", "    tile -= 1", *indent(step)]
+        return [
+            "following = gl.load(visits + gl.minimum(1, count - 1))",
+            "for i in range(1, count):",
+            "    visit = following",
+            "    following = gl.load(visits + gl.minimum(i + 1, count - 1))",
+            "    tile = visit // 2",
+            *indent([*self._advanced("i == count - 1", self._edge()), *self._rescale()]),
+        ]
+
+    def _compute(self) -> str:
+        shape, sums, states = self.shape, self._sum_names(), self._state_names()
+        weights, initial = list(self.weight_names.values()), self._initial(self._printer(""))
+        finished = [*states, *shape.batch, "row"]
+        before = {name: f"done_{name}" for name in finished}
+        given = [*(before.get(x, x) for x in self._finish_arguments()), "group"]
+        last = "count == 1" if self.listed else "tile == first"
+        place = [
+            *self._views(),
+            *self._loop(),
+            f"{', '.join(before.values())} = {', '.join(finished)}",
+            *self._next_program(),
+            "slot_phase ^= still_phase",
+            "still_phase ^= 1",
+            *initial[1 : 1 + len(states)],
+            "if program < programs:",
+            *indent([
+                *self._at_place(),
+                *(f"mbarrier.wait({x.name}_full.index(still_phase), slot_phase)" for x in self.stills),
+                *self._views(),
+                *self._advanced(last, "True"),
+            ]),
+            "else:",
+            *indent([*self._accumulate("stage", "phase", ""), self._waited(0, [*sums, *weights], [*sums, *weights])]),
+            f"finish({', '.join(given)})",
+            *(f"{s} = gl.full([{GROUP_ROWS}, {self.f}], 0.0, gl.float32, RESULT)" for s in sums),
+        ]  # fmt: skip
+        own = f"A warpgroup: {GROUP_ROWS} rows of {shape.p} after another, all of their loops, and what follows."
+        turn = ["if group == GROUPS - 1:", "    pass_turn(group)  # the first turn is the first warpgroup's"]
+        lines = [
+            f'"""{own}"""',
+            *(turn if self.groups > 1 else []),
+            *("stage = 0", "phase = 0", "still_phase = 0", "slot_phase = 0", "program = gl.program_id(0)"),
+            *self._at_place(),
+            *initial,
+            *self._first_weights(),
+            "while program < programs:",
+            *indent(x for line in place for x in line.splitlines()),
+            "tma.store_wait(0)",
+        ]
+        return function("compute", [*self._compute_arguments(), *self._table_constants(), "group: gl.constexpr"], lines)
