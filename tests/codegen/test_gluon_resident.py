@@ -158,6 +158,19 @@ def test_chosen_where_loops_are_short() -> None:
     assert not first("causal", 256).resident  # all tiles of rows at once
 
 
+def test_joined_where_three_warpgroups_have_loops_of_different_lengths() -> None:
+    """There first; for two it is there to be measured; loops of one length, and lists of tiles, have none."""
+
+    def joined(name: str, shape: dict[str, int]) -> list[bool]:
+        loops = plan(cascade(BY_NAME[name], **(shape | {"h": 32, "g": 32}))[1])  # type: ignore[arg-type]
+        return [s.joined for s in schedules(loops, H200, {"B": 2, "P": 16384, "M": 16384})]
+
+    assert joined("causal", NARROW)[0]
+    assert any(joined("causal", WIDE))
+    assert not joined("window", WIDE)[0]
+    assert not any(joined("full", NARROW) + joined("documents", WIDE))
+
+
 def test_as_many_heads_abreast_as_the_cache_holds() -> None:
     """Where loops differ in length; of windows, whose loops read little, more than of causal rows."""
 
