@@ -4,6 +4,7 @@
     python benchmarks/h200.py --rows documents,dense-bias  some rows
     python benchmarks/h200.py --tiny                       small sizes on whatever device there is: does it run?
     python benchmarks/h200.py --out FILE --commit ID       the JSON, also from a tree without git
+    python benchmarks/h200.py --join A B --out FILE        one JSON of runs of one commit, on a GPU each, of rows each
 
 What is timed is the module that `einscade.optimize` returns, its call and all, after it chose its kernel; rows of
 gradients time the backward pass alone. First it is compared with the module in float64 at an odd length: one that errs
@@ -24,7 +25,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,22 @@ def line(row: Row, result: dict[str, Any]) -> str:
     return f"| {row.name} | " + " | ".join(shown) + f" | {tail} |"
 
 
+def joined(files: Sequence[Path]) -> dict[str, Any]:
+    """The runs of one commit with one set of versions on one kind of GPU as one, rows in the table's order. Raises
+    ValueError where they are not of one, and where two have the same row."""
+    runs = [json.loads(path.read_text()) for path in files]
+    same = ("commit", "cpu", "gpu", "python", "versions")
+    figures: dict[str, Any] = {}
+    for path, run in zip(files, runs, strict=True):
+        if differing := [name for name in same if run["environment"][name] != runs[0]["environment"][name]]:
+            raise ValueError(f"{path} has another {differing[0]} than {files[0]}: measure both again")
+        if twice := set(figures) & set(run["figures"]):
+            raise ValueError(f"{path} has a row that another file has, too: {min(twice)}")
+        figures |= run["figures"]
+    ordered = {row.name: figures[row.name] for row in ROWS if row.name in figures}
+    return {"environment": runs[0]["environment"], "tuning": summary(ordered), "figures": ordered}
+
+
 def main() -> int:
     names = ", ".join(r.name for r in ROWS)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -230,7 +247,13 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="small sizes: a test, not a measurement")
     parser.add_argument("--out", type=Path, help="a file for the JSON")
     parser.add_argument("--commit", help="the commit, where the tree has no git")
+    parser.add_argument("--join", nargs="+", type=Path, help="measure nothing, join these runs' JSON into --out")
     args = parser.parse_args()
+    if args.join:
+        if args.out is None:
+            parser.error("--join needs --out, the file to write")
+        args.out.write_text(json.dumps(joined(args.join), indent=1) + "\n")
+        return 0
     chosen = args.rows.split(",") if args.rows else [r.name for r in ROWS]
     peers = tuple(p for p in args.peers.split(",") if p)
     if unknown := set(chosen) - {r.name for r in ROWS}:

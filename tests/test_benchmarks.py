@@ -185,6 +185,23 @@ def test_attention_rows_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert json.loads(out.read_text())["tuning"] == h200.summary(figures)
 
 
+def test_runs_of_one_commit_are_joined(tmp_path: Path) -> None:
+    def run(name: str, commit: str, *rows: str) -> Path:
+        env = {"commit": commit, "cpu": "", "gpu": "G", "python": "3", "versions": {}, "date": name}
+        (tmp_path / name).write_text(json.dumps({"environment": env, "figures": {row: {"tflops": 1} for row in rows}}))
+        return tmp_path / name
+
+    backward, forward = run("b", "1", "dense-d64-backward"), run("f", "1", "causal-d64", "dense-d64")
+    found = h200.joined([backward, forward])
+    assert list(found["figures"]) == ["dense-d64", "causal-d64", "dense-d64-backward"]
+    assert found["environment"]["commit"] == "1"
+    assert found["tuning"]["untuned_median"] is None
+    with pytest.raises(ValueError, match="another commit"):
+        h200.joined([forward, run("o", "2", "documents")])
+    with pytest.raises(ValueError, match="too: dense-d64"):
+        h200.joined([forward, run("t", "1", "dense-d64")])
+
+
 @pytest.mark.slow
 def test_peers_are_called_ahead_in_other_processes() -> None:
     """What they cannot compute is known afterwards; what there was no time to begin is not."""
