@@ -13,7 +13,8 @@ through `scaled_dot_product_attention` where that computes the same, FlexAttenti
 installed, and torch.compile of the module where its scores fit in memory; the slow compilers among them run beforehand,
 for all rows at once. Times are medians after warm-up on normally distributed data, TFLOP/s count only the points that
 the domain keeps. Of tuning the JSON has the program, each candidate's time, the seconds it took, and how the cost
-model's own choice compares. Peers are left out, and the JSON says so, when `--minutes` are nearly over.
+model's own choice compares. Peers are left out, and the JSON says so, when `--minutes` are nearly over: give more where
+FlashAttention-4 is installed and has not compiled its kernels yet.
 """
 
 from __future__ import annotations
