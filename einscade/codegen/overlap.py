@@ -9,6 +9,8 @@ kernel is then having waited for all before it, and nothing is written that they
 
 from __future__ import annotations
 
+import os
+
 __all__ = ["GLUON_GO", "GLUON_WAIT", "GO", "IMPORT", "OPTION", "WAIT", "overlaps"]
 
 IMPORT = "from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait\n"
@@ -18,9 +20,10 @@ OPTION = "launch_pdl=True"
 
 
 def overlaps(target: str) -> bool:
-    """Whether kernels for a schedule's target ("cuda:90") can."""
+    """Whether kernels for a schedule's target ("cuda:90") can. Triton's interpreter (TRITON_INTERPRET=1) runs one
+    kernel after another and has neither instruction."""
     kind, _, capability = target.partition(":")
-    return kind == "cuda" and int(capability) >= 90
+    return kind == "cuda" and int(capability) >= 90 and os.environ.get("TRITON_INTERPRET") != "1"
 
 
 def _gluon(line: str, instruction: str) -> str:

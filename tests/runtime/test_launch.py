@@ -8,7 +8,6 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +26,7 @@ from einscade.codegen.source import Source
 from einscade.codegen.space import candidates
 from einscade.ir.device import A100, H200
 from einscade.ir.text import parse_cascade
-from einscade.runtime import call, kernels, launch, tuning
+from einscade.runtime import ahead, call, kernels, launch, tuning
 from einscade.runtime import candidates as candidates_of
 from einscade.runtime.modules import load
 from tests.codegen.cascades import CASES, cascade, inputs
@@ -143,9 +142,7 @@ def test_compiling_ahead_launches_nothing_and_leaves_nothing_to_compile(
     copies = [x.clone() for x in operands]
     jobs = launch.compilations(run, operands, sizes)
     assert len(jobs) == (2 if name == "documents" else 1)
-    with ThreadPoolExecutor(2) as threads:
-        for done in [threads.submit(job) for job in jobs]:
-            done.result()
+    assert ahead.side_by_side([jobs], time.perf_counter() + 200, lambda over: None) == {0: None}
     assert launched == []
     assert all(map(torch.equal, copies, operands))
     with contextlib.ExitStack() as stack:
