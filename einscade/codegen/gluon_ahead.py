@@ -77,11 +77,7 @@ class AheadChain(SpreadChain):
         return [
             *(line for x in sums for line in self._await_sum(x, it)),
             *self._multiply_part(it),
-            "next_stage = stage + 1",
-            "next_phase = phase",
-            "if next_stage == STAGES:",
-            "    next_stage = 0",
-            "    next_phase = phase ^ 1",
+            *self._stage_after(),
             *self._issue_ahead(following),
             *self._await_sum(last, it),
             self._await(it, "part"),

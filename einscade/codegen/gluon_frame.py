@@ -79,6 +79,16 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
 {maps}
 """.strip("\n")
 
+    def _stage_after(self) -> list[str]:
+        """The place in the rings after this one, beside it."""
+        return [
+            "next_stage = stage + 1",
+            "next_phase = phase",
+            "if next_stage == STAGES:",
+            "    next_stage = 0",
+            "    next_phase = phase ^ 1",
+        ]
+
     def _next_stage(self) -> list[str]:
         return ["stage += 1", "if stage == STAGES:", "    stage = 0", "    phase ^= 1"]
 

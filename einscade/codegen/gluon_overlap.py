@@ -28,13 +28,7 @@ class Overlapped(Frame):
         early, late = [r for r in self.rings if r.early], [r for r in self.rings if not r.early]
         names = [x.name for x in (*self.stills, *self.rings)]
         doc = f'"""The loading warp: all of a program\'s tiles of {_listed(names)}, in the order they are read."""'
-        step = [
-            "next_stage = stage + 1",
-            "next_phase = phase",
-            "if next_stage == STAGES:",
-            "    next_stage = 0",
-            "    next_phase = phase ^ 1",
-        ]
+        step = self._stage_after()
         first = ("next_stage", "next_phase") if self.resident else ("0", None)
         lines = [
             *(step if self.resident else []),

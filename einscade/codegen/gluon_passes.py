@@ -136,11 +136,7 @@ class Passes(Overlapped):
     def _copy_next(self, now: Pass, after: Pass) -> list[str]:
         """The operands of the next tile's products, and of this tile's sums."""
         return [
-            "next_stage = stage + 1",
-            "next_phase = phase",
-            "if next_stage == STAGES:",
-            "    next_stage = 0",
-            "    next_phase = phase ^ 1",
+            *self._stage_after(),
             *self._copy_pass(after, True, "next_tile", "next_stage", "next_phase"),
             *self._copy_pass(now, False, "tile", "stage", "phase"),
             "stage = next_stage",
