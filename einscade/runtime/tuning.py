@@ -36,16 +36,14 @@ SECONDS = 15.0
 COMPILING = 11.0
 """Of these seconds so many are for compiling. What is not compiled then is not measured: the likely ones came first."""
 
-ROUNDS = 4
-"""So often are those that are close to the best timed again."""
-
-CLOSE = 2.0
-"""Further than this from the best, a candidate is not timed again."""
+ROUNDS = ((2.0, 4), (1.05, 4))
+"""Candidates that take at most so many times the best's time are timed again so often: what is far from the best soon
+counts no more, and between the last few a measurement's spread would decide."""
 
 FAR = 4.0
 """A candidate whose first call takes so many times the best's is not called again (where calls compile nothing)."""
 
-MARGIN = {"cpu": 0.9, "cuda": 0.98}
+MARGIN = {"cpu": 0.9, "cuda": 0.99}
 """Another candidate takes the first one's place if it needs less than this part of its time: so much may measurements
 on a machine with other work be off, and so much on a GPU."""
 
@@ -214,8 +212,8 @@ def _trusted(
 
 def _repeat(seconds: dict[Candidate, float], run: Run, device: torch.device, end: float) -> None:
     """Times those that are close to the best again, in turns, and keeps the least of each."""
-    for _ in range(ROUNDS):
-        close = [c for c, s in seconds.items() if s <= CLOSE * min(seconds.values())]
+    for near in (near for near, rounds in ROUNDS for _ in range(rounds)):
+        close = [c for c, s in seconds.items() if s <= near * min(seconds.values())]
         if len(close) < 2 or time.perf_counter() > end:
             return
         for candidate in close:

@@ -84,6 +84,12 @@ def test_a_busy_moment_is_nobodys_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tune("site", [SDPA, TILED, TRITON, GLUON], _same, _nothing, [X], False).order[0] == TILED
 
 
+def test_the_closest_are_timed_most_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = _seconds(monkeypatch, {GLUON: 1.02, TRITON: 1.0, TILED: 1.5, SDPA: 3.0})
+    tune("site", [GLUON, TRITON, TILED, SDPA], _same, _nothing, [X], False)
+    assert [measured.count(c) for c in (GLUON, TRITON, TILED, SDPA)] == [9, 9, 5, 1]
+
+
 def test_no_time_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is started any more: the library call is known, the others stay in the model's order behind it."""
     monkeypatch.setattr(tuning, "SECONDS", -1.0)
