@@ -191,7 +191,7 @@ def checked_ahead(names: Sequence[str], variants: Sequence[str], options: Sequen
     with tempfile.TemporaryDirectory() as decisions:  # which kernels are best is not decided on a GPU that others use
         settings = {"EINSCADE_AUTOTUNE": "0", "EINSCADE_CACHE_DIR": decisions}
         commands = [[this, name, *options, "--ahead", job] for name, job in jobs]
-        said = apart.lines(commands, min(AT_ONCE, os.cpu_count() or 1), AHEAD_SECONDS, settings)
+        said = apart.lines(commands, min(AT_ONCE, os.cpu_count() or 1), AHEAD_SECONDS, [settings] * len(jobs))
     return {name: lines[0] for (name, job), lines in zip(jobs, said, strict=True) if job == "check" and lines}
 
 

@@ -1,20 +1,24 @@
-"""Attention on one GPU, from plain PyTorch modules: einscade beside what others make of them, in one run.
+"""Attention on GPUs of one kind, from plain PyTorch modules: einscade beside what others make of them, in one run.
 
     python benchmarks/h200.py                              the table, in less than ten minutes
     python benchmarks/h200.py --rows documents,dense-bias  some rows
+    python benchmarks/h200.py --gpus 1                     on one of the GPUs that there are
     python benchmarks/h200.py --tiny                       small sizes on whatever device there is: does it run?
     python benchmarks/h200.py --out FILE --commit ID       the JSON, also from a tree without git
-    python benchmarks/h200.py --join A B --out FILE        one JSON of runs of one commit, on a GPU each, of rows each
+    python benchmarks/h200.py --join A B --out FILE        one JSON of runs of one commit, of rows each
 
 What is timed is the module that `einscade.optimize` returns, its call and all, after it chose its kernel; rows of
 gradients time the backward pass alone. First it is compared with the module in float64 at an odd length: one that errs
 by more than 1.5 times what the module itself makes in bfloat16 has no figure. Peers (benchmarks/h200_peers.py): cuDNN
 through `scaled_dot_product_attention` where that computes the same, FlexAttention, FlashAttention-4 where it is
-installed, and torch.compile of the module where its scores fit in memory; the slow compilers among them run beforehand,
-for all rows at once. Times are medians after warm-up on normally distributed data, TFLOP/s count only the points that
-the domain keeps. Of tuning the JSON has the program, each candidate's time, the seconds it took, and how the cost
-model's own choice compares. Peers are left out, and the JSON says so, when `--minutes` are nearly over: give more where
-FlashAttention-4 is installed and has not compiled its kernels yet.
+installed, and torch.compile of the module where its scores fit in memory. Times are medians after warm-up on normally
+distributed data, TFLOP/s count only the points that the domain keeps. Of tuning the JSON has the program, each
+candidate's time, the seconds it took, and how the cost model's own choice compares.
+
+The comparisons, and the slow compilers among the peers, come before anything is measured, for all rows at once
+(benchmarks/h200_ahead.py); nothing else runs while rows are measured. Every GPU then has a process that takes the next
+row that nobody has, and measures it and its peers there; the JSON says on which. Peers are left out, and the JSON and
+the end of the table say so, when `--minutes` are nearly over.
 """
 
 from __future__ import annotations
@@ -22,33 +26,45 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._functorch import config as functorch_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks import h200_peers
+from benchmarks import apart, h200_peers, record, table
+from benchmarks.h200_ahead import CHECK, ahead, check, jobs
 from benchmarks.h200_rows import ROWS, Row
 from einscade.codegen.schedule import Schedule
 from einscade.runtime.kernels import Kernel
 
 PEERS = tuple(h200_peers.PEERS)
-CHECKED = 1000
 AHEAD = 180.0
-"""Seconds after which no row's compilers are waited for before the first row is measured."""
+"""Seconds after which nothing that is done ahead is waited for."""
+
+FORWARD, BACKWARD = 8.0, 22.0
+"""Seconds that a row takes without its peers: what comes after a row needs its own time."""
 
 
-def distance(actual: Tensor, exact: Tensor) -> float:
-    return float((actual.double() - exact.double()).norm() / exact.double().norm())
+@dataclass(frozen=True)
+class Plan:
+    """What is measured, the same for every process that has a part in it. `known`: by row, what `ahead` found; `end`:
+    from when on (`time.time()`) peers are left out."""
+
+    rows: tuple[str, ...]
+    peers: tuple[str, ...]
+    known: Mapping[str, Mapping[str, Any]]
+    end: float
+    gpus: int
+    autotune_flex: bool
+    tiny: bool
 
 
 def milliseconds(call: Callable[[], object], device: str) -> float:
@@ -64,57 +80,24 @@ def milliseconds(call: Callable[[], object], device: str) -> float:
     return statistics.median(times)
 
 
-@contextlib.contextmanager
-def untuned() -> Iterator[None]:
-    """The model's choice of kernels, for a call that is not timed."""
-    before = os.environ.get("EINSCADE_AUTOTUNE")
-    os.environ["EINSCADE_AUTOTUNE"] = "0"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["EINSCADE_AUTOTUNE"]
-        else:
-            os.environ["EINSCADE_AUTOTUNE"] = before
-
-
-def errors(row: Row, n: int, device: str, kernel: Callable[..., Tensor]) -> tuple[float, float]:
-    """The kernel's error at n positions, and the module's own in bfloat16; of several gradients where they differ
-    most."""
-    inputs = row.inputs(n, device, batch=min(row.batch or 4, 4) if row.batch else None)
-    exact = [x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs]
-    found = [_results(row, *given) for given in ((kernel, inputs), (row.module, inputs), (row.module, exact))]
-    pairs = [(distance(ours, best), distance(plain, best)) for ours, plain, best in zip(*found, strict=True)]
-    return max(pairs, key=lambda pair: pair[0] / max(pair[1], 1e-30))
-
-
-def _results(row: Row, attention: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    """What a row computes: the attention's result, or the gradients of a fixed weighted sum of it."""
-    result = attention(*inputs)
-    if not row.backward:
-        return [result]
-    weights = torch.randn(result.shape, generator=torch.Generator().manual_seed(0)).bfloat16()
-    return list(torch.autograd.grad(result, inputs[:3], weights.to(result)))
-
-
-def ours(row: Row, checked: int, device: str) -> dict[str, Any]:
-    """Milliseconds, errors, and which kernels the module runs."""
+def ours(row: Row, known: Mapping[str, Any], device: str) -> dict[str, Any]:
+    """Milliseconds, errors, and which kernels the module runs. `known`: what was done ahead."""
     import einscade
     from einscade.runtime.call import prepared
 
-    with untuned():
-        error, plain = errors(row, checked, device, einscade.optimize(row.module, dynamic=False))
-    torch._dynamo.reset()
-    if not error <= 1.5 * plain:
-        raise AssertionError(f"error {error:.1e} where the module in bfloat16 has {plain:.1e}")
+    checked = known[CHECK] if CHECK in known else check(row, device)
+    if isinstance(checked, str):
+        raise AssertionError(checked)
+    found: dict[str, Any] = dict(checked)
+    if not found["error"] <= 1.5 * found["plain_error"]:
+        raise AssertionError(f"error {found['error']:.1e} where the module in bfloat16 has {found['plain_error']:.1e}")
     fast = einscade.optimize(row.module, dynamic=False)
     inputs = row.inputs(row.length, device)
     before = prepared()
     started = time.perf_counter()
     timed = row.timed(lambda: fast(*inputs), inputs)
     timed()
-    first = time.perf_counter() - started
-    found = {"error": error, "plain_error": plain, "first_call_s": round(first, 1)}
+    found["first_call_s"] = round(time.perf_counter() - started, 1)
     found["ms"] = milliseconds(timed, device)
     made = [c for c in prepared() if c not in before and c.program.cascade.name.endswith("_gradient") == row.backward]
     kernels = [kernel for c in made for kernel in c.kernels.values()]
@@ -179,29 +162,64 @@ def peer(name: str, row: Row, device: str, autotune: bool) -> float:
     return milliseconds(row.timed(h200_peers.attention(name, row, inputs, autotune), inputs), device)
 
 
-def measure(
-    row: Row, checked: int, device: str, peers: Mapping[str, str | None], end: float, autotune: bool
-) -> dict[str, Any]:
-    """A row's figures in TFLOP/s, or why there are none. `peers`: of which to get one, None, or why there is none."""
-    result: dict[str, Any] = {"goal": row.goal, "seconds": {}}
+def measure(row: Row, plan: Plan, end: float, device: str) -> dict[str, Any]:
+    """A row's figures in TFLOP/s, or why there are none; peers only until `end`."""
+    known = plan.known.get(row.name, {})
+    result: dict[str, Any] = {"seconds": {}}
     operations = row.operations(row.length, row.inputs(row.length, device, batch=1))
     with _seconds(result["seconds"], "einscade"):
         try:
-            result |= ours(row, checked, device)
+            result |= ours(row, known, device)
             result["tflops"] = round(operations / result["ms"] / 1e9, 1)
         except Exception as error:
             result["problem"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-    for name, known in peers.items():
+    for name in plan.peers:
         with _seconds(result["seconds"], name):
             try:
-                if time.monotonic() > end:
+                if known.get(name) is None and time.time() > end:
                     raise TimeoutError("no time left")
-                result[name] = known or round(operations / peer(name, row, device, autotune) / 1e9, 1)
+                result[name] = known.get(name) or round(
+                    operations / peer(name, row, device, plan.autotune_flex) / 1e9, 1
+                )
             except Exception as error:
                 result[name] = h200_peers.problem(error)
             if device == "cuda":
                 torch.cuda.empty_cache()
-    return result
+    return result | {"bounds": row.bounds(result)}
+
+
+def measured(plan: Plan, mine: Callable[[str], bool]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a plan that are this process' to measure."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    functorch_config.donated_buffer = False  # backward is run more than once on one forward pass
+    torch.manual_seed(0)
+    rows = [row.tiny() if plan.tiny else row for row in ROWS if row.name in plan.rows]
+    for i, row in enumerate(rows):
+        if mine(row.name):
+            later = sum(BACKWARD if r.backward else FORWARD for r in rows[i + 1 :]) / plan.gpus
+            yield row.name, measure(row, plan, plan.end - later, device)
+            torch._dynamo.reset()
+
+
+def measured_apart(plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
+    """All rows of a plan, each GPU's from a process of its own. A row whose process crashed is not among them."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / PLAN).write_text(json.dumps(asdict(plan)))
+        parts = [[str(Path(__file__).resolve()), "--part", folder, str(i)] for i in range(plan.gpus)]
+        settings = [apart.gpu(i) if torch.cuda.is_available() else {} for i in range(plan.gpus)]
+        yield from apart.stream(parts, settings)
+
+
+def part(folder: Path, gpu: int, log: Path) -> None:
+    """One process of `measured_apart`."""
+    read = json.loads((folder / PLAN).read_text())
+    for name, result in measured(Plan(**read), lambda row: apart.claim(folder, row)):
+        apart.append(log, [name, result | {"gpu": gpu}])
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # raises where a kernel took the device with it: other processes do the rest
+
+
+PLAN = "plan.json"
 
 
 @contextlib.contextmanager
@@ -213,13 +231,10 @@ def _seconds(into: dict[str, float], name: str) -> Iterator[None]:
 
 def line(row: Row, result: dict[str, Any]) -> str:
     """A row of the table."""
-    cells = [result.get(key, "") for key in ("tflops", "goal", *PEERS)]
-    shown = [f"{c:g}" if isinstance(c, (int, float)) else "–" for c in cells]
-    tail = result.get("problem")
-    if tail is None:
-        kernels = ", ".join(f"{k} {s}" for k, s in zip(result["kernels"], result["schedules"], strict=True))
-        tail = f"{kernels} error {result['error']:.1e} ({result['plain_error']:.1e})"
-    return f"| {row.name} | " + " | ".join(shown) + f" | {tail} |"
+    if "problem" in result:
+        return table.line(row, result, result["problem"])
+    kernels = ", ".join(f"{k} {s}" for k, s in zip(result["kernels"], result["schedules"], strict=True))
+    return table.line(row, result, f"{kernels} error {result['error']:.1e} ({result['plain_error']:.1e})")
 
 
 def joined(files: Sequence[Path]) -> dict[str, Any]:
@@ -234,69 +249,88 @@ def joined(files: Sequence[Path]) -> dict[str, Any]:
         if twice := set(figures) & set(run["figures"]):
             raise ValueError(f"{path} has a row that another file has, too: {min(twice)}")
         figures |= run["figures"]
-    ordered = {row.name: figures[row.name] for row in ROWS if row.name in figures}
+    ordered = in_order(figures)
     return {"environment": runs[0]["environment"], "tuning": summary(ordered), "figures": ordered}
 
 
+def in_order(results: Mapping[str, Any]) -> dict[str, Any]:
+    return {row.name: results[row.name] for row in ROWS if row.name in results}
+
+
 def main() -> int:
-    names = ", ".join(r.name for r in ROWS)
+    if sys.argv[1:2] == ["--part"]:
+        folder, gpu, log = sys.argv[2:]
+        part(Path(folder), int(gpu), Path(log))
+        return 0
+    args = arguments()
+    if args.join:
+        args.out.write_text(json.dumps(joined(args.join), indent=1) + "\n")
+        return 0
+    cuda = torch.cuda.is_available()
+    env = record.environment(args.commit) | {"gpus": args.gpus}
+    started, now = time.monotonic(), time.time()
+    rows = [r for r in ROWS if r.name in args.rows]
+    called = [p for p in args.peers if not (p == "flex" and args.autotune_flex)]  # which measures while it compiles
+    known = ahead(jobs(rows, called), args.gpus if cuda else 0, args.ahead, args.tiny) if args.ahead else {}
+    seconds = {"ahead": round(time.monotonic() - started)}
+    print(f"compiled and compared ahead in {seconds['ahead']} s, measuring on {args.gpus} devices")
+    end = now + 60 * args.minutes
+    plan = Plan(tuple(args.rows), tuple(args.peers), known, end, args.gpus, args.autotune_flex, args.tiny)
+    results: dict[str, Any] = {}
+    print(table.header("kernel, error (plain bfloat16's)"), flush=True)
+    waiting = list(rows)
+    for name, result in measured_apart(plan) if args.gpus > 1 else measured(plan, lambda row: True):
+        results[name] = result
+        while waiting and waiting[0].name in results:
+            row = waiting.pop(0)
+            print(line(row, results[row.name]), flush=True)
+        seconds["all"] = round(time.monotonic() - started)
+        save(args.out, env, seconds, results)
+    for row in waiting:
+        results.setdefault(row.name, {"problem": "the process that measured it crashed"})
+        print(line(row, results[row.name]))
+    save(args.out, env, seconds, results)
+    print("\n".join(["", *table.reasons(in_order(results), args.peers), ""]))
+    print("tuning: " + ", ".join(f"{name} {value}" for name, value in summary(results).items()))
+    print(f"{time.monotonic() - started:.0f} s")
+    return int(any("problem" in r for r in results.values()))
+
+
+def save(out: Path | None, env: Mapping[str, Any], seconds: Mapping[str, int], results: Mapping[str, Any]) -> None:
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        kept = {"environment": env, "seconds": seconds, "tuning": summary(results), "figures": in_order(results)}
+        out.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def arguments() -> argparse.Namespace:
+    names = [r.name for r in ROWS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", help=f"comma-separated, default: all of {names}")
+    parser.add_argument("--rows", default=",".join(names), help="comma-separated, default: %(default)s")
     parser.add_argument("--peers", default=",".join(PEERS), help="comma-separated, of " + ", ".join(PEERS))
-    parser.add_argument("--minutes", type=float, default=9.5, help="from when on peers are left out (default 9.5)")
+    parser.add_argument("--gpus", type=int, help="on how many devices, default: on all GPUs that there are")
+    parser.add_argument("--ahead", type=float, default=AHEAD, help="so many seconds at most before measuring; 0: none")
+    parser.add_argument("--minutes", type=float, default=9.2, help="from when on peers are left out (default 9.2)")
     parser.add_argument("--autotune-flex", action="store_true", help="FlexAttention with max-autotune")
     parser.add_argument("--tiny", action="store_true", help="small sizes: a test, not a measurement")
     parser.add_argument("--out", type=Path, help="a file for the JSON")
     parser.add_argument("--commit", help="the commit, where the tree has no git")
     parser.add_argument("--join", nargs="+", type=Path, help="measure nothing, join these runs' JSON into --out")
     args = parser.parse_args()
-    if args.join:
-        if args.out is None:
-            parser.error("--join needs --out, the file to write")
-        args.out.write_text(json.dumps(joined(args.join), indent=1) + "\n")
-        return 0
-    chosen = args.rows.split(",") if args.rows else [r.name for r in ROWS]
-    peers = tuple(p for p in args.peers.split(",") if p)
-    if unknown := set(chosen) - {r.name for r in ROWS}:
-        parser.error(f"unknown row {', '.join(sorted(unknown))}: choose from {names}")
-    if unknown := set(peers) - set(PEERS):
+    if args.join and args.out is None:
+        parser.error("--join needs --out, the file to write")
+    args.rows, args.peers = args.rows.split(","), [p for p in args.peers.split(",") if p]
+    if unknown := set(args.rows) - set(names):
+        parser.error(f"unknown row {', '.join(sorted(unknown))}: choose from {', '.join(names)}")
+    if unknown := set(args.peers) - set(PEERS):
         parser.error(f"unknown peer {', '.join(sorted(unknown))}: choose from {', '.join(PEERS)}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not args.tiny:
+    there = torch.cuda.device_count()
+    if not there and not (args.tiny or args.join):
         parser.error("no CUDA device: only --tiny runs without one")
-
-    from benchmarks import record
-
-    env = record.environment(args.commit)
-    started = time.monotonic()
-    results: dict[str, Any] = {}
-    torch.manual_seed(0)
-    functorch_config.donated_buffer = False  # backward is run more than once on one forward pass
-    rows = [r for r in ROWS if r.name in chosen]
-    known: dict[tuple[str, str], str] = {}
-    if device == "cuda" and not args.tiny:
-        ahead = [p for p in peers if not (p == "flex" and args.autotune_flex)]  # which measures while it compiles
-        known = h200_peers.call_ahead([r.name for r in rows], ahead, AHEAD)
-        print(f"compiled ahead in {time.monotonic() - started:.0f} s")
-    titles = "| TFLOP/s | einscade | goal | cuDNN | FlexAttention | FlashAttention-4 | torch.compile |"
-    print(titles + " kernel, error (plain bfloat16's) |")
-    print("|---" * 8 + "|")
-    for i, row in enumerate(rows):
-        checked = min(CHECKED, row.length - 7)
-        if args.tiny:
-            row, checked = replace(row, length=80, heads=2 * row.shared, batch=row.batch and 1), 73
-        end = started + args.minutes * 60 - 20 * (len(rows) - 1 - i)  # what comes after needs its own time
-        from_peers = {name: known.get((row.name, name)) for name in peers}
-        results[row.name] = measure(row, checked, device, from_peers, end, args.autotune_flex)
-        print(line(row, results[row.name]), flush=True)
-        torch._dynamo.reset()
-        if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            kept = {"environment": env, "tuning": summary(results), "figures": results}
-            args.out.write_text(json.dumps(kept, indent=1) + "\n")
-    print("tuning: " + ", ".join(f"{name} {value}" for name, value in summary(results).items()))
-    print(f"{time.monotonic() - started:.0f} s")
-    return int(any("problem" in r for r in results.values()))
+    args.gpus = args.gpus or there or 1
+    if there and args.gpus > there:
+        parser.error(f"--gpus {args.gpus}, but {there} there are")
+    return args
 
 
 if __name__ == "__main__":

@@ -13,7 +13,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import apart, counters, cpu_model, end_to_end, h200, h200_peers, launch, record, replay, warm, zoo
+from benchmarks import (
+    apart,
+    counters,
+    cpu_model,
+    end_to_end,
+    h200,
+    h200_ahead,
+    launch,
+    record,
+    replay,
+    table,
+    warm,
+    zoo,
+)
 from benchmarks.measure import interleaved_medians, peak_extra_memory
 from einscade.codegen.schedule import Schedule
 from einscade.ir.device import H200
@@ -160,13 +173,39 @@ def test_what_processes_apart_say(tmp_path: Path) -> None:
     assert apart.lines(commands, 1, 0) == [[], [], []]
 
 
+def test_lines_come_as_they_are_written() -> None:
+    """Of processes that run at once, until the last of them ends, crashed or not; each with its own settings."""
+    say = "import os, sys, time; log = open(sys.argv[-1], 'a'); "
+    first = say + "log.write('[1, 2'); log.flush(); time.sleep(0.5); log.write(']\\n3\\n'); log.flush(); 1 / 0"
+    second = say + "time.sleep(2); log.write(os.environ['SOME'] + '\\n')"
+    assert list(apart.stream([["-c", first], ["-c", second]], [{}, {"SOME": "4"}])) == [[1, 2], 3, 4]
+    forever = say + "log.write('1\\n'); log.flush(); time.sleep(60)"
+    started = time.monotonic()
+    assert next(apart.stream([["-c", forever]], [{}])) == 1
+    assert time.monotonic() - started < 30
+
+
+def test_what_one_claims_is_not_anothers(tmp_path: Path) -> None:
+    assert apart.claim(tmp_path, "a:b")
+    assert not apart.claim(tmp_path, "a:b")
+    assert apart.claim(tmp_path, "a")
+
+
+def test_a_gpu_of_those_that_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert apart.gpu(1) == {"CUDA_VISIBLE_DEVICES": "1"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert apart.gpu(1) == {"CUDA_VISIBLE_DEVICES": "5"}
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_attention_rows_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of every kind, small: right, rewritten, with figures for themselves and their peers."""
     names = "gqa-causal-d128,documents,differential,evoformer-rows,gqa-causal-d128-backward"
     out = tmp_path / "figures.json"
-    command = ["h200", "--rows", names, "--peers", "fa4,compile", "--tiny", "--out", str(out), "--commit", "none"]
+    command = ["h200", "--rows", names, "--peers", "fa4,compile", "--tiny", "--ahead", "0"]
+    command += ["--out", str(out), "--commit", "none"]
     monkeypatch.setattr(sys, "argv", command)
     assert h200.main() == 0
     figures = json.loads(out.read_text())["figures"]
@@ -203,14 +242,109 @@ def test_runs_of_one_commit_are_joined(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_peers_are_called_ahead_in_other_processes() -> None:
-    """What they cannot compute is known afterwards; what there was no time to begin is not."""
-    rows = ["evoformer-rows", "window-1024"]
-    found = h200_peers.call_ahead(rows, ["cudnn", "fa4"], 240)
-    assert set(found) == {(row, "fa4") for row in rows}
-    assert all(reason.startswith("no: ") for reason in found.values())
-    assert h200_peers.call_ahead(rows, ["fa4"], 0) == {}
-    assert h200_peers.call_ahead(rows, ["cudnn", "compile"], 240) == {}  # kept by no compiler on disk
+def test_rows_are_measured_on_several_devices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Checked ahead, each by one of two processes; one table in order, one JSON."""
+    names = ["sigmoid", "evoformer-rows"]
+    out = tmp_path / "figures.json"
+    command = ["h200", "--rows", ",".join(names), "--peers", "cudnn", "--tiny", "--gpus", "2", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", [*command, "--commit", "none"])
+    assert h200.main() == 0
+    run = json.loads(out.read_text())
+    assert run["environment"]["gpus"] == 2
+    assert run["seconds"]["all"] >= run["seconds"]["ahead"] >= 1
+    assert list(run["figures"]) == names
+    for row in run["figures"].values():
+        assert row["gpu"] in (0, 1)
+        assert 0 < row["error"] <= 1.5 * row["plain_error"]
+        assert row["bounds"]["goal"]["met"] is False
+    printed = capsys.readouterr().out
+    assert printed.index("| sigmoid") < printed.index("| evoformer-rows")
+    assert "cuDNN: not in scaled_dot_product_attention (sigmoid, evoformer-rows)" in printed
+
+
+def test_rows_come_in_order_and_crashes_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second row comes first, the third not at all."""
+    good = {"tflops": 1.0, "error": 0.1, "plain_error": 0.2, "kernels": [], "schedules": [], "fa4": "TimeoutError: no"}
+    monkeypatch.setattr(h200, "measured_apart", lambda plan: iter([("causal-d128", good), ("dense-d128", good)]))
+    out = tmp_path / "figures.json"
+    command = ["h200", "--rows", "causal-d64,causal-d128,dense-d128", "--tiny", "--gpus", "2", "--ahead", "0"]
+    monkeypatch.setattr(sys, "argv", [*command, "--out", str(out), "--commit", "none"])
+    assert h200.main() == 1
+    kept = json.loads(out.read_text())["figures"]
+    assert list(kept) == ["dense-d128", "causal-d128", "causal-d64"]
+    assert "crashed" in kept["causal-d64"]["problem"]
+    printed = capsys.readouterr().out
+    assert printed.index("| dense-d128") < printed.index("| causal-d128") < printed.index("| causal-d64")
+    assert "einscade: the process that measured it crashed (causal-d64)" in printed
+    assert "FlashAttention-4: TimeoutError: no (dense-d128, causal-d128)" in printed
+
+
+@pytest.mark.slow
+def test_what_is_done_ahead() -> None:
+    """Gradients first, slow compilers first. What a peer cannot compute is known afterwards; what there was no time to
+    begin is not."""
+    rows = [row for row in h200.ROWS if row.name in ("window-1024", "documents-backward")]
+    todo = h200_ahead.jobs(rows, ["cudnn", "fa4", "flex"])
+    names = ["documents-backward", "window-1024"]
+    assert todo == [(name, what) for what in ("fa4", "flex", "check") for name in names]
+    calls = [job for job in todo if job[1] == "fa4"]
+    found = h200_ahead.ahead(calls, 0, 240, tiny=True)
+    assert found == {name: {"fa4": "no: flash-attn-4 is not installed"} for name in names}
+    assert h200_ahead.ahead(calls, 0, 0) == {}
+
+
+def test_what_was_begun_ahead_and_has_not_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a peer there is a reason why it has no figure; a check is made again."""
+    said = [[["a", "fa4", None], ["a", "flex", "begun"]], [["b", "check", "begun"], ["a", "check", {"error": 1.0}]]]
+    monkeypatch.setattr(apart, "lines", lambda *_: said)
+    todo = [("a", "fa4"), ("a", "flex"), ("a", "check"), ("b", "check")]
+    found = h200_ahead.ahead(todo, 2, 7)
+    reason = "its first call crashed, or took longer than 7 s"
+    assert found == {"a": {"fa4": None, "flex": reason, "check": {"error": 1.0}}, "b": {}}
+
+
+def test_bounds_beside_peers() -> None:
+    """Those that could be measured, each met or missed."""
+    rows = {r.name: r for r in h200.ROWS}
+    assert rows["dense-d64"].bounds({"tflops": 540.0}) == {"goal": {"tflops": 540, "met": True}}
+    assert rows["gqa-causal-d128-backward"].bounds({"tflops": 1.0}) == {}
+    windows = rows["window-1024-backward"]
+    found = windows.bounds({"tflops": 380.0, "flex": 300.0, "fa4": 411.0})
+    assert found == {"flex": {"tflops": 375.0, "met": True}, "fa4": {"tflops": 411.0, "met": False}}
+    found = windows.bounds({"tflops": 380.0, "flex": 300.0, "fa4": "no: not installed"})
+    assert found["fa4"] == {"tflops": None, "met": None}
+    assert windows.bounds({"problem": "x", "flex": 300.0})["flex"] == {"tflops": 375.0, "met": None}
+
+
+def test_a_row_of_the_table() -> None:
+    """Bold where everything is reached that could be measured."""
+    rows = {r.name: r for r in h200.ROWS}
+    windows, work = rows["window-1024-backward"], "window-1024-backward, B2 H16 N8192 D128"
+    figures = {"tflops": 380.0, "flex": 300.0, "fa4": 411.0, "compile": "no: memory", "cudnn": "no: not in it"}
+    bounds = "375 (1.25 × FlexAttention), 411 (FlashAttention-4)"
+    assert table.line(windows, figures) == f"| {work} | 380 | {bounds} | 0.92 × | – | 300 | 411 | – |"
+    assert table.line(windows, figures | {"fa4": 379.9}, "more").startswith(f"| {work} | **380** | 375 ")
+    missing = "– (1.25 × FlexAttention), – (FlashAttention-4)"
+    assert table.line(windows, {"tflops": 380.0}) == f"| {work} | 380 | {missing} | – | – | – | – | – |"
+    assert table.line(rows["gqa-causal-d128"], {}).startswith("| gqa-causal-d128, B2 H32/8 N16384 D128 | – | 650 | – |")
+    assert table.line(rows["evoformer-rows"], {}).startswith("| evoformer-rows, B256 H4 N256 D64 |")
+    assert len(table.header().splitlines()[0].split("|")) == len(table.line(windows, figures).split("|"))
+    reasons = table.reasons({"a": figures, "b": {"problem": "E: x", "compile": "no: memory"}}, ["compile", "flex"])
+    assert reasons == ["torch.compile: memory (a, b)", "einscade: E: x (b)"]
+
+
+def test_the_documents_show_the_run_that_is_kept() -> None:
+    """`python benchmarks/table.py --write` after a run."""
+    run = json.loads((record.RESULTS / "h200.json").read_text())
+    for name in table.FILES:
+        text = (record.ROOT / name).read_text()
+        assert table.filled(text, run) == text
+    with pytest.raises(ValueError, match="no block"):
+        table.filled("none", run)
 
 
 def test_what_tuning_was_for() -> None:
