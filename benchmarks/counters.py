@@ -5,9 +5,10 @@
 
 Comes in: names of rows. Goes out: a line for each kernel that a call of the row's optimised module runs: microseconds
 by torch's profiler (the median of some calls), then by the hardware's counters how busy the tensor cores, the special
-functions, the issue slots, the second-level cache and the memory were, the registers of a thread, and what warps mostly
-waited for (warps in that state for each instruction issued). A row is run in a process of its own, then once more under
-`ncu`, which finds the kernel that the first has chosen in the cache; clocks stay as they are.
+functions, the issue slots, the second-level cache and the memory were, the registers of a thread, millions of bank
+conflicts in shared memory, and what warps mostly waited for (warps in that state for each instruction issued). A row is
+run in a process of its own, then once more under `ncu`, which finds the kernel that the first has chosen in the cache;
+clocks stay as they are.
 """
 
 from __future__ import annotations
@@ -41,7 +42,11 @@ PERCENTAGES = {
 }
 """Counters, by the names of their columns."""
 
-OTHERS = {"ncu_us": "gpu__time_duration.sum", "registers": "launch__registers_per_thread"}
+OTHERS = {
+    "ncu_us": "gpu__time_duration.sum",
+    "registers": "launch__registers_per_thread",
+    "conflicts": "l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum",
+}
 STALLED = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio")
 MOST_STALLS = 4
 CALLS = 20
@@ -101,8 +106,9 @@ def counters(text: str) -> list[dict[str, Any]]:
         stalls.pop("selected", None)
         most = sorted(stalls, key=lambda s: -stalls[s])[:MOST_STALLS]
         values = {column: number(k, name) for column, name in (PERCENTAGES | OTHERS).items()}
-        if values["ncu_us"] is not None:
-            values["ncu_us"] /= 1e3
+        for column, unit in (("ncu_us", 1e3), ("conflicts", 1e6)):
+            if (value := values[column]) is not None:
+                values[column] = value / unit
         found.append({"kernel": k["Kernel Name"], **values, "stalls": {s: round(stalls[s], 2) for s in most}})
     return found
 
@@ -144,7 +150,7 @@ def lines(row: str, kernels: list[dict[str, Any]]) -> list[str]:
 
     return [
         f"| {row} | {k['kernel'][:40]} | {shown(k['us'])} | {shown(k['ncu_us'])} | "
-        + " | ".join(shown(k[column]) for column in (*PERCENTAGES, "registers"))
+        + " | ".join(shown(k[column]) for column in (*PERCENTAGES, "registers", "conflicts"))
         + f" | {', '.join(f'{name} {value}' for name, value in k['stalls'].items())} |"
         for k in kernels
     ]
@@ -174,7 +180,8 @@ def main() -> int:
     from benchmarks import record
 
     figures: dict[str, Any] = {}
-    columns = ["row", "kernel", "µs", "µs under ncu", *(f"{c} %" for c in PERCENTAGES), "registers", "stalls"]
+    columns = ["row", "kernel", "µs", "µs under ncu", *(f"{c} %" for c in PERCENTAGES)]
+    columns += ["registers", "conflicts", "stalls"]
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for name in chosen:
         started = time.monotonic()

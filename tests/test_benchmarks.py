@@ -428,12 +428,13 @@ def test_counters_of_a_kernel() -> None:
     """Names, units' row, thousands and missing values as Nsight Compute prints them; the longest waits come first."""
     stall = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
     names = ["ID", "Kernel Name", "gpu__time_duration.sum", "launch__registers_per_thread", counters.PERCENTAGES["L2"]]
-    names += [stall.format(x) for x in ("wait", "gmma", "selected")]
-    table = [names, ["", "", "ns", "register/thread", "%", "inst", "inst", "inst"]]
-    table += [["0", "list_tiles", "8,512", "32", "n/a", "1.5", "2.25", "9"]]
+    names += [counters.OTHERS["conflicts"], *(stall.format(x) for x in ("wait", "gmma", "selected"))]
+    table = [names, ["", "", "ns", "register/thread", "%", "", "inst", "inst", "inst"]]
+    table += [["0", "list_tiles", "8,512", "32", "n/a", "2,500,000", "1.5", "2.25", "9"]]
     text = "==PROF== Connected to process 1\n" + "\n".join(",".join(f'"{x}"' for x in row) for row in table)
     (found,) = counters.counters(text)
     assert (found["kernel"], found["ncu_us"], found["registers"], found["L2"]) == ("list_tiles", 8.512, 32.0, None)
+    assert found["conflicts"] == 2.5
     assert list(found["stalls"].items()) == [("gmma", 2.25), ("wait", 1.5)]
     with pytest.raises(counters.ProfilingError, match="no kernel"):
         counters.counters("==WARNING== No kernels were profiled.")
