@@ -8,6 +8,7 @@ them from the last to the first: tiles across the upper edge, full tiles, tiles 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import sympy
 from sympy.logic.boolalg import And, Boolean, Or
@@ -34,6 +35,7 @@ class Bounds:
     rising: bool
 
 
+@lru_cache(maxsize=256)
 def bounds(predicate: Boolean, m: str, p: str, row: Expr, rows: int, step: int) -> Bounds:
     """For a tile of `rows` rows along `p` from `row` (a multiple of `rows`) and tiles of `step` along `m`."""
     ranges: Ranges = {p: (row, row + rows - 1)}

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import sympy
 from sympy.logic.boolalg import And, Boolean
@@ -142,8 +142,9 @@ def form(program: LoopProgram) -> Form:
     return nest_form(program.cascade, program.nests[0])
 
 
+@lru_cache(maxsize=64)
 def nest_form(cascade: Cascade, nest: SerialNest) -> Form:
-    """One of a planned cascade's nests as the kernel sees it. Raises as `form` does."""
+    """One of a planned cascade's nests as the kernel sees it, for all schedules. Raises as `form` does."""
     loop = tile_loop(cascade, nest)
     if loop.prologue:
         raise Unsupported(f"{loop.prologue[0].name} is computed before the loop")

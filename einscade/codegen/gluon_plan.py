@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import sympy
 
@@ -114,7 +114,7 @@ class Plan:
             raise Unsupported(f"a tile of {columns} along {shape.m}: 32, 64, 128 or 256 are what the kernel takes")
         self.columns, self.stages, self.resident = columns, max(1, schedule.stages), schedule.resident
         self.f = max(padded(x.values.width) for x in shape.sums)
-        self.statements, self.scores, self.epilogue, self.rescales = self._in_base2()
+        self.statements, self.scores, self.epilogue, self.rescales = _in_base2(shape)
         self.factors = {s.name: factor_of(s, x.e) for s, x in zip(self.scores, shape.products, strict=True)}
         self.bounds = bounds(shape.keep, shape.m, shape.p, var("row"), self.rows, self.columns)
         self.used: set[str] = set()
@@ -214,49 +214,6 @@ class Plan:
         """The name of the place in a tile of the loop, where a statement reads it."""
         name = coordinates(self.shape.m)[1].name
         return name if any(name in free_vars(s.expr) for s in self.statements) else None
-
-    def _in_base2(
-        self,
-    ) -> tuple[tuple[Statement, ...], tuple[Statement, ...], tuple[Statement, ...], tuple[Expr | None, ...]]:
-        """The statements between, the scores, those after the loop, and the sums' rescaling factors, with exponentials
-        in base 2; the factors travel as statements."""
-        shape = self.shape
-        body = (*(x.score for x in shape.products), *shape.statements)
-        for i, total in enumerate(shape.sums):
-            if total.rescale is not None:
-                ranks = tuple(r for r in total.state.ranks if r != total.f)
-                body = (*body, Statement(f"rescale {i}", ranks, total.rescale))
-        loop = base2(replace(shape.loop, body=body, states=shape.states), self._unit())
-        made = {s.name: s for s in loop.body}
-        rescales = tuple(made[f"rescale {i}"].expr if f"rescale {i}" in made else None for i in range(len(shape.sums)))
-        rest = tuple(s for s in loop.body if not s.name.startswith("rescale ") and s.name not in shape.scores)
-        scores = []
-        for x in shape.products:
-            score = made[x.score.name]
-            factor = factor_of(score, x.e)
-            if factor.is_number and score.fill is None:  # it joins the numbers of whatever reads the score
-                score = replace(score, expr=score.expr / factor)
-                scaled = {a: factor * a for s in rest for a in s.reads if a.tensor == score.name}
-                rest = tuple(replace(s, expr=s.expr.xreplace(scaled)) for s in rest)
-            scores.append(score)
-        rest = row_terms_apart(rest, shape.p, shape.m)
-        return tuple(map(spread, rest)), tuple(scores), loop.epilogue, rescales
-
-    def _unit(self) -> Expr | None:
-        """What a modified score `c*score + ...` is kept in: c times the score's own factor, so that adding to it is one
-        multiply-add for each point. None: what `base2` chooses."""
-        units = {self._unit_of(x.score, x.e) for x in self.shape.products}
-        return units.pop() if len(units) == 1 else None
-
-    def _unit_of(self, score: Statement, e: str) -> Expr | None:
-        access = Access(score.name, *map(var, score.ranks))
-        readers = [s for s in self.shape.statements if access in s.reads]
-        number = factor_of(score, e)
-        if len(readers) != 1 or not readers[0].expr.is_Add or not number.is_number:
-            return None
-        unit = number * readers[0].expr.coeff(access)
-        rest = readers[0].expr - readers[0].expr.coeff(access) * access
-        return unit if unit.is_number and unit.is_positive and not rest.has(access) else None
 
     # -- other inputs --
 
@@ -438,3 +395,49 @@ def spread(s: Statement) -> Statement:
     if s.monoid is not None or not rest.is_Add:
         return s
     return replace(s, expr=sympy.Add(*(number * t for t in rest.args)))
+
+
+@lru_cache(maxsize=64)
+def _in_base2(
+    shape: Form,
+) -> tuple[tuple[Statement, ...], tuple[Statement, ...], tuple[Statement, ...], tuple[Expr | None, ...]]:
+    """The statements between, the scores, those after the loop, and the sums' rescaling factors, with exponentials
+    in base 2; the factors travel as statements."""
+    body = (*(x.score for x in shape.products), *shape.statements)
+    for i, total in enumerate(shape.sums):
+        if total.rescale is not None:
+            ranks = tuple(r for r in total.state.ranks if r != total.f)
+            body = (*body, Statement(f"rescale {i}", ranks, total.rescale))
+    loop = base2(replace(shape.loop, body=body, states=shape.states), _unit(shape))
+    made = {s.name: s for s in loop.body}
+    rescales = tuple(made[f"rescale {i}"].expr if f"rescale {i}" in made else None for i in range(len(shape.sums)))
+    rest = tuple(s for s in loop.body if not s.name.startswith("rescale ") and s.name not in shape.scores)
+    scores = []
+    for x in shape.products:
+        score = made[x.score.name]
+        factor = factor_of(score, x.e)
+        if factor.is_number and score.fill is None:  # it joins the numbers of whatever reads the score
+            score = replace(score, expr=score.expr / factor)
+            scaled = {a: factor * a for s in rest for a in s.reads if a.tensor == score.name}
+            rest = tuple(replace(s, expr=s.expr.xreplace(scaled)) for s in rest)
+        scores.append(score)
+    rest = row_terms_apart(rest, shape.p, shape.m)
+    return tuple(map(spread, rest)), tuple(scores), loop.epilogue, rescales
+
+
+def _unit(shape: Form) -> Expr | None:
+    """What a modified score `c*score + ...` is kept in: c times the score's own factor, so that adding to it is one
+    multiply-add for each point. None: what `base2` chooses."""
+    units = {_unit_of(shape, x.score, x.e) for x in shape.products}
+    return units.pop() if len(units) == 1 else None
+
+
+def _unit_of(shape: Form, score: Statement, e: str) -> Expr | None:
+    access = Access(score.name, *map(var, score.ranks))
+    readers = [s for s in shape.statements if access in s.reads]
+    number = factor_of(score, e)
+    if len(readers) != 1 or not readers[0].expr.is_Add or not number.is_number:
+        return None
+    unit = number * readers[0].expr.coeff(access)
+    rest = readers[0].expr - readers[0].expr.coeff(access) * access
+    return unit if unit.is_number and unit.is_positive and not rest.has(access) else None

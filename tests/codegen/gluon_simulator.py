@@ -21,14 +21,14 @@ wrong silently on a GPU:
 from __future__ import annotations
 
 import ast
+import functools
 import random
 import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from math import prod
-from types import SimpleNamespace
+from types import CodeType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -106,7 +106,7 @@ class Partition:
     ready: Callable[[], bool] = lambda: True
     waits_for: str = ""
     finished: bool = False
-    failure: BaseException | None = None
+    thread: threading.Thread | None = None
     turn: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
 
 
@@ -122,24 +122,18 @@ class Simulator:
         self.constancy = self.random.choice([0.2, 0.5, 0.9])  # how long a partition keeps the turn
         self.partitions: list[Partition] = []
         self.flights: list[Flight] = []
-        self.back = threading.Semaphore(0)
+        self.over = threading.Semaphore(0)
         self.running: Partition = Partition("host", 0, lambda: None)
         self.abandoned = False
+        self.failure: BaseException | None = None
 
     def load(self, text: str) -> SimpleNamespace:
         """The module's namespace, with stand-ins for what it imports from Triton."""
-        tree = ast.parse(text)
+        imported, code = _parsed(text)
         stand_ins = self._stand_ins()
-        space: dict[str, Any] = {"__name__": "simulated"}
-        kept = []
-        for node in tree.body:
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("triton"):
-                space |= {a.asname or a.name: stand_ins[a.asname or a.name] for a in node.names}
-            elif isinstance(node, ast.Import) and [a.name for a in node.names] == ["torch"]:
-                space["torch"] = _Torch()
-            else:
-                kept.append(node)
-        exec(compile(ast.Module(kept, []), "<generated>", "exec"), space)
+        space: dict[str, Any] = {"__name__": "simulated", "torch": _Torch()}
+        space |= {name: stand_ins[name] for name in imported}
+        exec(code, space)
         return SimpleNamespace(**space)
 
     # -- programs and partitions --
@@ -156,65 +150,71 @@ class Simulator:
             self._drive()
 
     def _drive(self) -> None:
-        """Give turns until all partitions are done."""
-        threads = []
-        started: set[Partition] = set()
-        self.abandoned = False
+        """Let partitions take turns until all are done. Who has the turn gives it away; this thread only waits."""
+        self.abandoned, self.failure = False, None
         try:
-            while not all(p.finished for p in self.partitions):
-                for p in self.partitions:
-                    if p not in started:
-                        started.add(p)
-                        threads.append(threading.Thread(target=self._run, args=(p,), daemon=True))
-                        threads[-1].start()
-                self._turn()
+            self._choose()
+            self._resume()
+            self.over.acquire()
+            if self.failure is not None:
+                raise self.failure
             check(not self.flights, f"{len(self.flights)} operations are in flight at the end of the program")
         finally:
             self.abandoned = True
             for p in self.partitions:
                 p.turn.release()
-            for t in threads:
-                t.join()
+                if p.thread is not None:
+                    p.thread.join()
 
-    def _turn(self) -> None:
-        while self.flights and self.random.random() < self.haste:
-            self._land_one()
-        able = [p for p in self.partitions if not p.finished and p.ready()]
-        if not able:
+    def _choose(self) -> None:
+        """Decide whose turn it is, and what lands before."""
+        while True:
+            while self.flights and self.random.random() < self.haste:
+                self._land_one()
+            if able := [p for p in self.partitions if not p.finished and p.ready()]:
+                break
             if not self.flights:
                 waits = "; ".join(f"{p.name} waits for {p.waits_for}" for p in self.partitions if not p.finished)
                 raise Deadlock(waits)
             self._land_one()
-            return
         if not (self.running in able and self.random.random() < self.constancy):
             self.running = self.random.choice(able)
-        self.running.turn.release()
-        self.back.acquire()
-        if self.running.failure is not None:
-            raise self.running.failure
+
+    def _resume(self) -> None:
+        """Give the turn to the partition that was chosen."""
+        p = self.running
+        if p.thread is None:
+            p.thread = threading.Thread(target=self._run, args=(p,), daemon=True)
+            p.thread.start()
+        else:
+            p.turn.release()
 
     def _run(self, p: Partition) -> None:
-        p.turn.acquire()
         try:
-            if not self.abandoned:
-                p.body()
-                own = [f.kind for f in self.flights if f.owner is p and f.kind != "load"]
-                check(not own, f"{p.name} ends with a {own[0] if own else ''} in flight")
+            p.body()
+            own = [f.kind for f in self.flights if f.owner is p and f.kind != "load"]
+            check(not own, f"{p.name} ends with a {own[0] if own else ''} in flight")
+            p.finished = True
+            if not all(q.finished for q in self.partitions):
+                self._choose()
+                self._resume()
+                return
         except _Abandoned:
-            pass
+            return
         except BaseException as failure:
-            p.failure = failure
-        p.finished = True
-        self.back.release()
+            self.failure = failure
+        self.over.release()
 
     def pause(self, ready: Callable[[], bool] = lambda: True, waits_for: str = "its turn") -> None:
         """A moment at which another partition may go on; until `ready`."""
         p = self.running
         p.ready, p.waits_for = ready, waits_for
-        self.back.release()
-        p.turn.acquire()
-        if self.abandoned:
-            raise _Abandoned
+        self._choose()
+        if self.running is not p:
+            self._resume()
+            p.turn.acquire()
+            if self.abandoned:
+                raise _Abandoned
         check(ready(), f"{p.name} was woken too early")
 
     def _specialize(self, parts: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]], warps: Sequence[int],
@@ -461,6 +461,18 @@ class Simulator:
         return Kernel(self, fn) if fn is not None else lambda f: Kernel(self, f)
 
 
+@functools.cache
+def _parsed(text: str) -> tuple[list[str], CodeType]:
+    """What a module imports from Triton, and its code without imports."""
+    imported, kept = [], []
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("triton"):
+            imported += [a.asname or a.name for a in node.names]
+        elif not (isinstance(node, ast.Import) and [a.name for a in node.names] == ["torch"]):
+            kept.append(node)
+    return imported, compile(ast.Module(kept, []), "<generated>", "exec")
+
+
 class Kernel:
     """A device function: called by others, or launched on a grid."""
 
@@ -472,7 +484,7 @@ class Kernel:
 
     def __getitem__(self, grid: Sequence[int]) -> Callable[..., None]:
         def launch(*arguments: Any, num_warps: int = 4, launch_pdl: bool = False, **constants: Any) -> None:
-            self.simulator.launch(partial(self.fn, **constants), grid, arguments, num_warps, launch_pdl)
+            self.simulator.launch(functools.partial(self.fn, **constants), grid, arguments, num_warps, launch_pdl)
 
         return launch
 
