@@ -3,8 +3,7 @@
 Comes in: an Einsum that stands alone before or behind a loop. Goes out: the text of a kernel and of its launch, for
 
     RowSum:    S[b,p] = sum(d) X[b,p,d] * Y[b,p,d]            a gradient's statistic of its rows
-    SliceSum:  K[b,g,m,e] = sum(n) X[b,4*g + n,m,e]           the gradients of the heads of a group; with one slice,
-                                                              a float32 sum in the precision that was asked for
+    SliceSum:  K[b,g,m,e] = sum(n) X[b,4*g + n,m,e]           the gradients of the heads of a group
 
 `row_sum` and `slice_sum` return None for what is not of this form. As torch operations the first takes a float32 copy
 of every operand, the second one of its result.

@@ -27,7 +27,7 @@ from einscade.codegen.gluon_chain import Chain, Iteration
 from einscade.codegen.gluon_form import Form, Operand, WeightedSum
 from einscade.codegen.gluon_plan import GROUP_ROWS, REGISTERS, SHARED
 from einscade.codegen.gluon_points import GLUON_DTYPES
-from einscade.codegen.gluon_rows import SliceSum
+from einscade.codegen.gluon_sum import LINE, Part
 from einscade.codegen.gluon_values import Printer
 from einscade.codegen.schedule import Schedule
 from einscade.codegen.source import Unsupported
@@ -123,8 +123,8 @@ def _within_rows(form: Form) -> Form:
 
 
 class SpreadChain(Chain):
-    """The kernel of a form with a sum of its programs. The tensor of that sum, which lies in memory as the copy engine
-    reads it whatever the result's order, has the result's name and `_sum`."""
+    """The kernel of a form with a sum of its programs. The tensor of that sum, in memory as `Part` has it whatever the
+    result's order, has the result's name and `_sum`."""
 
     spilled = 16
 
@@ -135,9 +135,9 @@ class SpreadChain(Chain):
     # -- sizes and names --
 
     @cached_property
-    def part(self) -> tuple[int, int]:
-        """Rows and columns of the sum's tile that a warpgroup multiplies: all rows of the tile if there are 64, and a
-        part of the columns."""
+    def part(self) -> Part:
+        """What a warpgroup multiplies of the sum's tile: all rows of the tile if there are 64, and a part of the
+        columns."""
         width = next(r.width for r in self.stills if r.operand == self.spread.values)
         down = max(1, self.columns // GROUP_ROWS)
         if self.columns % GROUP_ROWS or self.groups % down:
@@ -145,7 +145,7 @@ class SpreadChain(Chain):
         across = width * down // self.groups
         if across * self.groups != width * down or (across != width and across % PANEL):
             raise Unsupported(f"{self.groups} warpgroups do not share a tile {width} wide")
-        return GROUP_ROWS, across
+        return Part(self.columns, across, self.groups)
 
     @property
     def total(self) -> str:
@@ -159,10 +159,10 @@ class SpreadChain(Chain):
 
     def _check_fit(self) -> None:
         super()._check_fit()
-        rows, across = self.part
+        across = self.part.columns
         tiles = self.stages * self.columns * sum(r.width for r in self.rings) * 2
         tiles += self.rows * sum(r.width for r in self.stills) * 2 + 2 * self.rows * self.columns * 2
-        tiles += self.groups * rows * across * 4 + self.stages * self.columns * sum(t.size for t in self.tables)
+        tiles += self.groups * GROUP_ROWS * across * 4 + self.stages * self.columns * sum(t.size for t in self.tables)
         if len(self.shares) < len(self.shape.written) or tiles + 1024 > SHARED:
             raise Unsupported(f"{tiles} bytes of tiles do not fit in {SHARED} bytes of shared memory")
         registers = len(self.shape.sums) * self.f // 2 + across // 2 + self.columns // 2 + 24
@@ -170,17 +170,12 @@ class SpreadChain(Chain):
             raise Unsupported(f"a part of {across} columns does not fit in {REGISTERS[self.groups]} registers")
 
     def _table_layouts(self) -> list[str]:
-        _, across = self.part
-        return [
-            *super()._table_layouts(),
-            "OTHERS = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))",
-            f"PART = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, {across}, 16]))",
-            "PART_TILE = gl.constexpr(gl.NVMMASharedLayout(128, 32, 2))",
-        ]
+        others = "OTHERS = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))"
+        return [*super()._table_layouts(), others, *self.part.layouts]
 
     def _allocate_tables(self) -> list[str]:
         dtype = GLUON_DTYPES[self.shape.dtype]
-        block = ", ".join(["1"] * len(self.spread.result.batch) + list(map(str, self.part)))
+        block = ", ".join(["1"] * len(self.spread.result.batch) + [str(self.part.lines), str(LINE)])
         return [
             *super()._allocate_tables(),
             f"others = gl.allocate_shared_memory({dtype}, [2 * GROUPS, {GROUP_ROWS}, STEP], OTHERS)",
@@ -214,7 +209,7 @@ class SpreadChain(Chain):
         return [f"{self.total}_map"]
 
     def _map_calls(self) -> list[str]:
-        return [f"tile_map({self.total}, {self.part[0]}, {self.part[1]})"]
+        return [f"tile_map({self.total}, {self.part.lines}, {LINE})"]
 
     # -- the iteration --
 
@@ -259,7 +254,7 @@ class SpreadChain(Chain):
 
     def _multiply_part(self, it: Iteration) -> list[str]:
         """This warpgroup's part of the product of all weights of the iteration before."""
-        rows, across = self.part
+        rows, across = GROUP_ROWS, self.part.columns
         ring = next(r for r in self.stills if r.operand == self.spread.values)
         weights = ".permute([1, 0])"
         if self.columns > rows:
@@ -277,21 +272,17 @@ class SpreadChain(Chain):
 
     def _send(self, tile: str, condition: str | None) -> list[str]:
         """Add the part to the sum in memory, once what was sent before has left its tile."""
-        rows, across = self.part
-        ring = next(r for r in self.stills if r.operand == self.spread.values)
-        down = f" + group * {rows}" if self.columns > rows else ""
-        column = f"group * {across}" if across != ring.width else "0"
         result, member = self.spread.result, []
         if (x := self.shape.members) is not None:
             last = f"(i + {x.count - 1}) % {x.count}" if condition else x.count - 1
             member = [f"{x.rank}_before = {x.group} * {x.count} + {last}"]
             before = {var(x.rank): var(f"{x.rank}_before")}
             result = replace(result, batch=tuple((at, index.xreplace(before)) for at, index in result.batch))
-        at = self._coordinates(result, f"({tile}) * STEP{down}", column)
+        at = self._coordinates(result, self.part.first_line(tile))
         sent = [*member, f"at = {at}", f"add_tile({self.total}_map, at, part_tile.index(group))"]
         return [
             "tma.store_wait(0)",
-            f"part_tile.index(group)._reinterpret(gl.float32, [{rows}, {across}], PART_TILE).store(part)",
+            *self.part.store("part_tile.index(group)", "part"),
             "fence_async_shared()",
             *([f"if {condition}:", *("    " + line for line in sent)] if condition else sent),
         ]
@@ -336,26 +327,25 @@ class SpreadChain(Chain):
     # -- the host's part --
 
     def parts(self) -> list[str]:
-        return [*super().parts(), self.rounding.kernel("rounded")]
+        result = self.spread.result
+        ranks, dtype = self._rows_of_result(), self.cascade.tensors[result.tensor].dtype
+        number = sympy.Float(float(self.number))
+        return [*super().parts(), self.part.kernel("rounded", ranks, result.width, number, dtype)]
 
     @property
     def added(self) -> tuple[str, ...]:
         return (self.spread.result.tensor,)
 
-    @cached_property
-    def rounding(self) -> SliceSum:
-        """The result of the sum in memory, which is a sum of one slice."""
-        x, t = self.spread.result, self.cascade.tensors[self.spread.result.tensor]
-        *rows, across = (t.ranks[i] for i in x.order)
-        extents = tuple((r, self.shape.extent(r)) for r in rows)
-        index = tuple(((r, 1),) for r in (*rows, across))
-        number = sympy.Float(float(self.number))
-        return SliceSum(t.name, extents, across, x.width, self.total, index, "", 1, number, t.dtype)
+    def _rows_of_result(self) -> tuple[str, ...]:
+        """The ranks of the result but its width, in the order in which the copy engine sees them."""
+        *rows, _ = self.spread.result.order
+        return tuple(self.cascade.tensors[self.spread.result.tensor].ranks[i] for i in rows)
 
     def launch(self, device: str) -> list[str]:
         result = self._seen(self.spread.result)
+        extents = tuple(map(self.shape.extent, self._rows_of_result()))
         return [
-            f"{self.total} = torch.zeros({result}.shape, dtype=torch.float32, device={device})",
+            f"{self.total} = {self.part.zeros(result, device)}",
             *super().launch(device),
-            *self.rounding.launch("rounded", result, self.total),
+            *self.part.launch("rounded", self.total, result, extents),
         ]

@@ -140,16 +140,19 @@ def test_compiles(name: str, shape: dict[str, Any]) -> None:
 )  # fmt: skip
 def test_a_sum_over_programs_compiles(name: str, shape: dict[str, Any], kind: str) -> None:
     """As above; what is spilled is read again in every iteration, but nearly all of it written before the loops. Masks
-    are behind a branch, not conditional instructions of every iteration."""
+    are behind a branch, not conditional instructions of every iteration. Parts of the sum are stored 16 bytes wide."""
     gradient, loops = program(name, tuple(shape.items()))
     sizes = {"B": 1, "P": 300, "M": 300}
     used = {n: s for n, s in sizes.items() if n in loops.cascade.symbols}
     made = module(emit(loops, of_kind(loops, kind)[0]))
-    for shared, report, assembly in compiled(made, example(gradient, name, shape, sizes), used).values():
+    kernels = compiled(made, example(gradient, name, shape, sizes), used)
+    for shared, report, assembly in kernels.values():
         assert shared <= 227 << 10
         assert "serialized" not in report
         assert int(re.search(r"(\d+) bytes spill stores", report)[1]) <= 512, report  # type: ignore[index]
         assert not re.search(r"@!?P\d+ FSEL", assembly)
+    (kernel,) = (k for name, k in kernels.items() if name.startswith("kernel"))
+    assert kernel[2].count("STS.128") >= 2 * 64 // 8  # both warpgroups store 64 columns, in the loop and after it
 
 
 def test_the_gradient_of_a_bias_is_a_triton_kernel_beside_them() -> None:
