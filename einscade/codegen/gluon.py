@@ -2,7 +2,8 @@
 
 Comes in: a `LoopProgram` whose serial nests are products, what lies between them, and weighted sums (`gluon_form`), and
 a `Schedule`. Goes out: `Source` in "triton", a module that imports on its own. A program of one nest is one kernel,
-`gluon_overlap`'s, `gluon_joined`'s or `gluon_passes`', as the schedule says; one of several is `gluon_program`'s.
+`gluon_overlap`'s, `gluon_joined`'s or one in order (`gluon_passes`), as the schedule says; one of several is
+`gluon_program`'s.
 
 Schedule: the tile of the long row rank is 64 a warpgroup; the serial tile is the ring's; `stages` is its depth.
 """

@@ -2,8 +2,9 @@
 
 Comes in: what `gluon_overlap` takes, with a schedule that says `joined`. Goes out: a module in which the first scores
 of a program's next tile of rows are issued together with the last weighted sum of this one, as those of the next tile
-of keys are within a loop. So the tensor cores work while the first weights are made and while results leave. There are
-two places in shared memory for each operand that stays: these rows', and the next.
+of keys are within a loop. So the tensor cores work while the first weights are made and while results leave.
+`JoinedRows` is the frame of such a program, `Joined` one with a single pass over the keys; `gluon_passes` has that with
+several.
 """
 
 from __future__ import annotations
@@ -13,17 +14,99 @@ from einscade.codegen.gluon_plan import GROUP_ROWS, Ring
 from einscade.codegen.gluon_text import TURN, call, function, indent
 from einscade.codegen.source import Unsupported
 
-__all__ = ["Joined"]
+__all__ = ["Joined", "JoinedRows"]
 
 
-class Joined(Overlapped):
-    """One nest's kernel. `still_phase` is 0 for every other tile of rows and 1 for the rest, and so tells the places of
-    operands that stay apart; `slot_phase` is the phase of their barriers, which turn half as often."""
+class JoinedRows(Overlapped):
+    """A program that goes from one tile of rows to the next without a pause. How it begins (`_begin`), goes through the
+    tiles of a place (`_through`) and gets from its last sums to the next place (`_onward`) is a subclass's."""
 
     def _check_fit(self) -> None:
         if not self.resident:
             raise Unsupported("only a resident program's tiles of rows run into one another")
         super()._check_fit()
+
+    def _begin(self) -> list[str]:
+        """The first weights of a program, beside which there is nothing."""
+        raise NotImplementedError
+
+    def _through(self) -> list[str]:
+        """The tiles of a place after its first."""
+        raise NotImplementedError
+
+    def _onward(self) -> list[str]:
+        """The last sums of a place, and the first weights of the next if there is one."""
+        raise NotImplementedError
+
+    def _other_still(self) -> list[str]:
+        """From a place's operands that stay to those of the next."""
+        raise NotImplementedError
+
+    def _at_rows(self) -> list[str]:
+        """What a warpgroup knows of its rows, which begin at `row`."""
+        p_, printer = f"{self.shape.p}_", self._printer("")
+        lines = [f"{p_} = row + group * {GROUP_ROWS} + gl.arange(0, {GROUP_ROWS}, ROW)"]
+        return lines + [f"{x.name} = {self._element(x.access, printer).code}" for x in self.loads if x.name is not None]
+
+    def _at_place(self, program: str = "program") -> list[str]:
+        """To the first tile of a place."""
+        return [self._go_to(program), f"tile = {self._head()}", *self._at_rows()]
+
+    def _finish_arguments(self) -> list[str]:
+        maps = [f"{self.name(x.tensor)}_{end}" for x in self.shape.written for end in ("map", "tile")]
+        done = [*self.last._sum_names(), *self._state_names(), *self.shape.batch, "row"]
+        return [*done, *maps, *self._pointers(), *self.sizes]
+
+    def _finish(self) -> str:
+        """The function that writes results."""
+        lines = [
+            '"""What follows the loop of some rows."""',
+            *self._at_rows(),
+            *self._settle(),
+            *self._after(),
+            *(["tma.store_wait(0)  # of the rows before"] if self.shape.written else []),
+            *(line for written in self.shape.written for line in self._store(written)),
+        ]
+        return function("finish", [*self._finish_arguments(), "group: gl.constexpr"], lines)
+
+    def _compute(self) -> str:
+        shape, first = self.shape, self.first
+        initial, states = first._initial(self._printer("")), first._state_names()
+        finished = [*self._state_names(), *shape.batch, "row"]
+        before = {name: f"done_{name}" for name in finished}
+        given = [*(before.get(x, x) for x in self._finish_arguments()), "group"]
+        place = [
+            *self._through(),
+            f"{', '.join(before.values())} = {', '.join(finished)}",
+            *self._next_place("still_phase"),
+            *self._other_still(),
+            *initial[1 : 1 + len(states)],
+            *self._onward(),
+            f"finish({', '.join(given)})",
+            *initial[1 + len(states) :],
+        ]
+        own = f"A warpgroup: {GROUP_ROWS} rows of {shape.p} after another, all of their loops, and what follows."
+        turn = ["if group == GROUPS - 1:", "    pass_turn(group)  # the first turn is the first warpgroup's"]
+        lines = [
+            f'"""{own}"""',
+            *(turn if self.groups > 1 else []),
+            *("stage = 0", "phase = 0", "still_phase = 0"),
+            *(["slot_phase = 0"] if self.slots > 1 else []),
+            "program = gl.program_id(0)",
+            *self._at_place(),
+            *initial,
+            *self._begin(),
+            "while program < programs:",
+            *indent(x for line in place for x in line.splitlines()),
+            "tma.store_wait(0)",
+        ]
+        return function("compute", [*self._compute_arguments(), *self._table_constants(), "group: gl.constexpr"], lines)
+
+
+class Joined(JoinedRows):
+    """One nest's kernel, with two places in shared memory for each operand that stays: these rows', and the next.
+    `still_phase` is 0 for every other tile of rows and 1 for the rest, and so tells the places of operands that stay
+    apart; `slot_phase` is the phase of their barriers, which turn half as often."""
 
     def _functions(self) -> list[str]:
         turn = [TURN.strip("\n")] if self.groups > 1 else []
@@ -55,16 +138,8 @@ class Joined(Overlapped):
         """Nothing: weights of one loop's end and of the next one's beginning meet, where the compiler packs them."""
         return []
 
-    def _at_rows(self) -> list[str]:
-        """What a warpgroup knows of its rows, which begin at `row`."""
-        p_, printer = f"{self.shape.p}_", self._printer("")
-        lines = [f"{p_} = row + group * {GROUP_ROWS} + gl.arange(0, {GROUP_ROWS}, ROW)"]
-        return lines + [f"{x.name} = {self._element(x.access, printer).code}" for x in self.loads if x.name is not None]
-
-    def _at_place(self) -> list[str]:
-        """To the first tile of the place `program`."""
-        place = call(self._placed(), "place", ["program", *self._lists(), *self.sizes])
-        return [place, f"tile = {'gl.load(visits) // 2' if self.listed else 'end - 1'}", *self._at_rows()]
+    def _other_still(self) -> list[str]:
+        return ["slot_phase ^= still_phase", "still_phase ^= 1"]
 
     def _views(self) -> list[str]:
         at = "still_phase * GROUPS + group"
@@ -78,32 +153,13 @@ class Joined(Overlapped):
         results = [*self._running(), *self.rescale_names.values()]
         return call(results, "advance", [*passed, last, masked, *self._table_flags(), "group"]).splitlines()
 
-    def _next_program(self) -> list[str]:
-        if not self.dynamic:
-            return ["program += gl.num_programs(0)"]
-        return [
-            "mbarrier.wait(upcoming_full, still_phase)",
-            "program = gl.sum(upcoming.load(gl.BlockedLayout([1], [32], [4], [0])), axis=0)",
-            "mbarrier.arrive(upcoming_empty)",
-        ]
+    def _one_tile(self) -> str:
+        """Whether the first tile of a place is its last."""
+        return "count == 1" if self.listed else "tile == first"
 
-    def _finish_arguments(self) -> list[str]:
-        maps = [f"{self.name(x.tensor)}_{end}" for x in self.shape.written for end in ("map", "tile")]
-        done = [*self._sum_names(), *self._state_names(), *self.shape.batch, "row"]
-        return [*done, *maps, *self._pointers(), *self.sizes]
-
-    def _finish(self) -> str:
-        """The function that writes results."""
-        lines = ['"""What follows the loop of some rows."""', *self._at_rows(), *self._settle(), *self._after()]
-        lines += ["tma.store_wait(0)  # of the rows before"] if self.shape.written else []
-        lines += [line for written in self.shape.written for line in self._store(written)]
-        return function("finish", [*self._finish_arguments(), "group: gl.constexpr"], lines)
-
-    def _first_weights(self) -> list[str]:
-        """Those of a program's first tile of rows, beside which there is nothing."""
+    def _begin(self) -> list[str]:
         scores, states = self._score_names(), self._state_names()
         turn, done = self._turns()
-        last = "count == 1" if self.listed else "tile == first"
         given = [*scores, *states, "tile * STEP", *self._points(), *self._context(), "True"]
         return [
             *self._read_columns_early("True"),
@@ -116,18 +172,18 @@ class Joined(Overlapped):
             *done,
             self._waited(0, scores, scores),
             *(f"mbarrier.arrive({r.name}_empty.index(0))" for r in self.rings if not r.late),
-            f"if {last}:",
+            f"if {self._one_tile()}:",
             *(f"    mbarrier.arrive({x.name}_empty.index(0))" for x in self.stills),
             *self._read_tables("0", "0"),
             call([*states, *self.rescale_names.values(), *self.weight_names.values()], "weigh", given),
         ]
 
-    def _loop(self) -> list[str]:
-        """The tiles of a place after its first."""
+    def _through(self) -> list[str]:
         if not self.listed:
             step = [*self._advanced("tile == first", self._edge()), *self._rescale()]
-            return ["for _ in range(end - 1 - first):", "    tile -= 1", *indent(step)]
+            return [*self._views(), "for _ in range(end - 1 - first):", "    tile -= 1", *indent(step)]
         return [
+            *self._views(),
             "following = gl.load(visits + gl.minimum(1, count - 1))",
             "for i in range(1, count):",
             "    visit = following",
@@ -136,44 +192,16 @@ class Joined(Overlapped):
             *indent([*self._advanced("i == count - 1", self._edge()), *self._rescale()]),
         ]
 
-    def _compute(self) -> str:
-        shape, sums, states = self.shape, self._sum_names(), self._state_names()
-        weights, initial = list(self.weight_names.values()), self._initial(self._printer(""))
-        finished = [*states, *shape.batch, "row"]
-        before = {name: f"done_{name}" for name in finished}
-        given = [*(before.get(x, x) for x in self._finish_arguments()), "group"]
-        last = "count == 1" if self.listed else "tile == first"
-        place = [
-            *self._views(),
-            *self._loop(),
-            f"{', '.join(before.values())} = {', '.join(finished)}",
-            *self._next_program(),
-            "slot_phase ^= still_phase",
-            "still_phase ^= 1",
-            *initial[1 : 1 + len(states)],
+    def _onward(self) -> list[str]:
+        ending = [*self._sum_names(), *self.weight_names.values()]
+        return [
             "if program < programs:",
             *indent([
                 *self._at_place(),
                 *(f"mbarrier.wait({x.name}_full.index(still_phase), slot_phase)" for x in self.stills),
                 *self._views(),
-                *self._advanced(last, "True"),
+                *self._advanced(self._one_tile(), "True"),
             ]),
             "else:",
-            *indent([*self._accumulate("stage", "phase", ""), self._waited(0, [*sums, *weights], [*sums, *weights])]),
-            f"finish({', '.join(given)})",
-            *(f"{s} = gl.full([{GROUP_ROWS}, {self.f}], 0.0, gl.float32, RESULT)" for s in sums),
+            *indent([*self._accumulate("stage", "phase", ""), self._waited(0, ending, ending)]),
         ]  # fmt: skip
-        own = f"A warpgroup: {GROUP_ROWS} rows of {shape.p} after another, all of their loops, and what follows."
-        turn = ["if group == GROUPS - 1:", "    pass_turn(group)  # the first turn is the first warpgroup's"]
-        lines = [
-            f'"""{own}"""',
-            *(turn if self.groups > 1 else []),
-            *("stage = 0", "phase = 0", "still_phase = 0", "slot_phase = 0", "program = gl.program_id(0)"),
-            *self._at_place(),
-            *initial,
-            *self._first_weights(),
-            "while program < programs:",
-            *indent(x for line in place for x in line.splitlines()),
-            "tma.store_wait(0)",
-        ]
-        return function("compute", [*self._compute_arguments(), *self._table_constants(), "group: gl.constexpr"], lines)

@@ -19,6 +19,16 @@ __all__ = ["Overlapped"]
 class Overlapped(Frame):
     """One nest's kernel."""
 
+    @property
+    def first(self) -> Overlapped:
+        """What the first pass over the loop computes; here there is one."""
+        return self
+
+    @property
+    def last(self) -> Overlapped:
+        """What the last pass computes."""
+        return self
+
     def _functions(self) -> list[str]:
         turn = [TURN.strip("\n")] if self.groups > 1 else []
         load = [self._load(), *map(self._reader, self.tables)]

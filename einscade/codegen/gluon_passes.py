@@ -5,7 +5,8 @@ values and sums of a loop fall into parts that read nothing of each other. Side 
 would share the registers, and tiles would be short. One after another, each has the iteration of `gluon_overlap` and
 tiles as long as there. The first scores of a pass are issued with the last sums of the pass before, so that nothing
 waits in between; these sums stay in shared memory until the last pass is over. The passes share the rings: what several
-of them read (the values) is copied several times, out of the second-level cache.
+of them read (the values) is copied several times, out of the second-level cache. `JoinedPasses` goes from the last pass
+over some rows to the first pass over the next in the same way (`gluon_joined`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import networkx as nx
 
 from einscade.codegen.gluon_chain import Chain
 from einscade.codegen.gluon_form import Form
+from einscade.codegen.gluon_joined import JoinedRows
 from einscade.codegen.gluon_overlap import Overlapped
 from einscade.codegen.gluon_plan import GROUP_ROWS, REGISTERS, SHARED, Ring
 from einscade.codegen.gluon_text import TURN, call, function, indent
@@ -27,12 +29,16 @@ from einscade.codegen.source import Unsupported
 from einscade.codegen.tiles import Statement
 from einscade.ir.expr import Expr, accesses
 
-__all__ = ["Passes", "in_order", "in_passes"]
+__all__ = ["JoinedPasses", "Passes", "in_order", "in_passes"]
 
 
 def in_order(shape: Form, schedule: Schedule) -> Chain | Passes:
     """The kernel of a loop in order: of passes where there are several. Raises `Unsupported` where it does not fit."""
-    return (Passes if in_passes(shape) else Chain)(shape, schedule)
+    if in_passes(shape):
+        return (JoinedPasses if schedule.joined else Passes)(shape, schedule)
+    if schedule.joined:
+        raise Unsupported("products in order have no tiles of rows that run into one another")
+    return Chain(shape, schedule)
 
 
 def in_passes(shape: Form) -> bool:
@@ -60,6 +66,9 @@ def _parts(shape: Form, statements: Sequence[Statement], rescales: Sequence[Expr
 class Passes(Overlapped):
     """One nest's kernel."""
 
+    still_phase = "0"
+    """The phase of the barriers of operands that stay."""
+
     # -- the plan --
 
     @cached_property
@@ -76,10 +85,18 @@ class Passes(Overlapped):
         """The sums that wait in shared memory, a tile for each warpgroup."""
         return [name for x in self.passes[:-1] for name in x._sum_names()]
 
+    @property
+    def first(self) -> Pass:
+        return self.passes[0]
+
+    @property
+    def last(self) -> Pass:
+        return self.passes[-1]
+
     def _check_fit(self) -> None:
         first, *rest = self.passes
-        if self.resident or self.tables:
-            raise Unsupported("passes over a loop have a program for each tile of rows, and read no tables")
+        if self.tables or (self.resident and not self.schedule.joined):
+            raise Unsupported("passes over a loop read no tables; resident programs join them")
         if not rest or any(x.kind != first.kind for x in rest):
             raise Unsupported("passes over a loop need operands of the same kinds")
         tiles = self.stages * self.columns * sum(r.width for r in self.buffers) * 2
@@ -109,8 +126,15 @@ class Passes(Overlapped):
     def _functions(self) -> list[str]:
         turn = [TURN.strip("\n")] if self.groups > 1 else []
         passes = [text for x in self.passes for text in (x._weigh(), x._advance())]
-        crossings = [self._cross(*both) for both in pairwise(self.passes)]
-        return [*turn, self._place(), self._load(), *passes, *crossings, self._compute(), self._kernel()]
+        crossings = [self._cross(*both) for both in self._crossings()]
+        return [*turn, self._place(), self._load(), *passes, *crossings, *self._ending(), self._kernel()]
+
+    def _crossings(self) -> list[tuple[Pass, Pass]]:
+        """The passes that follow one another."""
+        return list(pairwise(self.passes))
+
+    def _ending(self) -> list[str]:
+        return [self._compute()]
 
     def _tiles_after(self, step: list[str]) -> list[str]:
         """A loop over the tiles after the first."""
@@ -119,19 +143,33 @@ class Passes(Overlapped):
         return ["for _ in range(end - 1 - first):", *indent(step)]
 
     def _load(self) -> str:
-        first, last = self.passes[0], self.passes[-1]
-        head = "gl.load(visits) // 2" if self.listed else "end - 1"
-        step = "visit // 2" if self.listed else "tile - 1"
-        lines = ['"""The loading warp: all of a program\'s tiles, pass by pass, in the order they are read."""']
-        lines += [f"tile = {head}", *self._copy_pass(first, True, "tile", "0")]
-        lines += [line for x in self.stills for line in self._copy_still(x)]
-        lines += ["stage = 0", "phase = 1"]
-        for x, after in zip(self.passes, [*self.passes[1:], None], strict=True):
-            lines += self._tiles_after([f"next_tile = {step}", *self._copy_next(x, x)])
-            if after is not None:
-                lines += [f"next_tile = {head}", *self._copy_next(x, after)]
-        lines += self._copy_pass(last, False, "tile", "stage", "phase")
+        lines = [
+            '"""The loading warp: all of a program\'s tiles, pass by pass, in the order they are read."""',
+            f"tile = {self._head()}",
+            *self._copy_pass(self.first, True, "tile", "0"),
+            *(line for x in self.stills for line in self._copy_still(x)),
+            *("stage = 0", "phase = 1"),
+            *self._copy_passes(),
+            *self._copy_pass(self.last, False, "tile", "stage", "phase"),
+        ]
         return function("load", self._load_arguments(), lines)
+
+    def _copy_passes(self) -> list[str]:
+        """What lies between the first tile of the first pass and the last of the last."""
+        lines: list[str] = []
+        for x, after in zip(self.passes, [*self.passes[1:], None], strict=True):
+            lines += self._tiles_after([f"next_tile = {self._step()}", *self._copy_next(x, x)])
+            if after is not None:
+                lines += [*self._copy_begun(after), f"next_tile = {self._head()}", *self._copy_next(x, after)]
+        return lines
+
+    def _copy_begun(self, x: Pass) -> list[str]:
+        """The operands that stay, where they come no sooner than their first pass."""
+        return []
+
+    def _step(self) -> str:
+        """The next tile of a pass."""
+        return "visit // 2" if self.listed else "tile - 1"
 
     def _copy_next(self, now: Pass, after: Pass) -> list[str]:
         """The operands of the next tile's products, and of this tile's sums."""
@@ -171,6 +209,7 @@ class Passes(Overlapped):
             *done,
             self._waited(len(sums), scores, scores),
             *(f"mbarrier.arrive({r.name}_empty.index(stage))" for r in self.buffers if not r.late),
+            *(f"mbarrier.arrive({x.name}_empty)" for x in self._left(before)),
             after._weigh_first("next_"),
             self._waited(0, [*sums, *weights], [*sums, *weights]),
             *(f"mbarrier.arrive({r.name}_empty.index(last_stage))" for r in self.buffers if r.late),
@@ -178,19 +217,28 @@ class Passes(Overlapped):
         ]
         return function(f"cross{after.suffix}", [*self._cross_arguments(before, after), "group: gl.constexpr"], lines)
 
+    def _left(self, x: Pass) -> list[Ring]:
+        """The operands that stay of which there will be others when this pass is over."""
+        return []
+
     def _crossed(self, before: Pass, after: Pass, weights: str = "next_") -> list[str]:
         made = [f"{weights}{w}" for w in after.weight_names.values()]
         return [*after._state_names(), *before._sum_names(), *made, "stage", "phase"]
 
     def _cross_arguments(self, before: Pass, after: Pass) -> list[str]:
         running = [*after._state_names(), *before._sum_names(), *before.weight_names.values(), "stage", "phase"]
-        return ["tile", *running, *after._tiles(), *self._ring_barriers(), "zero", *self._context()]
+        left = [f"{x.name}_empty" for x in self._left(before)]
+        return ["tile", *running, *after._tiles(), *left, *self._ring_barriers(), "zero", *self._context()]
+
+    def _cross_from(self, before: Pass, after: Pass) -> str:
+        """The call of that function."""
+        passed = [*_as_rows(after, self._cross_arguments(before, after)), "group"]
+        return call(self._crossed(before, after, ""), f"cross{after.suffix}", passed)
 
     def _compute(self) -> str:
-        shape, (first, *_), last = self.shape, self.passes, self.passes[-1]
-        printer, (turn, done) = self._printer(""), self._turns()
-        head = "gl.load(visits) // 2" if self.listed else "end - 1"
-        scores, sums, weights = first._score_names(), last._sum_names(), list(last.weight_names.values())
+        shape, first, last = self.shape, self.first, self.last
+        printer = self._printer("")
+        sums, weights = last._sum_names(), list(last.weight_names.values())
         begun = ["if group == GROUPS - 1:", "    pass_turn(group)  # the first turn is the first warpgroup's"]
         begun = begun if self.groups > 1 else []
         lines = [
@@ -198,9 +246,29 @@ class Passes(Overlapped):
             f"{shape.p}_ = row + group * {GROUP_ROWS} + gl.arange(0, {GROUP_ROWS}, ROW)",
             *(f"{x.name} = {self._element(x.access, printer).code}" for x in self.loads if x.name is not None),
             *first._initial(printer),
-            f"tile = {head}",
+            f"tile = {self._head()}",
             *self._read_columns_early("True"),
             *begun,
+            *self._first_weights(),
+            "stage = 0",
+            "phase = 0",
+            *self._all_passes(),
+            *last._pack(),
+            *last._accumulate("stage", "phase", ""),
+            self._waited(0, [*sums, *weights], [*sums, *weights]),
+            *self._take_kept(),
+            *self._settle(),
+            *self._after(),
+            *(line for x in shape.written for line in self._store(x)),
+            "tma.store_wait(0)",
+        ]
+        return function("compute", [*self._compute_arguments(), "group: gl.constexpr"], lines)
+
+    def _first_weights(self) -> list[str]:
+        """The first weights of all, beside which there is nothing."""
+        first, (turn, done) = self.first, self._turns()
+        scores = first._score_names()
+        return [
             *first._see_stills(),
             *(f"mbarrier.wait({r.name}_full.index(0), 0)" for r in self.buffers if r.early),
             *self._read_columns_copied("0"),
@@ -210,27 +278,96 @@ class Passes(Overlapped):
             self._waited(0, scores, scores),
             *(f"mbarrier.arrive({r.name}_empty.index(0))" for r in self.buffers if not r.late),
             first._weigh_first(""),
-            "stage = 0",
-            "phase = 0",
-            *first._rest_of_loop(),
         ]
+
+    def _all_passes(self) -> list[str]:
+        """The passes, after the first weights of the first and up to the last of the last."""
+        lines = self.first._rest_of_loop()
         for before, after in pairwise(self.passes):
-            lines += [*after._see_stills(), *after._initial(printer)[1:], f"tile = {head}"]
-            passed = [*_as_rows(after, self._cross_arguments(before, after)), "group"]
-            lines.append(call(self._crossed(before, after, ""), f"cross{after.suffix}", passed))
+            lines += [*after._see_stills(), *after._initial(self._printer(""))[1:], f"tile = {self._head()}"]
+            lines.append(self._cross_from(before, after))
             lines += [f"{name}_kept.index(group).store({name})" for name in before._sum_names()]
             lines += after._rest_of_loop()
-        lines += [
-            *last._pack(),
-            *last._accumulate("stage", "phase", ""),
-            self._waited(0, [*sums, *weights], [*sums, *weights]),
-            *(f"{name} = {name}_kept.index(group).load(RESULT)" for name in self.kept),
-            *self._settle(),
-            *self._after(),
-            *(line for x in shape.written for line in self._store(x)),
-            "tma.store_wait(0)",
+        return lines
+
+    def _take_kept(self) -> list[str]:
+        return [f"{name} = {name}_kept.index(group).load(RESULT)" for name in self.kept]
+
+
+AFTER = "gl.minimum(program, programs - 1)"
+"""The place after this one; after a program's last some other, whose first weights are made for nothing: with a branch
+around them, weights would come from two places, and the compiler would take them apart and join them again."""
+
+
+class JoinedPasses(JoinedRows, Passes):
+    """The same of a resident program. There is one place in shared memory for each operand that stays: the next rows'
+    comes when the last pass that reads it is over, and before the first one that does begins again."""
+
+    still_phase = "still_phase"
+
+    def _check_fit(self) -> None:
+        super()._check_fit()
+        if any(x in self.last.stills for x in self.first.stills):
+            raise Unsupported("the first pass over some rows reads what the last one over those before does")
+
+    def _ending(self) -> list[str]:
+        return [self._finish(), self._compute()]
+
+    def _crossings(self) -> list[tuple[Pass, Pass]]:
+        return [*super()._crossings(), (self.last, self.first)]
+
+    def _load(self) -> str:
+        first = self.first
+        place = [
+            *self._copy_passes(),
+            *self._take_place(),
+            *self._copy_pass(self.last, False, "tile", "stage", "phase"),
+            *self._next_place("still_phase", loads=True),
+            *self._next_still(),
+            self._go_to(AFTER),
+            f"tile = {self._head()}",
+            *self._copy_begun(first),
+            *self._stage_after(),
+            *self._copy_pass(first, True, "tile", "next_stage", "next_phase"),
+            *("stage = next_stage", "phase = next_phase"),
         ]
-        return function("compute", [*self._compute_arguments(), "group: gl.constexpr"], lines)
+        lines = [
+            '"""The loading warp: all tiles of a program\'s rows, pass by pass, in the order they are read."""',
+            *("program = gl.program_id(0)", self._go_to("program"), f"tile = {self._head()}"),
+            *(line for x in first.stills for line in first._copy_still(x)),
+            *self._copy_pass(first, True, "tile", "0"),
+            *("stage = 0", "phase = 1", *self._free_stills()),
+            "while program < programs:",
+            *indent(x for line in place for x in line.splitlines()),
+        ]
+        return function("load", self._load_arguments(), lines)
+
+    def _copy_begun(self, x: Pass) -> list[str]:
+        before = self.passes[: x.number]
+        new = [r for r in x.stills if not any(r in y.stills for y in before)]
+        return [line for r in new for line in self._copy_still(r)]
+
+    def _left(self, x: Pass) -> list[Ring]:
+        after = self.passes[x.number + 1 :]
+        return [r for r in x.stills if not any(r in y.stills for y in after)]
+
+    def _begin(self) -> list[str]:
+        return [*self._read_columns_early("True"), *self._first_weights()]
+
+    def _through(self) -> list[str]:
+        return [*self.first._views(), *self._all_passes()]
+
+    def _onward(self) -> list[str]:
+        return [*self._at_place(AFTER), *self.first._see_stills(), self._cross_from(self.last, self.first)]
+
+    def _other_still(self) -> list[str]:
+        return ["still_phase ^= 1"]
+
+    def _finish_arguments(self) -> list[str]:
+        return [*super()._finish_arguments(), *(f"{name}_kept" for name in self.kept)]
+
+    def _settle(self) -> list[str]:
+        return [*self._take_kept(), *super()._settle()]
 
 
 def _as_rows(x: Pass, arguments: list[str]) -> list[str]:
@@ -247,6 +384,7 @@ class Pass(Overlapped):
         cached = {n for c in type(whole).__mro__ for n, x in vars(c).items() if isinstance(x, cached_property)}
         vars(self).update({n: x for n, x in vars(whole).items() if n not in cached})
         shape, self.whole, self.number = whole.shape, whole, number
+        self.resident = 0  # what stays, the whole gives back, between the passes
         self.suffix = f"_{number + 1}" if number else ""
         self.statements = tuple(s for s in whole.statements if s.name in names)
         self.scores = tuple(s for s in whole.scores if s.name in names)
@@ -280,8 +418,10 @@ class Pass(Overlapped):
         return rings, len(self.shape.moving), len(self.shape.products), len(self.shape.sums)
 
     def _see_stills(self) -> list[str]:
-        waits = [f"mbarrier.wait({x.name}_full, 0)" for x in self.stills]
-        return waits + [f"{x.name}_rows = {self._view(x, 'group', still=True)}" for x in self.stills]
+        return [*(f"mbarrier.wait({x.name}_full, {self.whole.still_phase})" for x in self.stills), *self._views()]
+
+    def _views(self) -> list[str]:
+        return [f"{x.name}_rows = {self._view(x, 'group', still=True)}" for x in self.stills]
 
     def _weigh_first(self, prefix: str) -> str:
         """The first scores to weights."""
@@ -292,6 +432,5 @@ class Pass(Overlapped):
     def _rest_of_loop(self) -> list[str]:
         """The iterations after the first scores."""
         passed = [*_as_rows(self, self._advance_arguments()), self._edge(), "group"]
-        step = "visit // 2" if self.listed else "tile - 1"
         advance = call(self._running(), f"advance{self.suffix}", passed)
-        return self.whole._tiles_after([f"tile = {step}", *advance.splitlines()])
+        return self.whole._tiles_after([f"tile = {self.whole._step()}", *advance.splitlines()])

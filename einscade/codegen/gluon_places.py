@@ -78,29 +78,37 @@ class Places(Visits):
         list of one."""
         return ["lists" if self.resident else "visits", "counts"] if self.listed else []
 
+    def _go_to(self, program: str) -> str:
+        """What `place` says of a place."""
+        return call(self._placed(), "place", [program, *self._lists(), *self.sizes])
+
     def _each_place(self, lines: Sequence[str], loads: bool = False) -> list[str]:
-        """The lines for all places that a program takes, one after another. Where loops differ in length, it takes the
-        next that nobody has: the loading warp (`loads`) asks which that is before its last tile, late enough for a
-        good balance, and tells the warpgroups through shared memory."""
-        place = call(self._placed(), "place", ["program", *self._lists(), *self.sizes])
+        """The lines for all places that a program takes, one after another."""
+        place = self._go_to("program")
         if not self.dynamic:
             head = "for program in range(gl.program_id(0), programs, gl.num_programs(0)):"
             return [head, *indent(line for x in (place, *lines) for line in x.splitlines())]
+        body = [line for x in (place, *lines, *self._next_place("still_phase ^ 1", loads)) for line in x.splitlines()]
+        return ["program = gl.program_id(0)", "while program < programs:", *indent(body)]
+
+    def _next_place(self, phase: str, loads: bool = False) -> list[str]:
+        """The next place of a program (`phase`: 0 after its first one, then 1, 0, ...; of the loading warp, `loads`, it
+        is the other one). Where loops differ in length, that is the next which nobody has: the loading warp asks which
+        before its last tile, late enough for a good balance, and tells the warpgroups through shared memory."""
+        if not self.dynamic:
+            return ["program += gl.num_programs(0)"]
         if loads:
-            last = [
-                "mbarrier.wait(upcoming_empty, still_phase ^ 1)",
+            return [
+                f"mbarrier.wait(upcoming_empty, {phase})",
                 "upcoming.store(gl.full([1], following, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))",
                 "mbarrier.arrive(upcoming_full)",
                 "program = following",
             ]
-        else:
-            last = [
-                "mbarrier.wait(upcoming_full, still_phase ^ 1)",
-                "program = gl.sum(upcoming.load(gl.BlockedLayout([1], [32], [4], [0])), axis=0)",
-                "mbarrier.arrive(upcoming_empty)",
-            ]
-        body = [line for x in (place, *lines, *last) for line in x.splitlines()]
-        return ["program = gl.program_id(0)", "while program < programs:", *indent(body)]
+        return [
+            f"mbarrier.wait(upcoming_full, {phase})",
+            "program = gl.sum(upcoming.load(gl.BlockedLayout([1], [32], [4], [0])), axis=0)",
+            "mbarrier.arrive(upcoming_empty)",
+        ]
 
     def _take_place(self) -> list[str]:
         """The loading warp's question for the next place."""

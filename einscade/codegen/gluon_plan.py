@@ -126,8 +126,9 @@ class Plan:
 
     @property
     def slots(self) -> int:
-        """How many tiles of rows have their operands that stay in shared memory at once."""
-        return 2 if self.schedule.joined else 1
+        """How many tiles of rows have their operands that stay in shared memory at once: two where the next rows begin
+        while a single pass over the keys ends."""
+        return 2 if self.schedule.joined and not self.schedule.in_order else 1
 
     def dtype(self, tensor: str) -> str:
         return self.cascade.tensors[tensor].dtype

@@ -55,7 +55,7 @@ JOINED_START = 4.5
 
 JOINED = {2: 1.04, 3: 0.96}
 """The same as `UNEVEN` where tiles of rows are joined, by the number of warpgroups: three gain, as long causal rows of
-width 64 showed. Loops of one length, and lists of tiles, lose."""
+width 64 showed. Loops of one length, and lists of tiles, lose, unless they have several passes."""
 
 CACHED = 0.35
 """The part of the second-level cache that neighbours' operands may take up, besides what else goes through it."""
@@ -114,13 +114,14 @@ def schedules(
         resident = bool(choice.schedule.resident)
         loop = choice.groups * visited * choice.columns / 128 * SLOWER[choice.columns] * TURNS[choice.groups]
         if choice.schedule.joined:
-            return waves * (loop + JOINED_START) * JOINED[choice.groups]
+            return waves * (loop + JOINED_START) * (JOINED[choice.groups] if choice.uneven else 1.0)
         return waves * (loop + STARTS[resident]) * (UNEVEN if resident and choice.uneven else 1.0)
 
     resident = [
         replace(c, schedule=alternative)
         for c in found
-        for joined in (False, True)[: 1 + (c.uneven and c.iterations is not None and not c.schedule.in_order)]
+        for joined in (False, True)
+        if not joined or c.schedule.in_order or (c.uneven and c.iterations is not None)
         if c.groups > 1 and programs(c) > device.processors
         if _plan(shape, alternative := replace(c.schedule, resident=device.processors, joined=joined)) is not None
     ]

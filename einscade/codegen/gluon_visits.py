@@ -114,6 +114,10 @@ class Visits(Points):
     def _edge(self) -> str:
         return "visit % 2 != 0" if self.listed else super()._edge()
 
+    def _head(self) -> str:
+        """The tile that is visited first."""
+        return "gl.load(visits) // 2" if self.listed else "end - 1"
+
     def _tile_printer(self) -> Printer:
         """Prints predicates over tiles of the loop, a vector of them at once."""
         shape = self.shape

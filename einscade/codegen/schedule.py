@@ -37,7 +37,7 @@ class Schedule:
     grouped: a program goes through all members of a group (the heads that share keys), where all that its loop makes is
         summed over them (`codegen.gluon_group`).
     joined: a resident program issues the first scores of its next tile of rows together with the last weighted sum of
-        this one (`codegen.gluon_joined`).
+        this one (`codegen.gluon_joined`), of one pass over the loop or, in order, of several.
     abreast: so many neighbours along the innermost batch rank have their tiles of rows dealt out together
         (`codegen.gluon_places`).
     resident: so many programs at most, each of which takes one tile of rows after another; 0: a program for each.

@@ -1,4 +1,5 @@
-"""Loops of several softmaxes in passes: right in any order of events, and within a Hopper GPU's resources."""
+"""Loops of several softmaxes in passes, also of rows that run into one another: right in any order of events, within a
+Hopper GPU's resources, and chosen where they fit."""
 
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ from einscade.codegen.gluon_form import form
 from einscade.codegen.gluon_passes import Passes, in_order
 from einscade.codegen.loops import LoopProgram
 from einscade.codegen.schedule import Schedule
+from einscade.codegen.source import Unsupported
+from einscade.ir.device import H200
 from einscade.ir.interpret import interpret
 from einscade.ir.text import parse_cascade
 from tests.codegen import test_gluon_operands
@@ -54,27 +57,41 @@ TWO_PRODUCTS = """cascade parts(Q[b,h,p,e]: bf16, K[b,h,m,e]: bf16, A[b,h,p,r]: 
   Z[b,h,p]   = sum(m) W[b,h,p,m]
   O[b,h,p,f]: bf16 = sum(m) W[b,h,p,m] * V[b,h,m,f] / Z[b,h,p]
 """
+OWN = """cascade own(Q[b,p,e]: bf16, R[b,p,e]: bf16, X[b,m,e]: bf16) -> O[b,p,e]: bf16
+  where b < B, p < M, m < M, e < 64
+  A[b,p,m] = sum(e) 0.125 * Q[b,p,e] * X[b,m,e]   if m <= p
+  G[b,p]   = max(m) A[b,p,m]
+  W[b,p,m] = exp(A[b,p,m] - G[b,p])
+  Z[b,p]   = sum(m) W[b,p,m]
+  C[b,p,m] = sum(e) 0.125 * R[b,p,e] * X[b,m,e]   if m <= p
+  H[b,p]   = max(m) C[b,p,m]
+  U[b,p,m] = exp(C[b,p,m] - H[b,p])
+  Y[b,p]   = sum(m) U[b,p,m]
+  O[b,p,e]: bf16 = sum(m) (W[b,p,m] / Z[b,p] - 0.3 * U[b,p,m] / Y[b,p]) * X[b,m,e]
+"""
 SEVERAL = {n: test_gluon_operands.TEXTS[n] for n in ("two softmaxes", "halves of one tensor")}
 SEVERAL |= {"three softmaxes": THREE, "padding": PADDED}
 TEXTS = SEVERAL | {"one softmax of two products": TWO_PRODUCTS}
+KINDS = [(name, False) for name in TEXTS] + [(name, True) for name in SEVERAL]
 
 
-def ordered(loops: LoopProgram) -> list[Schedule]:
+def ordered(loops: LoopProgram, joined: bool = False) -> list[Schedule]:
     """The schedules in order, and one of small tiles."""
     found = [s for s in schedules(loops) if s.in_order]
     small = {"p": 64, str(form(loops).loop.step): 32}
-    return [*found, replace(found[0], tiles=tuple(sorted(small.items())))]
+    found.append(replace(found[0], tiles=tuple(sorted(small.items()))))
+    return [replace(s, joined=True, resident=3) for s in found] if joined else found
 
 
 @pytest.mark.parametrize("lengths", [(300, 304), (200, 77), (1, 1)], ids=str)
-@pytest.mark.parametrize("name", TEXTS)
-def test_right(name: str, lengths: tuple[int, int]) -> None:
-    text, sizes = TEXTS[name], {"B": 1, "P": lengths[0], "M": lengths[1]}
+@pytest.mark.parametrize(("name", "joined"), KINDS)
+def test_right(name: str, joined: bool, lengths: tuple[int, int]) -> None:
+    text, sizes = TEXTS[name], {"B": 1 + joined, "P": lengths[0], "M": lengths[1]}
     given, plain = test_gluon_operands.inputs(text, sizes), parse_cascade(text)
     loops = test_gluon_operands.program(text)
     exact = interpret(plain, dict(zip((t.name for t in plain.inputs), given, strict=True)), {})["O"]
     passed = {s: sizes[s] for s in loops.cascade.symbols if s in sizes}
-    tried = ordered(loops)
+    tried = ordered(loops, joined)
     assert len(tried) > 1
     for schedule in tried:
         for seed in range(2):
@@ -104,10 +121,54 @@ def test_every_synchronisation_is_missed() -> None:
     assert not [source.split("\n")[i] for i in lines if all(right(without(source, i), seed) for seed in range(60))]
 
 
+def test_every_synchronisation_of_joined_rows_is_missed() -> None:
+    """Where one tensor is keys and values (else the wait for a place of values says enough of the keys). What tells the
+    next rows need not be waited for: those before it have been read when the last pass's queries are given back."""
+    loops, plain = test_gluon_operands.program(OWN), parse_cascade(OWN)
+    source = emit(loops, replace(ordered(loops, joined=True)[-1], resident=2, stages=4)).text
+    cases = []
+    for sizes in ({"B": 9, "M": 30}, {"B": 2, "M": 200}):  # one tile of the loop, and several
+        given = test_gluon_operands.inputs(OWN, sizes)
+        exact = interpret(plain, dict(zip((t.name for t in plain.inputs), given, strict=True)), {})["O"]
+        cases.append(partial(test_gluon_operands.holds, given=given, sizes=sizes, exact=exact))
+
+    def right(changed: str, seed: int) -> bool:
+        return all(case(changed, seed) for case in cases)
+
+    assert all(right(source, seed) for seed in range(8))
+    lines = [i for i, x in enumerate(source.split("\n")) if SYNCHRONISES.match(x) and "wait(upcoming_empty" not in x]
+    assert len(lines) > 30
+    assert not [source.split("\n")[i] for i in lines if all(right(without(source, i), seed) for seed in range(60))]
+
+
+def test_rows_are_joined_where_the_next_operand_can_come_early() -> None:
+    """That of the first pass cannot where the last pass reads it, too."""
+    one = PADDED.replace("R[b,p,e]: bf16, ", "").replace("R[b,p,e]", "Q[b,p,e]")
+    for text, reason in ((one, "the last one over those before"), (TWO_PRODUCTS, "in order")):
+        loops = test_gluon_operands.program(text)
+        with pytest.raises(Unsupported, match=reason):
+            emit(loops, ordered(loops, joined=True)[0])
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_joined_rows_are_tried(name: str) -> None:
+    """Where rows have loops of one length, or three warpgroups, first of all; not where all are worked on at once."""
+    loops = test_gluon_operands.program(TEXTS[name])
+
+    def chosen(length: int) -> list[bool]:
+        return [s.joined for s in schedules(loops, H200, {"B": 64, "P": length, "M": length}) if s.in_order]
+
+    assert any(chosen(8192))
+    assert chosen(8192)[0] or name not in ("two softmaxes", "halves of one tensor")
+    assert not any(chosen(128))
+
+
+@pytest.mark.parametrize("joined", [False, True], ids=["apart", "joined"])
 @pytest.mark.parametrize("name", [*SEVERAL])
-def test_fits_on_chip(name: str) -> None:
-    """Causal softmaxes may spill two registers in each of three warpgroups."""
+def test_fits_on_chip(name: str, joined: bool) -> None:
+    """Causal softmaxes may spill two registers in each of three warpgroups, five where rows are joined."""
     text, sizes = TEXTS[name], {"B": 2, "P": 300, "M": 304}
     loops = test_gluon_operands.program(text)
     passed = {s: sizes[s] for s in loops.cascade.symbols if s in sizes}
-    assert_fits(module(emit(loops, ordered(loops)[0])), test_gluon_operands.inputs(text, sizes), passed, spilled=24)
+    made = module(emit(loops, ordered(loops, joined)[0]))
+    assert_fits(made, test_gluon_operands.inputs(text, sizes), passed, spilled=60 if joined else 24)
