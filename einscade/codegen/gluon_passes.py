@@ -158,13 +158,14 @@ class Passes(Overlapped):
         """What lies between the first tile of the first pass and the last of the last."""
         lines: list[str] = []
         for x, after in zip(self.passes, [*self.passes[1:], None], strict=True):
+            lines += self._copy_begun(after) if after is not None else []
             lines += self._tiles_after([f"next_tile = {self._step()}", *self._copy_next(x, x)])
             if after is not None:
-                lines += [*self._copy_begun(after), f"next_tile = {self._head()}", *self._copy_next(x, after)]
+                lines += [f"next_tile = {self._head()}", *self._copy_next(x, after)]
         return lines
 
     def _copy_begun(self, x: Pass) -> list[str]:
-        """The operands that stay, where they come no sooner than their first pass."""
+        """The operands that stay and that no pass before reads, where they come no sooner than that one begins."""
         return []
 
     def _step(self) -> str:
