@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -80,7 +81,12 @@ def text(case: Case, dtype: str = "f32", h: int = 4, g: int = 2, e: int = 16, f:
 
 def cascade(case: Case, **shape: int | str) -> tuple[Cascade, Cascade]:
     """The textbook form, and what the exact recipe makes of it."""
-    plain = parse_cascade(text(case, **shape))  # type: ignore[arg-type]
+    return _rewritten(text(case, **shape))  # type: ignore[arg-type]
+
+
+@functools.cache
+def _rewritten(spelled: str) -> tuple[Cascade, Cascade]:
+    plain = parse_cascade(spelled)
     return plain, rewrite(plain, "exact").cascade
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from functools import partial
 
@@ -100,6 +101,7 @@ TEXTS = {
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 
+@functools.cache
 def program(text: str) -> LoopProgram:
     return plan(rewrite(parse_cascade(text), "exact").cascade)
 

@@ -3,6 +3,7 @@ without a mask holds nothing but points; for sorted and for shuffled data."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +68,7 @@ def textbook(name: str) -> Cascade:
     return parse_cascade(TEXT.format(domain=domain.text, extra="".join(f", {x}" for x, _ in domain.extra)))
 
 
+@functools.cache
 def program(name: str) -> LoopProgram:
     return plan(rewrite(textbook(name), "exact").cascade)
 
