@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import sympy
 from sympy.logic.boolalg import And, Boolean, Or
@@ -170,6 +170,7 @@ def _may_overflow(expr: Expr) -> bool:
 # -- one nest ---------------------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=256)
 def tile_loop(cascade: Cascade, nest: SerialNest, clip: bool = True) -> TileLoop:
     """The tile form of a serial nest of a planned cascade. `clip`: the last tile is cut short, so that points beyond
     the end need no mask; else tiles are whole and the end is a condition like any other."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import sympy
 from sympy import Basic
@@ -34,7 +35,7 @@ class Existence:
         """Where everything exists that an expression reads; of a `Where` the branch that it takes."""
         return _exists(self.cascade, self.results, expr)
 
-    @property
+    @cached_property
     def ended(self) -> tuple[Einsum, Boolean] | None:
         """A scan with the condition under which it has a step, where some step may be missing: what reads a missing
         value is missing, so that there are no values after that. None where all scans have all steps."""
@@ -46,6 +47,7 @@ class Existence:
         return None
 
 
+@lru_cache(maxsize=256)
 def existence(cascade: Cascade) -> Existence:
     """Where the points of a verified cascade exist."""
     points: dict[str, Boolean] = {}
