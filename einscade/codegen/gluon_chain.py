@@ -303,17 +303,30 @@ class Chain(Frame):
         operands = [*(moving[s] for s in self.order[1]), *(x.values for x in self.order[0])]
         return list(dict.fromkeys(map(self.ring, operands)))
 
-    def _walk(self) -> list[str]:
-        """The head of a loop over the tiles that are visited, from the last to the first."""
+    def _count(self, tiles: str = "") -> str:
+        """The iterations of a program, or those for so many tiles of its loop."""
+        tiles = tiles or ("count" if self.listed else "end - first")
+        return f"{paren(tiles)} * {self.shape.members.count}" if self.shape.members else tiles
+
+    def _walk(self, iterations: str = "") -> list[str]:
+        """The head of a loop over the tiles that are visited, from the last to the first, or over a range of them."""
+        head = f"for i in range({iterations or self._count()}):"
         if self.listed:
-            return ["for i in range(count):", "    visit = gl.load(visits + i)", "    tile = visit // 2"]
+            return [head, "    visit = gl.load(visits + i)", "    tile = visit // 2"]
         if (x := self.shape.members) is not None:
-            return [
-                f"for i in range((end - first) * {x.count}):",
-                f"    tile = end - 1 - i // {x.count}",
-                f"    {x.rank} = {x.group} * {x.count} + i % {x.count}",
-            ]
-        return ["for i in range(end - first):", "    tile = end - 1 - i"]
+            member = f"    {x.rank} = {x.group} * {x.count} + i % {x.count}"
+            return [head, f"    tile = end - 1 - i // {x.count}", member]
+        return [head, "    tile = end - 1 - i"]
+
+    def _loop(self, masked: str, iterations: str = "") -> list[str]:
+        """The loop, or a range of its iterations; `masked` says which of them are."""
+        passed = [*self._step_arguments(), masked, *self._step_constants()]
+        step = [*call(self._running(), "step", passed).splitlines(), *self._next_stage()]
+        return [*self._walk(iterations), *indent(step)]
+
+    def _loops(self) -> list[str]:
+        """All iterations of a program."""
+        return self._loop(self._masked())
 
     def _masked(self) -> str:
         """Whether the tile of an iteration is masked."""
@@ -443,11 +456,7 @@ class Chain(Frame):
         lines += self._initial(printer)
         for x in self.stills:
             lines += [f"mbarrier.wait({x.name}_full, 0)", f"{x.name}_rows = {self._view(x, 'group', still=True)}"]
-        lines += [*self._begin(), "stage = 0", "phase = 0", *self._walk()]
-        passed = [*self._step_arguments(), self._masked(), *self._step_constants()]
-        lines += indent(call(self._running(), "step", passed).splitlines())
-        lines += indent(self._next_stage())
-        lines += self._finish()
+        lines += [*self._begin(), "stage = 0", "phase = 0", *self._loops(), *self._finish()]
         lines += self._settle()
         for name, number in self.scaled[1].items():
             lines.append(f"{self.name(name)} = {self.name(name)} * {printer.value(sympy.Float(float(number))).code}")

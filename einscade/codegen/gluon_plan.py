@@ -49,6 +49,7 @@ RESERVED = frozenset({
     "visit", "visits", "count", "counts", "listed", "lists", "list_tiles", "add", "at", "some", "whole", "add_tile",
     "others", "others_full", "part", "part_tile", "before", "values", "program", "still_phase", "following", "packed",
     "taken", "upcoming", "next_stage", "next_phase", "slot_phase", "finish",
+    "edge", "inside", "turn",
 })  # fmt: skip
 
 

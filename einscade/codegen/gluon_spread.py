@@ -28,6 +28,7 @@ from einscade.codegen.gluon_form import Form, Operand, WeightedSum
 from einscade.codegen.gluon_plan import GROUP_ROWS, REGISTERS, SHARED
 from einscade.codegen.gluon_points import GLUON_DTYPES
 from einscade.codegen.gluon_sum import LINE, Part
+from einscade.codegen.gluon_text import indent, paren
 from einscade.codegen.gluon_values import Printer
 from einscade.codegen.schedule import Schedule
 from einscade.codegen.source import Unsupported
@@ -218,10 +219,28 @@ class SpreadChain(Chain):
         end = self._scalar_printer().value(self.shape.extent(self.shape.p)).code
         return masked if masked == "True" else f"({masked}) | (row + {self.rows} > {end})"
 
+    @property
+    def split(self) -> bool:
+        """Whether tiles without masks have a loop of their own: where the domain masks none, but only what is missing
+        of the last tile and of the last rows."""
+        return not (self.listed or self.bounds.lower or self.bounds.upper or self._masked() == "True")
+
+    def _loops(self) -> list[str]:
+        if not self.split or "if MASKED:" not in self._step():
+            return super()._loops()
+        count, end = self._count(), self._scalar_printer().value(self.shape.extent(self.shape.p)).code
+        return [
+            f"edge = {self._count('1')}",
+            f"inside = edge + ({count} - edge) * (row + {self.rows} <= {end}).to(gl.int32)",
+            "for turn in range(2):",
+            *indent(self._loop("True", f"turn * inside, edge + turn * ({count} - edge)")),
+            *indent(self._loop("False", "edge + turn * (inside - edge), inside")),
+        ]
+
     def _both(self, full: list[str], masked: list[str]) -> list[str]:
-        """Masks stay behind their branch: with no more than this in it the assembler would do without."""
+        """In one loop masks stay behind their branch: with no more than this in it the assembler would do without."""
         lines = super()._both(full, masked)
-        if "if MASKED:" not in lines:
+        if self.split or "if MASKED:" not in lines:
             return lines
         self.used.add("apart")
         at = lines.index("if MASKED:") + 1
@@ -305,18 +324,13 @@ class SpreadChain(Chain):
             f"{weights} = gl.convert_layout({weights}, WEIGHTS)",
         ]
 
-    def _count(self) -> str:
-        """The iterations of a program."""
-        count = "count" if self.listed else "(end - first)"
-        return f"{count} * {self.shape.members.count}" if self.shape.members else count
-
     def _finish(self) -> list[str]:
         """After the loop: the last tile's part; then nobody reads the operands that stay, through whose tiles results
         leave."""
         last = "gl.load(visits + (count - 1)) // 2" if self.listed else "first"
         it = Iteration()
         return [
-            *self._await_others(self._count()),
+            *self._await_others(paren(self._count())),
             *self._multiply_part(it),
             self._await(it, "part"),
             *self._send(last, None),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
 from dataclasses import replace
@@ -180,6 +181,26 @@ def test_the_gradient_of_a_bias_is_a_triton_kernel_beside_them() -> None:
     for shared, _, _ in compiled(made, example(gradient, "additive", NARROW, sizes), used).values():
         assert shared <= 227 << 10
     assert launched == [(5 * 5 * 2,)]
+
+
+@pytest.mark.parametrize("heads", [2, 8])
+def test_whole_tiles_have_a_loop_without_masks(heads: int) -> None:
+    """Where the domain has none. Every iteration is in one of two loops, in order; masks have those of the last tile,
+    which may end within, and all where the program lacks rows."""
+    _, loops = program("full", tuple({**WIDE, "h": heads}.items()))
+    text, members = emit(loops, next(s for s in schedules(loops) if s.unordered)).text, heads // 2
+    text = text[text.index("    edge = ") :]
+    edge, inside = (re.findall(rf"^    {x} = (.*)$", text, re.MULTILINE)[0] for x in ("edge", "inside"))
+    ranges = re.findall(r"^        for i in range\((.*)\):$", text, re.MULTILINE)
+    assert re.findall(r"\b(True|False),\s+group\)", text) == ["True", "False"]
+    for first, tiles, row, rows in itertools.product((0, 2), range(1, 6), (0, 128), (128, 200, 256)):
+        known: dict[str, Any] = {"first": first, "end": first + tiles, "row": torch.tensor(row), "M": rows, "gl": torch}
+        known["edge"] = eval(edge, known)
+        known["inside"] = int(eval(inside, known))
+        seen = [(i, whole) for turn in (0, 1) for whole, x in enumerate(ranges)
+                for i in eval(f"range({x})", known | {"turn": turn})]  # fmt: skip
+        count = tiles * members
+        assert seen == [(i, int(i >= members and row + 128 <= rows)) for i in range(count)]
 
 
 def test_narrow_rows_issue_the_next_scores_ahead() -> None:
