@@ -25,6 +25,7 @@ from einscade.codegen.gluon_frame import IMPORTS
 from einscade.codegen.gluon_group import grouped, in_group
 from einscade.codegen.gluon_plan import GROUP_ROWS
 from einscade.codegen.gluon_rows import row_sum, slice_sum
+from einscade.codegen.gluon_schedules import CACHED
 from einscade.codegen.gluon_spread import ADD_TILE, Spread, SpreadChain, spread
 from einscade.codegen.gluon_text import RUN_MAP, TILE_MAP
 from einscade.codegen.loops import FlatNest, LoopProgram, SerialNest
@@ -82,11 +83,11 @@ def schedules(
         if min(_programs(shape, lengths, GROUP_ROWS) for shape in forms) < device.processors // 2:
             raise Unsupported(f"a loop has less than half a warpgroup for each of {device.processors} processors")
         if len(variants) > 1:
-            tiles = variants[0][1][0]
-            programs = min(_programs(x, lengths, tiles.tile(x.p) or 1) for x in whole if x.members is not None)
+            tiles, groups = variants[0][1][0], [x for x in whole if x.members is not None]
+            programs = min(_programs(x, lengths, tiles.tile(x.p) or 1) for x in groups)
             if programs < device.processors:
                 del variants[0]
-            elif programs < EVEN * device.processors:
+            elif programs < EVEN * device.processors or max(_read(x, lengths) for x in groups) > CACHED * device.l2:
                 variants.reverse()
     if len(variants) == 1:
         unordered, ordered = variants[0]
@@ -115,6 +116,12 @@ def _alternatives(
 def _programs(shape: Form, lengths: Lengths, rows: int) -> int:
     """How many programs of so many rows a form has."""
     return ceil(lengths.rank(shape.p) / rows) * prod(map(lengths.rank, shape.batch))
+
+
+def _read(shape: Form, lengths: Lengths) -> float:
+    """How many bytes the loops of a group go through, those of all its members."""
+    members = shape.members.count if shape.members is not None else 1
+    return members * lengths.rank(shape.m) * sum(x.width for x in shape.moving) * 2
 
 
 def _own(program: LoopProgram) -> tuple[SerialNest, ...]:

@@ -246,12 +246,15 @@ def test_a_result_of_each_member_goes_to_memory() -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "first"), [(1, [False]), (3, [False, True]), (16, [True, False])], ids=["idle", "uneven", "many"]
+    ("batch", "length", "first"),
+    [(1, 4096, [False]), (3, 4096, [False, True]), (16, 4096, [True, False]), (4, 16384, [False, True])],
+    ids=["idle", "uneven", "many", "long"],
 )
-def test_few_groups_have_a_program_for_each_member(batch: int, first: list[bool]) -> None:
-    """Groups alone are 64, 192 and 1024 programs for 132 processors. Among as many schedules as are tried are both."""
+def test_which_groups_have_a_program_for_each_member(batch: int, length: int, first: list[bool]) -> None:
+    """Few ones: groups alone are 64, 192 and 1024 programs of 4096 rows for 132 processors. And long ones, of which the
+    cache does not hold all members' rows. Among as many schedules as are tried are both."""
     _, loops = program("causal", tuple(HEADS.items()))
-    tried = schedules(loops, H200, {"B": batch, "P": 4096, "M": 4096})[: MOST_SCHEDULES["gluon"]]
+    tried = schedules(loops, H200, {"B": batch, "P": length, "M": length})[: MOST_SCHEDULES["gluon"]]
     for unordered in (True, False):
         assert [s.grouped for s in tried if s.unordered == unordered][: len(first)] == first
 
