@@ -2,8 +2,8 @@
 
 Comes in: a `LoopProgram` whose serial nests are products, what lies between them, and weighted sums (`gluon_form`), and
 a `Schedule`. Goes out: `Source` in "triton", a module that imports on its own. A program of one nest is one kernel,
-`gluon_overlap`'s, `gluon_joined`'s or one in order (`gluon_passes`), as the schedule says; one of several is
-`gluon_program`'s.
+`gluon_overlap`'s (of windows `gluon_halves`'), `gluon_joined`'s or one in order (`gluon_passes`), as the schedule
+says; one of several is `gluon_program`'s.
 
 Schedule: the tile of the long row rank is 64 a warpgroup; the serial tile is the ring's; `stages` is its depth.
 """
@@ -14,6 +14,7 @@ from collections.abc import Mapping
 
 from einscade.codegen import gluon_program, gluon_schedules
 from einscade.codegen.gluon_form import form
+from einscade.codegen.gluon_halves import Halved, halved
 from einscade.codegen.gluon_joined import Joined
 from einscade.codegen.gluon_overlap import Overlapped
 from einscade.codegen.gluon_passes import in_order
@@ -29,8 +30,10 @@ def emit(program: LoopProgram, schedule: Schedule) -> Source:
     """The program's module. Raises `Unsupported` where a nest or the schedule does not fit the kernel."""
     if len(program.nests) != 1:
         return gluon_program.emit(program, schedule)
-    kernel = in_order if schedule.in_order else Joined if schedule.joined else Overlapped
-    return Source("triton", kernel(form(program), schedule).text())
+    shape = form(program)
+    apart = Halved if halved(shape, schedule) else Overlapped
+    kernel = in_order if schedule.in_order else Joined if schedule.joined else apart
+    return Source("triton", kernel(shape, schedule).text())
 
 
 def schedules(

@@ -145,13 +145,13 @@ class Joined(JoinedRows):
         at = "still_phase * GROUPS + group"
         return [f"{x.name}_rows = {self._view(x, at, still=True)}" for x in self.stills]
 
-    def _advanced(self, last: str, masked: str) -> list[str]:
+    def _crossed(self, last: str, masked: list[str]) -> list[str]:
         """The call of an iteration."""
         given = {f"{x.name}_tile": f"{x.name}_rows" for x in self.stills}
         given |= {f"{x.name}_empty": f"{x.name}_empty.index(still_phase)" for x in self.stills}
         passed = [given.get(x, x) for x in self._advance_arguments()]
         results = [*self._running(), *self.rescale_names.values()]
-        return call(results, "advance", [*passed, last, masked, *self._table_flags(), "group"]).splitlines()
+        return call(results, "advance", [*passed, last, *masked, *self._table_flags(), "group"]).splitlines()
 
     def _one_tile(self) -> str:
         """Whether the first tile of a place is its last."""
@@ -160,7 +160,7 @@ class Joined(JoinedRows):
     def _begin(self) -> list[str]:
         scores, states = self._score_names(), self._state_names()
         turn, done = self._turns()
-        given = [*scores, *states, "tile * STEP", *self._points(), *self._context(), "True"]
+        given = [*scores, *states, "tile * STEP", *self._points(), *self._context(), *self._first_edges()]
         return [
             *self._read_columns_early("True"),
             *(f"mbarrier.wait({x.name}_full.index(0), 0)" for x in self.stills),
@@ -180,7 +180,7 @@ class Joined(JoinedRows):
 
     def _through(self) -> list[str]:
         if not self.listed:
-            step = [*self._advanced("tile == first", self._edge()), *self._rescale()]
+            step = [*self._crossed("tile == first", self._edges()), *self._rescale()]
             return [*self._views(), "for _ in range(end - 1 - first):", "    tile -= 1", *indent(step)]
         return [
             *self._views(),
@@ -189,7 +189,7 @@ class Joined(JoinedRows):
             "    visit = following",
             "    following = gl.load(visits + gl.minimum(i + 1, count - 1))",
             "    tile = visit // 2",
-            *indent([*self._advanced("i == count - 1", self._edge()), *self._rescale()]),
+            *indent([*self._crossed("i == count - 1", self._edges()), *self._rescale()]),
         ]
 
     def _onward(self) -> list[str]:
@@ -200,7 +200,7 @@ class Joined(JoinedRows):
                 *self._at_place(),
                 *(f"mbarrier.wait({x.name}_full.index(still_phase), slot_phase)" for x in self.stills),
                 *self._views(),
-                *self._advanced(self._one_tile(), "True"),
+                *self._crossed(self._one_tile(), self._first_edges()),
             ]),
             "else:",
             *indent([*self._accumulate("stage", "phase", ""), self._waited(0, ending, ending)]),

@@ -7,11 +7,14 @@ and the warpgroups take turns at issuing, so that they do not do the same thing 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 
 from einscade.codegen.gluon_frame import Frame
 from einscade.codegen.gluon_plan import GROUP_ROWS, Ring
 from einscade.codegen.gluon_text import TURN, call, function, indent, paren
+from einscade.ir.expr import free_vars, var
+from einscade.passes.domains import span
 
 __all__ = ["Overlapped"]
 
@@ -84,23 +87,25 @@ class Overlapped(Frame):
     def _turns(self) -> tuple[list[str], list[str]]:
         return (["take_turn(group)"], ["pass_turn(group)"]) if self.groups > 1 else ([], [])
 
-    def _multiply(self, still: Callable[[Ring], str], stage: str, prefix: str) -> list[str]:
-        """All products with the tiles of a stage, issued."""
+    def _multiply(self, still: Callable[[Ring], str], stage: str, prefix: str, part: str = "") -> list[str]:
+        """All products with the tiles of a stage, or a part of them, issued."""
         lines = []
+        tile, zero = ("half", "zero_half") if part else ("tile", "zero")
         seen: set[str] = set()
         for x, score in zip(self.shape.products, self._score_names(), strict=True):
             ring = self.ring(x.moving)
             if ring.name not in seen:
-                lines.append(f"{ring.name}_tile = {self._view(ring, stage)}.permute([1, 0])")
+                lines.append(f"{ring.name}_{tile} = {self._view(ring, stage)}{part}.permute([1, 0])")
                 seen.add(ring.name)
             rows = still(next(r for r in self.stills if r.operand == x.still))
             lines.append(
-                f"{prefix}{score} = warpgroup_mma({rows}, {ring.name}_tile, zero, use_acc=False, is_async=True)"
+                f"{prefix}{score} = warpgroup_mma({rows}, {ring.name}_{tile}, {zero}, use_acc=False, is_async=True)"
             )
         return lines
 
-    def _accumulate(self, stage: str, phase: str, prefix: str) -> list[str]:
-        """All weighted sums with the tiles of a stage, issued. What a product reads as well has been waited for."""
+    def _accumulate(self, stage: str, phase: str, prefix: str, part: str = "") -> list[str]:
+        """All weighted sums with the tiles of a stage, or a part of them, issued. What a product reads as well has been
+        waited for."""
         lines = []
         seen: set[str] = set()
         for x, name in zip(self.shape.sums, self._sum_names(), strict=True):
@@ -108,15 +113,20 @@ class Overlapped(Frame):
             if ring.name not in seen:
                 if not ring.early:
                     lines.append(f"mbarrier.wait({ring.name}_full.index({stage}), {phase})")
-                lines.append(f"{ring.name}_{'rows' if ring.early else 'tile'} = {self._view(ring, stage)}")
+                lines.append(f"{self._values(ring, part)} = {self._view(ring, stage)}{part}")
                 seen.add(ring.name)
-            tile = f"{ring.name}_{'rows' if ring.early else 'tile'}"
+            tile = self._values(ring, part)
             weights = self.weight_names[x.weights]
             lines.append(f"{prefix}{name} = warpgroup_mma({weights}, {tile}, {name}, is_async=True)")
         return lines
 
-    def _advance(self, rescaled: bool = True) -> str:
-        """The function of an iteration; it multiplies the sums with their factors (`rescaled`) or returns these."""
+    def _values(self, ring: Ring, part: str) -> str:
+        """The variable of a tile that sums read."""
+        return f"{ring.name}_{'part' if part else 'rows' if ring.early else 'tile'}"
+
+    def _advance(self, rescaled: bool = True, name: str = "advance", keys: str = "", values: str = "") -> str:
+        """The function of an iteration; it multiplies the sums with their factors (`rescaled`) or returns these.
+        `keys`, `values`: the parts of its tiles that it reads."""
         scores, sums, states = self._score_names(), self._sum_names(), self._state_names()
         weights = list(self.weight_names.values())
         rescales = list(self.rescale_names.values())
@@ -128,22 +138,18 @@ class Overlapped(Frame):
             "last_stage = stage",
             "last_phase = phase",
             *self._next_stage(),
-            *self._read_columns_early("MASKED"),
+            *self._read_columns_early(" | ".join(self._masked_names())),
             *(f"mbarrier.wait({r.name}_full.index(stage), phase)" for r in self.rings if r.early),
             *self._read_columns_copied("stage"),
             *turn,
-            *self._multiply(lambda still: f"{still.name}_tile", "stage", "next_"),
-            *self._accumulate("last_stage", "last_phase", "next_"),
+            *self._multiply(lambda still: f"{still.name}_tile", "stage", "next_", keys),
+            *self._accumulate("last_stage", "last_phase", "next_", values),
             *done,
             *self._read_tables("stage", "phase"),
             self._waited(len(sums), scores, [f"next_{s}" for s in scores]),
             *(f"mbarrier.arrive({r.name}_empty.index(stage))" for r in early),
             *self._leave_stills("last"),
-            call(
-                [*states, *rescales, *(f"next_{w}" for w in weights)],
-                f"weigh{self.suffix}",
-                [*scores, *states, "tile * STEP", *self._points(), *self._context(), "MASKED"],
-            ),
+            self._weighed([f"next_{w}" for w in weights], self._masked_names(), keys),
             self._waited(0, [*sums, *weights], [*(f"next_{s}" for s in sums), *weights]),
             *(f"mbarrier.arrive({r.name}_empty.index(last_stage))" for r in late),
         ]
@@ -151,8 +157,19 @@ class Overlapped(Frame):
         lines += self._rescale() if rescaled else []
         lines.append(f"return {', '.join(found if rescaled else [*found, *rescales])}")
         last = ["last"] if self.resident else []
-        constants = [*last, self._masked_argument(), *self._table_constants(), "group: gl.constexpr"]
-        return function(f"advance{self.suffix}", [*self._advance_arguments(), *constants], lines)
+        constants = [*last, *self._masked_arguments(), *self._table_constants(), "group: gl.constexpr"]
+        arguments = ["zero_half" if keys and x == "zero" else x for x in self._advance_arguments()]
+        return function(f"{name}{self.suffix}", [*arguments, *constants], lines)
+
+    def _weighed(self, weights: Sequence[str], masked: Sequence[str], keys: str = "") -> str:
+        """The call that makes weights of scores. `keys`: the part of the tile of which there are scores."""
+        at = self._first_column(keys)
+        passed = [*self._score_names(), *self._state_names(), at, *self._points(), *self._context(), *masked]
+        return call([*self._state_names(), *self.rescale_names.values(), *weights], f"weigh{self.suffix}", passed)
+
+    def _first_column(self, keys: str) -> str:
+        """The first column of a tile, or of the part of it that is read."""
+        return "tile * STEP"
 
     def _rescale(self) -> list[str]:
         return [
@@ -184,76 +201,121 @@ class Overlapped(Frame):
         return [*always, *self._table_arguments(always)] if self.tables else always
 
     def _compute(self) -> str:
-        shape = self.shape
-        scores, sums, states = self._score_names(), self._sum_names(), self._state_names()
-        weights = list(self.weight_names.values())
-        rescales = list(self.rescale_names.values())
-        printer = self._printer("")
-        p_ = f"{shape.p}_"
+        shape, printer, p_ = self.shape, self._printer(""), f"{self.shape.p}_"
+        still_phase = "still_phase" if self.resident else "0"
         doc = f'"""A warpgroup: {GROUP_ROWS} rows of {shape.p}, all of their loop, and what follows it."""'
-        turn, done = self._turns()
         begun = ["if group == GROUPS - 1:", "    pass_turn(group)  # the first turn is the first warpgroup's"]
         begun = begun if self.groups > 1 else []
-        stage, phase, still_phase = ("stage", "phase", "still_phase") if self.resident else ("0", "0", "0")
-        lines = [f"{p_} = row + group * {GROUP_ROWS} + gl.arange(0, {GROUP_ROWS}, ROW)"]
-        for x in self.loads:
-            if x.name is not None:
-                lines.append(f"{x.name} = {self._element(x.access, printer).code}")
-        lines += self._initial(printer)
-        lines.append("tile = gl.load(visits) // 2" if self.listed else "tile = end - 1")
-        lines += self._read_columns_early("True")
-        lines += self._next_stage() if self.resident else begun
-        lines += [f"mbarrier.wait({x.name}_full, {still_phase})" for x in self.stills]
-        lines += [f"{x.name}_rows = {self._view(x, 'group', still=True)}" for x in self.stills]
-        lines += [
-            *(f"mbarrier.wait({r.name}_full.index({stage}), {phase})" for r in self.rings if r.early),
-            *self._read_columns_copied(stage),
-            *turn,
-            *self._multiply(lambda still: f"{still.name}_rows", stage, ""),
-            *done,
-            self._waited(0, scores, scores),
-            *(f"mbarrier.arrive({r.name}_empty.index({stage}))" for r in self.rings if not r.late),
-            *self._leave_stills("count == 1" if self.listed else "tile == first"),
-            *self._read_tables(stage, phase),
-            call(
-                [*states, *rescales, *weights],
-                "weigh",
-                [*scores, *states, "tile * STEP", *self._points(), *self._context(), "True"],
-            ),
-            *([] if self.resident else ["stage = 0", "phase = 0"]),
-        ]
-        stills = {f"{x.name}_tile" for x in self.stills}
-        passed = [x.removesuffix("_tile") + "_rows" if x in stills else x for x in self._advance_arguments()]
-        if self.listed:
-            lines += [
-                "following = gl.load(visits + gl.minimum(1, count - 1))",
-                "for i in range(1, count):",
-                "    visit = following",
-                "    following = gl.load(visits + gl.minimum(i + 1, count - 1))",
-                "    tile = visit // 2",
-            ]
-        else:
-            lines += ["for _ in range(end - 1 - first):", "    tile -= 1"]
-        last = ["i == count - 1" if self.listed else "tile == first"] if self.resident else []
-        passed += [*last, self._edge(), *self._table_flags(), "group"]
-        lines += [
-            *indent(call(self._running(), "advance", passed).splitlines()),
-            *self._pack(),
-            *self._accumulate("stage", "phase", ""),
-            self._waited(0, [*sums, *weights], [*sums, *weights]),
-            *(f"mbarrier.arrive({r.name}_empty.index(stage))" for r in self.rings if r.late and self.resident),
+        lines = [
+            f"{p_} = row + group * {GROUP_ROWS} + gl.arange(0, {GROUP_ROWS}, ROW)",
+            *(f"{x.name} = {self._element(x.access, printer).code}" for x in self.loads if x.name is not None),
+            *self._initial(printer),
+            f"tile = {self._head()}",
+            *([] if self._own_stop else self._read_columns_early("True")),
+            *(self._next_stage() if self.resident else begun),
+            *(f"mbarrier.wait({x.name}_full, {still_phase})" for x in self.stills),
+            *(f"{x.name}_rows = {self._view(x, 'group', still=True)}" for x in self.stills),
+            *(self._leave_out(self._own_stop) if self._own_stop else []),
+            *self._all_tiles(),
             *self._settle(),
             *self._after(),
             *(["tma.store_wait(0)  # of the rows before"] if self.resident and shape.written else []),
+            *(line for written in shape.written for line in self._store(written)),
         ]
-        for written in shape.written:
-            lines += self._store(written)
         if self.resident:
             lines.append("still_phase ^= 1")
             lines = [*begun, "stage = STAGES - 1", "phase = 1", "still_phase = 0", *self._each_place(lines)]
         lines.append("tma.store_wait(0)")
         constants = [*self._table_constants(), "group: gl.constexpr"]
         return function("compute", [*self._compute_arguments(), *constants], [doc, *lines])
+
+    @cached_property
+    def _own_stop(self) -> str:
+        """Up to where a warpgroup's own rows have points, where the first tiles of a list may lie behind that; empty
+        where none can, and where programs have one tile of rows."""
+        if not (self.listed and self.resident) or self.tables or self.columns >= self.rows:
+            return ""
+        first = var("row") + var("group") * GROUP_ROWS
+        stop = span(self.shape.keep, self.shape.m, {self.shape.p: (first, first + GROUP_ROWS - 1)}).stop
+        known = stop is not None and "group" in free_vars(stop)
+        return self._scalar_printer().value(stop).code if known else ""
+
+    def _leave_out(self, stop: str) -> list[str]:
+        """The first tiles of a list, where a warpgroup has no points in them: it gives them back."""
+        turn, done = self._turns()
+        barriers = [f"{r.name}_{{}}.index(stage)" for r in self.rings]
+        leave = [
+            *turn,
+            *done,
+            *(line for b in barriers for line in (
+                f"mbarrier.wait({b.format('full')}, phase)", f"mbarrier.arrive({b.format('empty')})"
+            )),
+            *self._next_stage(),
+            "begun += 1",
+            "tile = gl.load(visits + begun) // 2",
+        ]  # fmt: skip
+        condition = f"(tile * STEP >= {stop}) & (begun < count - 1)"
+        skip = ["if group < GROUPS - 1:", f"    while {condition}:", *indent(indent(leave))]
+        return ["begun = 0", *skip, *self._read_columns_early("True")]
+
+    def _all_tiles(self) -> list[str]:
+        """From the first tile's scores to the last one's sums."""
+        return [*self._first_tile(), *self._loop(), *self._last_sums()]
+
+    def _first_tile(self, keys: str = "") -> list[str]:
+        """The weights of the tile that is visited first."""
+        scores, (turn, done) = self._score_names(), self._turns()
+        stage, phase = ("stage", "phase") if self.resident else ("0", "0")
+        last = "begun == count - 1" if self._own_stop else "count == 1" if self.listed else "tile == first"
+        return [
+            *(f"mbarrier.wait({r.name}_full.index({stage}), {phase})" for r in self.rings if r.early),
+            *self._read_columns_copied(stage),
+            *turn,
+            *self._multiply(lambda still: f"{still.name}_rows", stage, "", keys),
+            *done,
+            self._waited(0, scores, scores),
+            *(f"mbarrier.arrive({r.name}_empty.index({stage}))" for r in self.rings if not r.late),
+            *self._leave_stills(last),
+            *self._read_tables(stage, phase),
+            self._weighed(list(self.weight_names.values()), self._first_edges(), keys),
+            *([] if self.resident else ["stage = 0", "phase = 0"]),
+        ]
+
+    def _advanced(
+        self, last: str, masked: Sequence[str], name: str = "advance", others: Mapping[str, str] | None = None,
+        results: Sequence[str] | None = None,
+    ) -> list[str]:  # fmt: skip
+        """The call of an iteration. `last`: whether it is a place's last. `others`: what it is given under other names
+        than its own. `results`: the names of what it makes, if not those of what it takes."""
+        given = {f"{x.name}_tile": f"{x.name}_rows" for x in self.stills} | dict(others or {})
+        passed = [given.get(x, x) for x in self._advance_arguments()]
+        passed += [*([last] if self.resident else []), *masked, *self._table_flags(), "group"]
+        return call(results or self._running(), name, passed).splitlines()
+
+    def _loop(self, count: str = "end - 1 - first", edges: Sequence[str] | None = None) -> list[str]:
+        """The tiles after the first, so many of a range."""
+        if not self.listed:
+            step = self._advanced("tile == first", edges or self._edges())
+            return [f"for _ in range({count}):", "    tile -= 1", *indent(step)]
+        second = "begun + 1" if self._own_stop else "1"
+        return [
+            f"following = gl.load(visits + gl.minimum({second}, count - 1))",
+            f"for i in range({second}, count):",
+            "    visit = following",
+            "    following = gl.load(visits + gl.minimum(i + 1, count - 1))",
+            "    tile = visit // 2",
+            *indent(self._advanced("i == count - 1", self._edges())),
+        ]
+
+    def _last_sums(self, values: str = "") -> list[str]:
+        """The sums with the last weights."""
+        read = [*self._sum_names(), *self.weight_names.values()]
+        return [
+            *self._pack(),
+            *self._accumulate("stage", "phase", "", values),
+            self._waited(0, read, read),
+            *(f"mbarrier.arrive({r.name}_empty.index(stage))" for r in self.rings if r.late and self.resident),
+        ]
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -427,11 +427,11 @@ class Pass(Overlapped):
     def _weigh_first(self, prefix: str) -> str:
         """The first scores to weights."""
         states, weights = self._state_names(), [f"{prefix}{w}" for w in self.weight_names.values()]
-        passed = [*self._score_names(), *states, "tile * STEP", *self._points(), *self._context(), "True"]
+        passed = [*self._score_names(), *states, "tile * STEP", *self._points(), *self._context(), *self._first_edges()]
         return call([*states, *self.rescale_names.values(), *weights], f"weigh{self.suffix}", passed)
 
     def _rest_of_loop(self) -> list[str]:
         """The iterations after the first scores."""
-        passed = [*_as_rows(self, self._advance_arguments()), self._edge(), "group"]
+        passed = [*_as_rows(self, self._advance_arguments()), *self._edges(), "group"]
         advance = call(self._running(), f"advance{self.suffix}", passed)
         return self.whole._tiles_after([f"tile = {self.whole._step()}", *advance.splitlines()])

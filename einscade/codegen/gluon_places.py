@@ -57,10 +57,13 @@ class Places(Visits):
         if self._classes() and (b.upper or b.lower):
             assert b.full_first is not None
             assert b.full_end is not None
-            lines.append(f"full_end = gl.maximum(gl.minimum({names.value(b.full_end).code}, end - 1), first)")
-            if b.lower:
-                full_first = names.value(b.full_first).code
-                lines.append(f"full_first = gl.minimum(gl.maximum({full_first}, first), full_end)")
+            full_end = f"full_end = gl.maximum(gl.minimum({names.value(b.full_end).code}, end - 1), first)"
+            full_first = names.value(b.full_first).code
+            if self._masked_apart():  # no tile need be full
+                lines += [*([full_end] if b.upper else []), f"full_first = {full_first}"]
+            else:
+                full = f"full_first = gl.minimum(gl.maximum({full_first}, first), full_end)"
+                lines += [full_end, *([full] if b.lower else [])]
         places = ", ".join(self._placed())
         doc = f'"""The program\'s place in the grid, and the tiles of {shape.m} it visits: `first <= tile < end`."""'
         return function("place", self._place_arguments(), [doc, *lines, f"return {places}"])

@@ -45,11 +45,11 @@ MOST_EARLY = 64
 RESERVED = frozenset({
     "gl", "gluon", "torch", "tma", "mbarrier", "run", "kernel", "load", "weigh", "advance", "compute", "group", "tile",
     "stage", "phase", "first", "end", "full_first", "full_end", "weights", "keep", "programs", "row", "finite", "tanh",
-    "reciprocal", "row_max", "row_min", "row_sum", "row_parts", "tile_map", "MASKED", "ROWS", "COLUMNS",
-    "visit", "visits", "count", "counts", "listed", "lists", "list_tiles", "add", "at", "some", "whole", "add_tile",
-    "others", "others_full", "part", "part_tile", "before", "values", "program", "still_phase", "following", "packed",
-    "taken", "upcoming", "next_stage", "next_phase", "slot_phase", "finish",
-    "edge", "inside", "turn",
+    "reciprocal", "row_max", "row_min", "row_sum", "row_parts", "tile_map", "MASKED", "UPPER", "LOWER", "ROWS",
+    "COLUMNS", "visit", "visits", "count", "counts", "listed", "lists", "list_tiles", "add", "at", "some", "whole",
+    "add_tile", "others", "others_full", "part", "part_tile", "before", "values", "program", "still_phase", "following",
+    "packed", "taken", "upcoming", "next_stage", "next_phase", "slot_phase", "finish", "edge", "inside", "turn", "half",
+    "zero_half", "HALF", "begun",
 })  # fmt: skip
 
 
@@ -322,12 +322,30 @@ class Plan:
         edges = (["tile >= full_end"] if b.upper else []) + (["tile < full_first"] if b.lower else [])
         return " | ".join(f"({e})" for e in edges) if len(edges) > 1 else edges[0] if edges else "False"
 
+    def _edges(self) -> list[str]:
+        """The same of each edge for itself, where tiles across them are masked apart."""
+        if not self._masked_apart():
+            return [self._edge()]
+        return ["tile >= full_end" if self.bounds.upper else "False", "tile < full_first"]
+
+    def _first_edges(self) -> list[str]:
+        """The same of the tile that is visited first, of which no more is known."""
+        return ["True", "tile < full_first"] if self._masked_apart() else ["True"]
+
+    def _masked_names(self) -> list[str]:
+        """The names of what these say in the functions of an iteration."""
+        return ["UPPER", "LOWER"] if self._masked_apart() else ["MASKED"]
+
+    def _masked_apart(self) -> bool:
+        """Whether a tile across one edge need not be compared with the other."""
+        return False
+
     def _is_static(self) -> bool:
         """Whether it is known, where the code is made, which iterations are masked."""
         return not self._classes() or not (self.bounds.upper or self.bounds.lower)
 
-    def _masked_argument(self) -> str:
-        return "MASKED: gl.constexpr" if self._is_static() else "MASKED"
+    def _masked_arguments(self) -> list[str]:
+        return [f"{x}: gl.constexpr" if self._is_static() else x for x in self._masked_names()]
 
     # -- names in the text --
 

@@ -20,7 +20,7 @@ from einscade.codegen.source import Unsupported
 from einscade.codegen.tiles import Statement
 from einscade.ir.expr import Access, Expr, accesses, free_vars, var
 from einscade.ir.text import print_einsum
-from einscade.passes.domains import one_limit_a_side
+from einscade.passes.domains import limits_apart, one_limit_a_side
 
 __all__ = ["GLUON_DTYPES", "Points"]
 
@@ -32,6 +32,12 @@ class Points(Plan):
 
     suffix = ""
     """What tells the functions of an iteration from those of others in one module."""
+
+    columns_code = "gl.arange(0, STEP, COLUMN)"
+    """The columns of a tile, from 0."""
+
+    reductions = ""
+    """What tells the reductions of a tile from those of others."""
 
     def _scalar_printer(self) -> Printer:
         """Prints what is the same for all of a program's points."""
@@ -125,7 +131,7 @@ class Points(Plan):
             '"""From a tile of scores to weights; the running values before it to those after it."""',
         ]
         m, p = shape.m, shape.p
-        lines.append(f"{m}_ = {m}_first + gl.arange(0, STEP, COLUMN)")
+        lines.append(f"{m}_ = {m}_first + {self.columns_code}")
         lines += [f"{self.offset} = gl.arange(0, STEP, COLUMN)"] if self.offset else []
         for printer in (masked, full):
             for state in shape.states:
@@ -146,7 +152,7 @@ class Points(Plan):
             result.append(f"gl.convert_layout({value}.to({GLUON_DTYPES[shape.dtype]}), WEIGHTS)")
         arguments = [*self._score_names(), *self._state_names(), f"{m}_first", *self._points(), *self._context()]
         lines.append(f"return {', '.join(result)}")
-        return function(f"weigh{self.suffix}", [*arguments, self._masked_argument()], lines)
+        return function(f"weigh{self.suffix}", [*arguments, *self._masked_arguments()], lines)
 
     def _points(self) -> list[str]:
         """The tiles of tables, and the columns, that have been read."""
@@ -187,6 +193,11 @@ class Points(Plan):
         kind = "f" if score else v.kind
         for printer in (masked, full):
             printer.names[s.name] = Value(name, v.ranks, kind)
+        if s.fill is not None and self._masked_apart():
+            for edge, limit in zip(self._masked_names(), limits_apart(s.row, shape.m) or (), strict=True):
+                filled = [*self._mask(masked, limit), f"{name} = {self._filled(masked, masked.names[s.name], s.fill)}"]
+                lines[0] += [f"if {edge}:", *indent(filled)]
+            return lines[0]
         if s.fill is not None:
             mask = [] if keep and s.row == s.keep else self._mask(masked, s.row)
             lines[1] = [*lines[1], *mask, f"{name} = {self._filled(masked, masked.names[s.name], s.fill)}"]
@@ -236,15 +247,20 @@ class Points(Plan):
         factor = expr.coeff(before)
         (part,) = accesses(expr - factor * before)
         name = self.name(state.name)
+        added = self._part(name, self.name(part.tensor))
         if factor == 1:
-            return f"{name} + {self.name(part.tensor)}"
+            return f"{name} + {added}"
         row = printer.value(factor)
         spread = (
             f"gl.convert_layout({row.code}, gl.SliceLayout(1, {name}.type.layout))[:, None]"
             if row.ranks
             else row.atom()
         )
-        return f"{name} * {spread} + {self.name(part.tensor)}"
+        return f"{name} * {spread} + {added}"
+
+    def _part(self, name: str, part: str) -> str:
+        """What is added to the parts that threads keep of a sum."""
+        return part
 
     def _reduced(self, s: Statement, operand: Value) -> tuple[Value, str]:
         p, m = self.shape.p, self.shape.m
@@ -259,7 +275,7 @@ class Points(Plan):
         self.used.add(helper)
         if split or helper == "row_sum":
             self.used.add("row_parts")
-        return Value(self.name(s.name), (p,)), f"{helper}({code})"
+        return Value(self.name(s.name), (p,)), f"{helper}{self.reductions}({code})"
 
     def _comment(self, s: Statement) -> list[str]:
         if s.source is None:

@@ -97,7 +97,7 @@ class Printer:
     load: code for an element (or a tile of elements) of a tensor in memory. guard: how `Finite` is printed ("finite",
     or "" where no row can be without points). inside: the points that exist, where some of a tile may not, for reads by
     address. approximate: whether `tanh` may be the hardware's. used: the helpers
-    that the printed code calls.
+    that the printed code calls. rows: the layout in which rows meet the tile, if not the one they are in.
     """
 
     dims: tuple[str, ...]
@@ -108,6 +108,7 @@ class Printer:
     guard: str = "finite"
     inside: Value | None = None
     used: set[str] = field(default_factory=set)
+    rows: str = ""
 
     def sort(self, *values: Value) -> tuple[str, ...]:
         ranks = {r for v in values for r in v.ranks}
@@ -117,7 +118,9 @@ class Printer:
         """Code that broadcasts against a value with these dimensions."""
         if not v.ranks or v.ranks == ranks:
             return v.atom()
-        return f"{v.atom()}[:, None]" if v.ranks[0] == self.dims[0] else f"{v.atom()}[None, :]"
+        if v.ranks[0] != self.dims[0]:
+            return f"{v.atom()}[None, :]"
+        return f"gl.convert_layout({v.code}, {self.rows})[:, None]" if self.rows else f"{v.atom()}[:, None]"
 
     def floating(self, v: Value) -> Value:
         if v.kind == "f" or (not v.ranks and v.code.lstrip("-").isdigit()):

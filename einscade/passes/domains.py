@@ -20,7 +20,7 @@ from einscade.passes.terms import conjuncts, depends
 
 __all__ = [
     "NO_DATA", "Data", "Ranges", "Span", "certain", "edges", "extremes", "full_range", "implied_limit",
-    "is_data_dependent", "one_limit_a_side", "possible", "span",
+    "is_data_dependent", "limits_apart", "one_limit_a_side", "possible", "span",
 ]  # fmt: skip
 
 _ZERO = sympy.Integer(0)
@@ -219,6 +219,15 @@ def one_limit_a_side(predicate: Boolean, coordinate: str) -> Boolean:
     if above:
         others.append(sympy.Ge(x, sympy.Max(*above)))
     return And(*others)
+
+
+def limits_apart(predicate: Boolean, coordinate: str) -> tuple[Boolean, Boolean] | None:
+    """The predicate's limit from above and that from below, where `one_limit_a_side` leaves these two and nothing else;
+    None else."""
+    parts = conjuncts(one_limit_a_side(predicate, coordinate))
+    above = [c for c in parts if isinstance(c, sympy.Le) and c.lhs == var(coordinate)]
+    below = [c for c in parts if isinstance(c, sympy.Ge) and c.lhs == var(coordinate)]
+    return (above[0], below[0]) if len(above) == len(below) == 1 and len(parts) == 2 else None
 
 
 def full_range(

@@ -9,7 +9,7 @@ import sympy
 
 from einscade.ir.expr import free_vars, var
 from einscade.ir.text import parse_cascade
-from einscade.passes.domains import one_limit_a_side
+from einscade.passes.domains import limits_apart, one_limit_a_side
 from einscade.passes.terms import conjuncts
 
 
@@ -31,6 +31,9 @@ def test_one_limit_a_side(predicate: str, comparisons: int) -> None:
     text = f"cascade c(X[p]) -> Y[p,m]\n  where p < P, m < M\n  Y[p,m] = X[p]  if {predicate}\n"
     domain = parse_cascade(text).body[0].domain
     found = one_limit_a_side(domain, "m")
+    apart = limits_apart(domain, "m")
+    assert (apart is not None) == (predicate == "m <= p & p - m < 3 & m < M & p < P")
+    assert apart is None or sympy.And(*apart) == found
     assert len([c for c in conjuncts(found) if "m" in free_vars(c)]) == comparisons
     for p, m, rows, columns in product(range(9), range(9), (1, 6), (1, 7)):
         at = {var("p"): p, var("m"): m, var("P"): rows, var("M"): columns}
