@@ -145,17 +145,21 @@ class Joined(JoinedRows):
         at = "still_phase * GROUPS + group"
         return [f"{x.name}_rows = {self._view(x, at, still=True)}" for x in self.stills]
 
-    def _crossed(self, last: str, masked: list[str]) -> list[str]:
+    @property
+    def leaves_within(self) -> bool:
+        """No: a place is left behind its loop, in which there is one branch less."""
+        return False
+
+    def _hold(self) -> list[str]:
+        """With three warpgroups there are no registers left for what waits."""
+        return super()._hold() if self.groups < 3 else []
+
+    def _crossed(self, masked: list[str]) -> list[str]:
         """The call of an iteration."""
         given = {f"{x.name}_tile": f"{x.name}_rows" for x in self.stills}
-        given |= {f"{x.name}_empty": f"{x.name}_empty.index(still_phase)" for x in self.stills}
         passed = [given.get(x, x) for x in self._advance_arguments()]
         results = [*self._running(), *self.rescale_names.values()]
-        return call(results, "advance", [*passed, last, *masked, *self._table_flags(), "group"]).splitlines()
-
-    def _one_tile(self) -> str:
-        """Whether the first tile of a place is its last."""
-        return "count == 1" if self.listed else "tile == first"
+        return call(results, "advance", [*passed, *masked, *self._table_flags(), "group"]).splitlines()
 
     def _begin(self) -> list[str]:
         scores, states = self._score_names(), self._state_names()
@@ -172,25 +176,23 @@ class Joined(JoinedRows):
             *done,
             self._waited(0, scores, scores),
             *(f"mbarrier.arrive({r.name}_empty.index(0))" for r in self.rings if not r.late),
-            f"if {self._one_tile()}:",
-            *(f"    mbarrier.arrive({x.name}_empty.index(0))" for x in self.stills),
             *self._read_tables("0", "0"),
             call([*states, *self.rescale_names.values(), *self.weight_names.values()], "weigh", given),
         ]
 
     def _through(self) -> list[str]:
-        if not self.listed:
-            step = [*self._crossed("tile == first", self._edges()), *self._rescale()]
-            return [*self._views(), "for _ in range(end - 1 - first):", "    tile -= 1", *indent(step)]
-        return [
-            *self._views(),
-            "following = gl.load(visits + gl.minimum(1, count - 1))",
-            "for i in range(1, count):",
-            "    visit = following",
-            "    following = gl.load(visits + gl.minimum(i + 1, count - 1))",
-            "    tile = visit // 2",
-            *indent([*self._crossed("i == count - 1", self._edges()), *self._rescale()]),
-        ]
+        step = [*self._crossed(self._edges()), *self._rescale()]
+        loop = ["for _ in range(end - 1 - first):", "    tile -= 1"]
+        if self.listed:
+            loop = [
+                "following = gl.load(visits + gl.minimum(1, count - 1))",
+                "for i in range(1, count):",
+                "    visit = following",
+                "    following = gl.load(visits + gl.minimum(i + 1, count - 1))",
+                "    tile = visit // 2",
+            ]
+        left = [f"mbarrier.arrive({x.name}_empty.index(still_phase))" for x in self.stills]
+        return [*self._views(), *loop, *indent(step), *left]
 
     def _onward(self) -> list[str]:
         ending = [*self._sum_names(), *self.weight_names.values()]
@@ -200,7 +202,7 @@ class Joined(JoinedRows):
                 *self._at_place(),
                 *(f"mbarrier.wait({x.name}_full.index(still_phase), slot_phase)" for x in self.stills),
                 *self._views(),
-                *self._crossed(self._one_tile(), self._first_edges()),
+                *self._crossed(self._first_edges()),
             ]),
             "else:",
             *indent([*self._accumulate("stage", "phase", ""), self._waited(0, ending, ending)]),

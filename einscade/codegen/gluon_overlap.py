@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
+import sympy
+
 from einscade.codegen.gluon_frame import Frame
 from einscade.codegen.gluon_plan import GROUP_ROWS, Ring
 from einscade.codegen.gluon_text import TURN, call, function, indent, paren
@@ -150,13 +152,14 @@ class Overlapped(Frame):
             *(f"mbarrier.arrive({r.name}_empty.index(stage))" for r in early),
             *self._leave_stills("last"),
             self._weighed([f"next_{w}" for w in weights], self._masked_names(), keys),
+            *self._hold(),
             self._waited(0, [*sums, *weights], [*(f"next_{s}" for s in sums), *weights]),
             *(f"mbarrier.arrive({r.name}_empty.index(last_stage))" for r in late),
         ]
         found = [*states, *sums, *(f"next_{w}" for w in weights), "stage", "phase"]
         lines += self._rescale() if rescaled else []
         lines.append(f"return {', '.join(found if rescaled else [*found, *rescales])}")
-        last = ["last"] if self.resident else []
+        last = ["last"] if self.leaves_within else []
         constants = [*last, *self._masked_arguments(), *self._table_constants(), "group: gl.constexpr"]
         arguments = ["zero_half" if keys and x == "zero" else x for x in self._advance_arguments()]
         return function(f"{name}{self.suffix}", [*arguments, *constants], lines)
@@ -170,6 +173,16 @@ class Overlapped(Frame):
     def _first_column(self, keys: str) -> str:
         """The first column of a tile, or of the part of it that is read."""
         return "tile * STEP"
+
+    def _hold(self) -> list[str]:
+        """The wait for the sums comes behind the rows' maxima: these run beside the sums, and exponentials as far as
+        there is room. In short tiles of a list, most of which are masked, the masks alone take as long as the sums."""
+        if self.listed and self.columns < 128:
+            return []
+        extrema = {s.name for s in self.shape.statements if isinstance(s.expr, (sympy.Max, sympy.Min))}
+        names = [self.name(x.name) for x in self.shape.states if x.new in extrema and x.name not in self.shape.split]
+        self.used |= {"hold"} if names else set()
+        return [f"hold({name})" for name in names]
 
     def _rescale(self) -> list[str]:
         return [
@@ -186,17 +199,22 @@ class Overlapped(Frame):
         self.used.add("packed")
         return [f"{name} = packed({name})" for name in self.weight_names.values()]
 
+    @property
+    def leaves_within(self) -> bool:
+        """Whether the last iteration of a place says that the operands that stay have been read."""
+        return bool(self.resident)
+
     def _leave_stills(self, last: str) -> list[str]:
         """Behind the last products of a place (`last`: whether these are they), the next place's operands may come."""
         arrivals = [f"    mbarrier.arrive({x.name}_empty)" for x in self.stills]
-        return [f"if {last}:", *arrivals] if self.resident else []
+        return [f"if {last}:", *arrivals] if self.leaves_within else []
 
     def _running(self) -> list[str]:
         """What an iteration takes from the one before."""
         return [*self._state_names(), *self._sum_names(), *self.weight_names.values(), "stage", "phase"]
 
     def _advance_arguments(self) -> list[str]:
-        left = [f"{x.name}_empty" for x in self.stills] if self.resident else []
+        left = [f"{x.name}_empty" for x in self.stills] if self.leaves_within else []
         always = ["tile", *self._running(), *self._tiles(), *left, *self._ring_barriers(), "zero", *self._context()]
         return [*always, *self._table_arguments(always)] if self.tables else always
 

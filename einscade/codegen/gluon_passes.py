@@ -212,6 +212,7 @@ class Passes(Overlapped):
             *(f"mbarrier.arrive({r.name}_empty.index(stage))" for r in self.buffers if not r.late),
             *(f"mbarrier.arrive({x.name}_empty)" for x in self._left(before)),
             after._weigh_first("next_"),
+            *after._hold(),
             self._waited(0, [*sums, *weights], [*sums, *weights]),
             *(f"mbarrier.arrive({r.name}_empty.index(last_stage))" for r in self.buffers if r.late),
             f"return {', '.join(self._crossed(before, after))}",

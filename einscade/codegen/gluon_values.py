@@ -37,6 +37,18 @@ def apart():
     with one that may not move among them they stay behind the branch."""
     gl.inline_asm_elementwise("mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 ''',
+    "hold": '''
+@gluon.jit
+def hold(x):
+    """What waits for products behind this does so once x, a value a row, is known. The assembler moves such waits up,
+    in front of work that is to run meanwhile, but not across a barrier; to this one nobody ever comes, as no maximum
+    has a signalling NaN's bits. A thread has two rows."""
+    text: gl.constexpr = (
+        "{ .reg .pred p; .reg .b32 t; max.f32 t, $2, $3; setp.eq.s32 p, t, 0x7f800001; @p bar.arrive 15, 256; "
+        "mov.b32 $0, 0; mov.b32 $1, 0; }"
+    )
+    gl.inline_asm_elementwise(text, "=r,=r,r,r", [x], gl.int32, is_pure=False, pack=2)
+''',
     "packed": '''
 @gluon.jit
 def packed(x):

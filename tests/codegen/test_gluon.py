@@ -4,6 +4,8 @@ that they are right."""
 from __future__ import annotations
 
 import os
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from einscade.ir.interpret import interpret
 from einscade.ir.text import parse_cascade
 from tests.codegen.cascades import CASES, cascade, inputs, relative_error
 from tests.codegen.generated import module
-from tests.codegen.gluon_offline import assert_fits
+from tests.codegen.gluon_offline import assert_fits, compiled
 
 GOLDEN = Path(__file__).parent / "golden" / "causal_gluon.py"
 BY_NAME = {c.name: c for c in CASES}
@@ -140,6 +142,21 @@ def test_compiles(name: str, shape: dict[str, Any]) -> None:
     sizes = {"B": 1, "P": 300, "M": 300}
     given = list(inputs(plain, BY_NAME[name], sizes).values())
     assert_fits(module(emit(loops, schedules(loops)[0])), given, sizes)
+
+
+@pytest.mark.parametrize(("name", "resident"), [("causal", 0), ("window", 132)])
+def test_sums_are_waited_for_behind_the_maxima(name: str, resident: int) -> None:
+    """The assembler leaves all maxima of an iteration's scores in front of the wait for the weighted sums."""
+    plain, _ = cascade(BY_NAME[name], **WIDE)
+    loops = program(name, **WIDE)
+    given = list(inputs(plain, BY_NAME[name], sizes := {"B": 1, "P": 300, "M": 300}).values())
+    schedule = replace(schedules(loops)[0], resident=resident, joined=False)
+    ((_, _, assembly),) = compiled(module(emit(loops, schedule)), given, sizes).values()
+    waits = re.findall(r"DEPBAR\.LE gsb0, (0x[01])(.*?)(?=WARPGROUP\.DEPBAR|HGMMA|\Z)", assembly, re.DOTALL)
+    maxima = [text.count("FMNMX") for pending, text in waits if pending == "0x1"]
+    columns = dict(schedule.tiles)["M0"]
+    assert maxima
+    assert min(maxima) >= columns // 2 - 2  # a thread has two rows, and half as many scores as there are columns
 
 
 # -- on a GPU ---------------------------------------------------------------------------------------------------------
