@@ -46,7 +46,7 @@ from einscade.codegen.schedule import Schedule
 from einscade.runtime.kernels import Kernel
 
 PEERS = tuple(h200_peers.PEERS)
-AHEAD = 180.0
+AHEAD = 240.0
 """Seconds after which nothing that is done ahead is waited for."""
 
 FORWARD, BACKWARD = 8.0, 22.0
