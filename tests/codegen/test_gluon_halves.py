@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+import torch
 
 from einscade.codegen.gluon import emit, schedules
 from einscade.codegen.gluon_form import form
@@ -169,3 +170,18 @@ def test_lists_fit_on_chip() -> None:
     loops = test_gluon_visits.program("causal documents")
     made = module(emit(loops, resident(loops, 64)))
     assert_fits(made, test_gluon_visits.made("causal documents", ordered=True), test_gluon_visits.SIZES)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+@pytest.mark.parametrize("length", [60, 129, 256, 300], ids=str)
+@pytest.mark.parametrize("n", [333, 640], ids=str)
+def test_right_on_a_gpu(n: int, length: int) -> None:
+    text, sizes = window(length, width=128), {"B": 2, "N": n}
+    loops, given = test_gluon_operands.program(text), test_gluon_operands.inputs(text, sizes, seed=n + length)
+    plain = parse_cascade(text)
+    exact = interpret(plain, dict(zip((t.name for t in plain.inputs), given, strict=True)), {})["O"]
+    (out,) = module(emit(loops, resident(loops, programs=7))).run(*(x.cuda() for x in given), **sizes)
+    assert relative_error(out.cpu(), exact) <= 3 * relative_error(exact.bfloat16(), exact)
