@@ -42,12 +42,6 @@ class JoinedRows(Overlapped):
         """From a place's operands that stay to those of the next."""
         raise NotImplementedError
 
-    def _at_rows(self) -> list[str]:
-        """What a warpgroup knows of its rows, which begin at `row`."""
-        p_, printer = f"{self.shape.p}_", self._printer("")
-        lines = [f"{p_} = row + group * {GROUP_ROWS} + gl.arange(0, {GROUP_ROWS}, ROW)"]
-        return lines + [f"{x.name} = {self._element(x.access, printer).code}" for x in self.loads if x.name is not None]
-
     def _at_place(self, program: str = "program") -> list[str]:
         """To the first tile of a place."""
         return [self._go_to(program), f"tile = {self._head()}", *self._at_rows()]
@@ -86,10 +80,9 @@ class JoinedRows(Overlapped):
             *initial[1 + len(states) :],
         ]
         own = f"A warpgroup: {GROUP_ROWS} rows of {shape.p} after another, all of their loops, and what follows."
-        turn = ["if group == GROUPS - 1:", "    pass_turn(group)  # the first turn is the first warpgroup's"]
         lines = [
             f'"""{own}"""',
-            *(turn if self.groups > 1 else []),
+            *self._first_turn(),
             *("stage = 0", "phase = 0", "still_phase = 0"),
             *(["slot_phase = 0"] if self.slots > 1 else []),
             "program = gl.program_id(0)",
@@ -182,17 +175,8 @@ class Joined(JoinedRows):
 
     def _through(self) -> list[str]:
         step = [*self._crossed(self._edges()), *self._rescale()]
-        loop = ["for _ in range(end - 1 - first):", "    tile -= 1"]
-        if self.listed:
-            loop = [
-                "following = gl.load(visits + gl.minimum(1, count - 1))",
-                "for i in range(1, count):",
-                "    visit = following",
-                "    following = gl.load(visits + gl.minimum(i + 1, count - 1))",
-                "    tile = visit // 2",
-            ]
         left = [f"mbarrier.arrive({x.name}_empty.index(still_phase))" for x in self.stills]
-        return [*self._views(), *loop, *indent(step), *left]
+        return [*self._views(), *self._walk(), *indent(step), *left]
 
     def _onward(self) -> list[str]:
         ending = [*self._sum_names(), *self.weight_names.values()]

@@ -218,16 +218,24 @@ class Overlapped(Frame):
         always = ["tile", *self._running(), *self._tiles(), *left, *self._ring_barriers(), "zero", *self._context()]
         return [*always, *self._table_arguments(always)] if self.tables else always
 
+    def _first_turn(self) -> list[str]:
+        """What gives the first warpgroup its first turn."""
+        begun = ["if group == GROUPS - 1:", "    pass_turn(group)  # the first turn is the first warpgroup's"]
+        return begun if self.groups > 1 else []
+
+    def _at_rows(self) -> list[str]:
+        """What a warpgroup knows of its rows, which begin at `row`."""
+        p_, printer = f"{self.shape.p}_", self._printer("")
+        lines = [f"{p_} = row + group * {GROUP_ROWS} + gl.arange(0, {GROUP_ROWS}, ROW)"]
+        return lines + [f"{x.name} = {self._element(x.access, printer).code}" for x in self.loads if x.name is not None]
+
     def _compute(self) -> str:
-        shape, printer, p_ = self.shape, self._printer(""), f"{self.shape.p}_"
+        shape, begun = self.shape, self._first_turn()
         still_phase = "still_phase" if self.resident else "0"
         doc = f'"""A warpgroup: {GROUP_ROWS} rows of {shape.p}, all of their loop, and what follows it."""'
-        begun = ["if group == GROUPS - 1:", "    pass_turn(group)  # the first turn is the first warpgroup's"]
-        begun = begun if self.groups > 1 else []
         lines = [
-            f"{p_} = row + group * {GROUP_ROWS} + gl.arange(0, {GROUP_ROWS}, ROW)",
-            *(f"{x.name} = {self._element(x.access, printer).code}" for x in self.loads if x.name is not None),
-            *self._initial(printer),
+            *self._at_rows(),
+            *self._initial(self._printer("")),
             f"tile = {self._head()}",
             *([] if self._own_stop else self._read_columns_early("True")),
             *(self._next_stage() if self.resident else begun),
@@ -312,17 +320,20 @@ class Overlapped(Frame):
 
     def _loop(self, count: str = "end - 1 - first", edges: Sequence[str] | None = None) -> list[str]:
         """The tiles after the first, so many of a range."""
+        last, second = ("i == count - 1" if self.listed else "tile == first"), ("begun + 1" if self._own_stop else "1")
+        return [*self._walk(count, second), *indent(self._advanced(last, edges or self._edges()))]
+
+    def _walk(self, count: str = "end - 1 - first", second: str = "1") -> list[str]:
+        """The head of a loop over the tiles after the first: so many of a range, or those of a list from the place
+        `second` on, each read an iteration early."""
         if not self.listed:
-            step = self._advanced("tile == first", edges or self._edges())
-            return [f"for _ in range({count}):", "    tile -= 1", *indent(step)]
-        second = "begun + 1" if self._own_stop else "1"
+            return [f"for _ in range({count}):", "    tile -= 1"]
         return [
             f"following = gl.load(visits + gl.minimum({second}, count - 1))",
             f"for i in range({second}, count):",
             "    visit = following",
             "    following = gl.load(visits + gl.minimum(i + 1, count - 1))",
             "    tile = visit // 2",
-            *indent(self._advanced("i == count - 1", self._edges())),
         ]
 
     def _last_sums(self, values: str = "") -> list[str]:

@@ -239,18 +239,14 @@ class Passes(Overlapped):
 
     def _compute(self) -> str:
         shape, first, last = self.shape, self.first, self.last
-        printer = self._printer("")
         sums, weights = last._sum_names(), list(last.weight_names.values())
-        begun = ["if group == GROUPS - 1:", "    pass_turn(group)  # the first turn is the first warpgroup's"]
-        begun = begun if self.groups > 1 else []
         lines = [
             f'"""A warpgroup: {GROUP_ROWS} rows of {shape.p}, all passes over their loop, and what follows."""',
-            f"{shape.p}_ = row + group * {GROUP_ROWS} + gl.arange(0, {GROUP_ROWS}, ROW)",
-            *(f"{x.name} = {self._element(x.access, printer).code}" for x in self.loads if x.name is not None),
-            *first._initial(printer),
+            *self._at_rows(),
+            *first._initial(self._printer("")),
             f"tile = {self._head()}",
             *self._read_columns_early("True"),
-            *begun,
+            *self._first_turn(),
             *self._first_weights(),
             "stage = 0",
             "phase = 0",
