@@ -46,7 +46,7 @@ def test_peak_memory_of_a_temporary(mebibytes: int) -> None:
     call = lambda: float(torch.ones(mebibytes * 2**18).sum())  # noqa: E731
     call()
     for _ in range(2):
-        assert abs(peak_extra_memory(call) / 2**20 - mebibytes) < max(4, mebibytes / 12)
+        assert abs(peak_extra_memory(call) / 2**20 - mebibytes) < 4
 
 
 def test_calls_take_turns() -> None:
