@@ -10,14 +10,14 @@ left operand of the sum.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 
 import sympy
 
-from einscade.codegen.base2 import Exp2
+from einscade.codegen.gluon_factors import joined, shared
 from einscade.codegen.gluon_form import Operand, WeightedSum
 from einscade.codegen.gluon_frame import Frame
 from einscade.codegen.gluon_plan import GROUP_ROWS, REGISTERS, SHARED, Load, Ring, Table
@@ -27,7 +27,7 @@ from einscade.codegen.gluon_values import Printer, Value
 from einscade.codegen.host import python
 from einscade.codegen.source import Unsupported
 from einscade.codegen.tiles import Statement
-from einscade.ir.expr import Access, Expr, accesses, free_vars, var
+from einscade.ir.expr import Expr, accesses, free_vars, var
 
 __all__ = ["Chain", "Iteration"]
 
@@ -82,21 +82,21 @@ class Chain(Frame):
 
     def _most_live(self) -> int:
         """Registers of the iteration's tiles at the moment when most are needed: values of the points, weights of sums
-        that have been issued, columns' values that are read by address."""
+        that have been issued, columns' values that are read by address. Late products have none before they are
+        issued."""
         if self.rescaled:
             return self.columns // 2 + len(self.shape.sums) * self.columns // 4
         statements = {s.name: s for s in self.scaled[0]}
         tile = {n for n, s in statements.items() if {self.shape.p, self.shape.m} <= set(s.ranks)} | {*self.shape.scores}
-        order = list(dict.fromkeys(n for x in self.order[0] for n in self._needed(x.weights)))
-        order += [n for n in statements if n not in order]
-        events = [n for n in order if n in statements]
+        order = [[n for end in self._before(x) for n in self._needed(end)] for x in self.order[0]]
+        events = [n for n in dict.fromkeys([*chain(*order), *statements]) if n in statements]
         copied = {t.access for t in self.tables}
         columns = sum(1 for x in self.loads if self._of_columns(x) and x.access not in copied) * self.columns // 4
-        most, issued = len(self.shape.scores) * self.columns // 2, 0
+        most, issued = (len(self.shape.scores) - len(self.late)) * self.columns // 2, 0
         for i, name in enumerate(events):
             later = {a.tensor for n in events[i + 1 :] for a in statements[n].reads}
             weights = any(x.weights == name for x in self.shape.sums)
-            known = {*self.shape.scores, *events[: i + 1]}
+            known = {*self.shape.scores, *events[: i + 1]} - ({*self.late} if name in order[0] else set())
             live = [n for n in known if n in tile and (n in later or n == name)]
             issued += weights
             kept = len([n for n in live if n in later]) * self.columns // 2 + issued * self.columns // 4
@@ -229,7 +229,7 @@ class Chain(Frame):
     def scaled(self) -> tuple[tuple[Statement, ...], dict[str, Expr]]:
         """The statements, where weights that only a sum reads lose the number in front; and the sums' numbers, which
         multiply them after the loop."""
-        statements = list(_shared(self.statements, (self.shape.p, self.shape.m)))
+        statements = list(joined(shared(self.statements, (self.shape.p, self.shape.m)), self.shape))
         numbers: dict[str, Expr] = {}
         for x in self.shape.sums:
             at = next((i for i, s in enumerate(statements) if s.name == x.weights), None)
@@ -269,6 +269,11 @@ class Chain(Frame):
 
         visit(name)
         return tuple(found)
+
+    @cached_property
+    def late(self) -> tuple[str, ...]:
+        """The products that are issued with the first sum."""
+        return ()
 
     def _functions_in(self, name: str) -> int:
         """How many functions of one argument it takes to make a value of the loop."""
@@ -366,7 +371,7 @@ class Chain(Frame):
         it = Iteration()
         lines += self._issue_products(it)
         statements = {s.name: s for s in (*self.scores, *self.scaled[0])}
-        ends = [(x.weights, *self._factors(x)) for x in self.order[0]] + [(s.name,) for s in self.scaled[0]]
+        ends = [self._before(x) for x in self.order[0]] + [(s.name,) for s in self.scaled[0]]
         for end in ends:
             for name in dict.fromkeys(n for e in end for n in self._needed(e)):
                 if name in it.done:
@@ -400,11 +405,12 @@ class Chain(Frame):
         it.done.add(x.state.name)
         return [self._await(it, self.name(x.state.name), self.weight_names[x.weights]), *self._release(it)]
 
-    def _factors(self, x: WeightedSum) -> tuple[str, ...]:
-        """The values of the loop that rescale a sum before it takes more."""
+    def _before(self, x: WeightedSum) -> tuple[str, ...]:
+        """The values of the loop that are made before a sum is issued: its weights first; and what rescales it."""
         made = {s.name for s in self.scaled[0]}
         factor = self.rescales[self.shape.sums.index(x)]
-        return tuple(a.tensor for a in accesses(factor) if a.tensor in made) if factor is not None else ()
+        factors = [a.tensor for a in accesses(factor) if a.tensor in made] if factor is not None else []
+        return (x.weights, *factors)
 
     def _issue_products(self, it: Iteration) -> list[str]:
         return [line for score in self.order[1] for line in self._issue_product(score, it)]
@@ -509,37 +515,3 @@ class Chain(Frame):
             f"        {self._options()}",
             "    )",
         ]
-
-
-def _shared(statements: Sequence[Statement], ranks: tuple[str, str]) -> tuple[Statement, ...]:
-    """The statements, with functions of a point that several of them (or a power) need as statements of their own; of a
-    value's negative powers the inverse is such a function."""
-    count: Counter[Expr] = Counter()
-    for s in statements:
-        for x in _shareable(s.expr):
-            count[x] += 2 if any(isinstance(y, sympy.Pow) and x in (y.base, 1 / y.base) and abs(y.exp) > 1
-                                 for y in s.expr.atoms(sympy.Pow)) else 1  # fmt: skip
-    result = list(statements)
-    wide = {s.name for s in statements if set(ranks) <= set(s.ranks)}
-    for i, x in enumerate(sorted((x for x, n in count.items() if n > 1), key=sympy.default_sort_key)):
-        users = [s for s in result if x in _shareable(s.expr)]
-        if not users or not any(set(ranks) <= set(s.ranks) for s in users):
-            continue
-        first = next(s for s in users if set(ranks) <= set(s.ranks))
-        name = f"{first.name}_{x.func.__name__.lower() if not isinstance(x, sympy.Pow) else 'inverse'}{i or ''}"
-        access = Access(name, *map(var, first.ranks))
-        table: dict[Expr, Expr] = {x: access}
-        if isinstance(x, sympy.Pow):
-            powers = {y for s in users for y in s.expr.atoms(sympy.Pow) if y.base == x.base and y.exp.is_negative}
-            table = {y: access ** (-y.exp) for y in powers}
-        made = Statement(name, first.ranks, x, keep=first.keep, row=first.row)
-        result = [replace(s, expr=s.expr.xreplace(table)) if s in users else s for s in result]
-        result.insert(min(j for j, s in enumerate(result) if s.name in {u.name for u in users}), made)
-    return tuple(result) if wide else tuple(statements)
-
-
-def _shareable(expr: Expr) -> set[Expr]:
-    """The functions of one argument in an expression, and the inverses."""
-    found = {x for x in expr.atoms(sympy.Function) if isinstance(x, (Exp2, sympy.tanh, sympy.exp)) and x.has(Access)}
-    inverse = {1 / x.base for x in expr.atoms(sympy.Pow) if x.exp.is_Integer and x.exp < 0 and x.has(Access)}
-    return found | inverse

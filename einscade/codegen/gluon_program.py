@@ -108,8 +108,12 @@ def _alternatives(
         choices = [_choices(shape)[:1] if i in left_out else _choices(shape, merged[i][1] if i in merged else None)
                    for i, shape in enumerate(forms)]  # fmt: skip
         narrow = all(x.width <= NARROW for i in merged for x in (*forms[i].stills, *forms[i].moving))
+        ahead = [_choices(forms[i], how, ahead=True) for i, (_, how) in merged.items()] if narrow else []
         tiles = _rows(choices) if all(choices) else []
-        unordered = [_schedule(t, grouped, True, narrow) for t in tiles]
+        unordered = [
+            _schedule(t, grouped, True, narrow and all(any(x.items() <= t.items() for x in fit) for fit in ahead))
+            for t in tiles
+        ]
     return unordered, [_schedule(tiles, grouped) for tiles in _rows([_choices(shape) for shape in forms])]
 
 
@@ -173,15 +177,16 @@ def _merged(program: LoopProgram, separate: Sequence[Form], forms: Sequence[Form
     return found
 
 
-def _choices(shape: Form, spread: Spread | None = None) -> list[dict[str, int]]:
-    """The tiles that fit a nest, best guess first; with a sum of its programs there may be none."""
+def _choices(shape: Form, spread: Spread | None = None, ahead: bool = False) -> list[dict[str, int]]:
+    """The tiles that fit a nest, best guess first; with a sum of its programs, or the next scores ahead besides, there
+    may be none."""
     found = []
     for groups, columns in TILES:
         tiles = {shape.p: groups * GROUP_ROWS}
         if isinstance(shape.loop.step, sympy.Symbol):
             tiles[shape.loop.step.name] = columns
         try:
-            _chain(shape, _schedule(tiles), spread)
+            _chain(shape, _schedule(tiles, ahead=ahead), spread)
         except Unsupported as reason:
             last = reason
             continue

@@ -258,9 +258,16 @@ class SpreadChain(Chain):
 
     @cached_property
     def late(self) -> tuple[str, ...]:
-        """The products that are issued with the first sum."""
+        """Those that the first sum does not need."""
         needed = self._needed(self.order[0][0].weights)
         return tuple(s for s in self.order[1] if s not in needed)
+
+    def _before(self, x: WeightedSum) -> tuple[str, ...]:
+        """Before the first sum, and late products, also all else that can be made: less is held while they run."""
+        if not self.late or x != self.order[0][0]:
+            return super()._before(x)
+        early = [s.name for s in self.scaled[0] if not {*self.late} & {*self._needed(s.name)}]
+        return tuple(dict.fromkeys([*super()._before(x), *early]))
 
     def _tile_before(self, i: str) -> str:
         if (x := self.shape.members) is not None:
