@@ -16,7 +16,7 @@ import sympy
 from einscade.codegen.tiles import Finite, State, Statement, TileLoop
 from einscade.ir.expr import Access, Expr
 
-__all__ = ["Exp2", "base2"]
+__all__ = ["Exp2", "base2", "logistic_exponent"]
 
 
 class Exp2(sympy.Function):
@@ -51,6 +51,17 @@ def base2(loop: TileLoop, unit: Expr | None = None) -> TileLoop:
         body=tuple(map(statement, loop.body)),
         epilogue=tuple(map(statement, loop.epilogue)),
     )
+
+
+def logistic_exponent(expr: Expr) -> Expr | None:
+    """The x of an expression that is `2**x / (1 + 2**x)`, as `1 / (1 + 2**-x)` is; None of any other."""
+    numerator, denominator = expr.as_numer_denom()
+    power = denominator - 1
+    if not isinstance(power, Exp2):
+        return None
+    if numerator == 1:
+        return -power.args[0]
+    return power.args[0] if numerator == power else None
 
 
 def _reads(s: Statement) -> set[str]:

@@ -170,7 +170,7 @@ class Joined(JoinedRows):
             self._waited(0, scores, scores),
             *(f"mbarrier.arrive({r.name}_empty.index(0))" for r in self.rings if not r.late),
             *self._read_tables("0", "0"),
-            call([*states, *self.rescale_names.values(), *self.weight_names.values()], "weigh", given),
+            call(self._made(list(self.weight_names.values())), "weigh", given),
         ]
 
     def _through(self) -> list[str]:

@@ -8,14 +8,18 @@ and the warpgroups take turns at issuing, so that they do not do the same thing 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import sympy
 
+from einscade.codegen.base2 import logistic_exponent
 from einscade.codegen.gluon_frame import Frame
 from einscade.codegen.gluon_plan import GROUP_ROWS, Ring
 from einscade.codegen.gluon_text import TURN, call, function, indent, paren
-from einscade.ir.expr import free_vars, var
+from einscade.codegen.gluon_values import Printer
+from einscade.codegen.tiles import Statement
+from einscade.ir.expr import Expr, accesses, free_vars, var
 from einscade.passes.domains import span
 
 __all__ = ["Overlapped"]
@@ -88,6 +92,36 @@ class Overlapped(Frame):
 
     def _turns(self) -> tuple[list[str], list[str]]:
         return (["take_turn(group)"], ["pass_turn(group)"]) if self.groups > 1 else ([], [])
+
+    @cached_property
+    def logistics(self) -> dict[str, Expr]:
+        """The statements that are logistic functions of points, and their exponents."""
+        ends, points = (None, 0), {self.shape.p, self.shape.m}
+        made = {s.name: logistic_exponent(s.expr) for s in self.statements if s.monoid is None and s.fill in ends}
+        return {n: x for n, x in made.items() if x is not None and any(points <= free_vars(a) for a in accesses(x))}
+
+    def _statement(self, s: Statement, masked: Printer, full: Printer) -> list[str]:
+        """A logistic function has its exponent first, masked there, so that a point which does not exist is 0 and
+        leaves its neighbours alone."""
+        if s.name not in self.logistics:
+            return super()._statement(s, masked, full)
+        fill = None if s.fill is None else -sympy.oo
+        exponent = replace(s, expr=self.logistics[s.name], fill=fill)
+        self.used.add("logistic")
+        name = self.name(s.name)
+        return [*super()._statement(exponent, masked, full), f"{name} = logistic({name})"]
+
+    def _held(self) -> list[str]:
+        self.used |= {"first_columns"} if self.logistics else set()
+        return [f"first_columns({self.name(name)})" for name in self.logistics]
+
+    @property
+    def held_names(self) -> list[str]:
+        return [f"{self.name(name)}_held" for name in self.logistics]
+
+    def _made(self, weights: Sequence[str]) -> list[str]:
+        """What the points of a tile make, its weights by these names."""
+        return [*self._state_names(), *self.rescale_names.values(), *weights, *self.held_names]
 
     def _multiply(self, still: Callable[[Ring], str], stage: str, prefix: str, part: str = "") -> list[str]:
         """All products with the tiles of a stage, or a part of them, issued."""
@@ -168,21 +202,27 @@ class Overlapped(Frame):
         """The call that makes weights of scores. `keys`: the part of the tile of which there are scores."""
         at = self._first_column(keys)
         passed = [*self._score_names(), *self._state_names(), at, *self._points(), *self._context(), *masked]
-        return call([*self._state_names(), *self.rescale_names.values(), *weights], f"weigh{self.suffix}", passed)
+        return call(self._made(weights), f"weigh{self.suffix}", passed)
 
     def _first_column(self, keys: str) -> str:
         """The first column of a tile, or of the part of it that is read."""
         return "tile * STEP"
 
     def _hold(self) -> list[str]:
-        """The wait for the sums comes behind the rows' maxima: these run beside the sums, and exponentials as far as
-        there is room. In short tiles of a list, most of which are masked, the masks alone take as long as the sums."""
-        if self.listed and self.columns < 128:
+        """The wait for the sums comes behind the rows' maxima, or some of the points: these run beside the sums, and
+        exponentials as far as there is room."""
+        if self._waits_soon():
             return []
         extrema = {s.name for s in self.shape.statements if isinstance(s.expr, (sympy.Max, sympy.Min))}
         names = [self.name(x.name) for x in self.shape.states if x.new in extrema and x.name not in self.shape.split]
+        names += self.held_names
         self.used |= {"hold"} if names else set()
         return [f"hold({name})" for name in names]
+
+    def _waits_soon(self) -> bool:
+        """Whether nothing need run beside the sums: in short tiles of a list, most of which are masked, the masks alone
+        take as long."""
+        return self.listed and self.columns < 128
 
     def _rescale(self) -> list[str]:
         return [

@@ -425,7 +425,7 @@ class Pass(Overlapped):
         """The first scores to weights."""
         states, weights = self._state_names(), [f"{prefix}{w}" for w in self.weight_names.values()]
         passed = [*self._score_names(), *states, "tile * STEP", *self._points(), *self._context(), *self._first_edges()]
-        return call([*states, *self.rescale_names.values(), *weights], f"weigh{self.suffix}", passed)
+        return call(self._made(weights), f"weigh{self.suffix}", passed)
 
     def _rest_of_loop(self) -> list[str]:
         """The iterations after the first scores."""

@@ -21,7 +21,9 @@ from einscade.codegen.source import Unsupported
 from einscade.codegen.tiles import Statement
 from einscade.ir.expr import Access, Expr, accesses, free_vars, var
 
-__all__ = ["COLUMN_DTYPES", "GROUP_ROWS", "REGISTERS", "Column", "Load", "Plan", "Ring", "Table", "factor_of"]
+__all__ = [
+    "COLUMN_DTYPES", "GROUP_ROWS", "REGISTERS", "Column", "Load", "Plan", "Ring", "Table", "distance", "factor_of",
+]  # fmt: skip
 
 GROUP_ROWS = 64
 """Rows of a warpgroup: those of one warpgroup_mma instruction."""
@@ -49,7 +51,8 @@ RESERVED = frozenset({
     "COLUMNS", "visit", "visits", "count", "counts", "listed", "lists", "list_tiles", "add", "at", "some", "whole",
     "add_tile", "others", "others_full", "part", "part_tile", "before", "values", "program", "still_phase", "following",
     "packed", "taken", "upcoming", "next_stage", "next_phase", "slot_phase", "finish", "edge", "inside", "turn", "half",
-    "zero_half", "HALF", "begun",
+    "zero_half", "HALF", "begun", "logistic", "at_points",
+    "sooner", "first_columns", "is_one",
 })  # fmt: skip
 
 
@@ -401,6 +404,23 @@ class Plan:
         tensors = dict.fromkeys(x.access.tensor for x in self.loads if x.name is None and x.access not in tiles)
         moving = [a for t in tensors for a in self._pointer(t, self.name(t))]
         return [self.shape.p + "_", *self.shape.batch, *hoisted, *moving, *self.sizes]
+
+
+def distance(access: Access, p: str, m: str) -> tuple[int, int, int] | None:
+    """The one dimension of a read whose place is a sum of the row and the column, each times a number, and the two
+    numbers, where the others have the same place for all points of a tile (a table by distance); None of any other."""
+    found = []
+    for i, x in enumerate(map(sympy.expand, access.index)):
+        a, b = x.coeff(var(p)), x.coeff(var(m))
+        rest = sympy.expand(x - a * var(p) - b * var(m))
+        if rest.has(Access) or {p, m} & free_vars(rest):
+            return None
+        if a != 0 or b != 0:
+            found.append((i, a, b))
+    if len(found) != 1 or not all(x.is_Integer and x != 0 for x in found[0][1:]):
+        return None
+    ((at, a, b),) = found
+    return at, int(a), int(b)
 
 
 def factor_of(score: Statement, e: str) -> Expr:

@@ -13,7 +13,7 @@ import sympy
 from sympy.logic.boolalg import Boolean
 
 from einscade.codegen.gluon_form import Operand
-from einscade.codegen.gluon_plan import GROUP_ROWS, Plan
+from einscade.codegen.gluon_plan import GROUP_ROWS, Plan, distance
 from einscade.codegen.gluon_text import function, indent
 from einscade.codegen.gluon_values import Printer, Value
 from einscade.codegen.source import Unsupported
@@ -90,6 +90,8 @@ class Points(Plan):
 
     def _address(self, access: Access, printer: Printer) -> str:
         """The load of an access by address, within the ends of the tile's ranks."""
+        if (across := self._across(access, printer)) is not None:
+            return across
         n = self.name(access.tensor)
         groups: dict[tuple[str, ...], list[str]] = {}
         for i, index in enumerate(access.index):
@@ -115,12 +117,37 @@ class Points(Plan):
         mask = f", mask={' & '.join(inside)}, other=0" if inside else ""
         return f"gl.load({address}{mask})"
 
+    def _across(self, access: Access, printer: Printer) -> str | None:
+        """The same of a table by distance, where the tile is one of scores; None of any other read."""
+        p, m, n = self.shape.p, self.shape.m, self.name(access.tensor)
+        found = distance(access, p, m)
+        if found is None or printer.columns is None:
+            return None
+        at, a, b = found
+        first, columns = printer.columns
+        index = [printer.value(sympy.expand(x.xreplace({var(p): 0, var(m): var(first)}))) for x in access.index]
+        others = [f"{v.atom()}.to(gl.int64) * {n}_{i}" if not v.code.isdigit() else f"{v.code} * {n}_{i}"
+                  for i, v in enumerate(index) if i != at and v.code != "0"]  # fmt: skip
+        inside = [printer.align(printer.inside, (p, m))] if printer.inside is not None else []
+        rows, limit = self.shape.extent(p), self.shape.loop.limit
+        assert limit is not None
+        if not (rows.is_Integer and int(rows) % self.rows == 0):
+            inside.append(f"({p}_ < {printer.value(rows).code})[:, None]")
+        if not (printer.whole or (limit.is_Integer and int(limit) % self.columns == 0)):
+            inside.append(f"({m}_ < {printer.value(limit).code})[None, :]")
+        mask = f", mask={' & '.join(inside)}, other=0" if inside else ""
+        self.used.add("at_points")
+        place = f"{' + '.join([n, *others])}, {index[at].code}, {p}_, {columns}, {a}, {b}, {n}_{at}"
+        return f"gl.load(at_points({place}){mask})"
+
     def _weigh(self) -> str:
         """The Einsums between the two products, on one tile."""
         shape = self.shape
         masked = self._printer("finite")
         full = self._printer("finite" if shape.always_guard or not self._is_static() else "")
+        full.whole = True
         for printer in (masked, full):
+            printer.columns = f"{shape.m}_first", self.columns_code
             self._name_hoisted(printer)
             for c in self.early_columns:
                 dtype = self.dtype(c.access.tensor)
@@ -150,9 +177,14 @@ class Points(Plan):
         for weights in self.weight_names:
             value = full.names[weights].atom()
             result.append(f"gl.convert_layout({value}.to({GLUON_DTYPES[shape.dtype]}), WEIGHTS)")
+        result += self._held()
         arguments = [*self._score_names(), *self._state_names(), f"{m}_first", *self._points(), *self._context()]
         lines.append(f"return {', '.join(result)}")
         return function(f"weigh{self.suffix}", [*arguments, *self._masked_arguments()], lines)
+
+    def _held(self) -> list[str]:
+        """Points that waits for sums come behind."""
+        return []
 
     def _points(self) -> list[str]:
         """The tiles of tables, and the columns, that have been read."""

@@ -17,7 +17,7 @@ from sympy import divisors
 from einscade.codegen.cost import Lengths
 from einscade.codegen.gluon_form import Form
 from einscade.codegen.gluon_passes import Passes, in_order, in_passes
-from einscade.codegen.gluon_plan import GROUP_ROWS
+from einscade.codegen.gluon_plan import GROUP_ROWS, distance
 from einscade.codegen.gluon_tables import Tables
 from einscade.codegen.schedule import Schedule
 from einscade.codegen.source import Unsupported
@@ -183,10 +183,12 @@ def _has_registers(plan: Tables) -> bool:
     several = len(shape.products) > 1 or len(shape.sums) > 1
     tiles = {t.access for t in plan.tables} | {c.access for c in plan.copied_columns}
     read = [x.access for x in plan.loads if x.name is None and x.access not in tiles]
-    addressed = any({shape.p, shape.m} <= free_vars(a) for a in read) or (plan.listed and bool(read))
-    points = [s for s in shape.statements if s.monoid is None and shape.m in s.ranks]
+    moving = [a for a in read if {shape.p, shape.m} <= free_vars(a)]
+    near = not plan.schedule.joined and all(distance(a, shape.p, shape.m) is not None for a in moving)
+    addressed = bool(moving and not near) or (plan.listed and bool(read))
     if plan.groups == 3:
-        narrow = max(x.width for x in (*shape.stills, *shape.moving)) <= 64 and len(points) == 1
+        values = [s for s in shape.statements if s.monoid is None and shape.m in s.ranks]
+        narrow = max(x.width for x in (*shape.stills, *shape.moving)) <= 64 and len(values) == 1
         return narrow and not (several or read or plan.tables or plan.listed)
     if several:
         return plan.columns <= 64

@@ -49,6 +49,17 @@ def hold(x):
     )
     gl.inline_asm_elementwise(text, "=r,=r,r,r", [x], gl.int32, is_pure=False, pack=2)
 ''',
+    "first_columns": '''
+@gluon.jit
+def sooner(a, b):
+    return a
+
+
+@gluon.jit
+def first_columns(x):
+    """Some of the points that each thread has, as they are: for whoever is to wait until points are known."""
+    return gl.reduce(x.reshape([64, x.shape[1] // 8, 8]), 1, sooner)
+''',
     "packed": '''
 @gluon.jit
 def packed(x):
@@ -67,6 +78,41 @@ def finite(x):
 def reciprocal(x):
     """1 / x by the special-function unit, to one unit in the last place."""
     return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, is_pure=True, pack=1)
+''',
+    "at_points": '''
+@gluon.constexpr_function
+def is_one(x):
+    return isinstance(x, int) and x == 1
+
+
+@gluon.jit
+def at_points(x, first, rows, columns, a: gl.constexpr, b: gl.constexpr, stride):
+    """Where `first + a * rows + b * columns` of a dimension is, for each point. A thread's rows differ in the bit of 8,
+    its columns in all but those of 6: by constants, which are part of a load where elements lie side by side. Points
+    with the same number share theirs."""
+    thread = (rows & -9)[:, None] * a + (columns & 6)[None, :] * b + first
+    constant = (rows & 8)[:, None] * a + (columns & -7)[None, :] * b
+    if is_one(stride):
+        place = x + thread.to(gl.int64) + constant
+    else:
+        place = x + (thread + constant) * stride
+    return place
+''',
+    "logistic": '''
+@gluon.jit
+def logistic(x):
+    """a / (1 + a) for a = 2**x, of two neighbours a and b in a row at once: their denominators' product, which is
+    1 + b + a*b + a, has the only reciprocal. From 2**30 on, where float32 has 1, powers are cut off, so that nothing
+    overflows; 0 stays 0."""
+    text: gl.constexpr = (
+        "{ .reg .f32 a, b, n, m, d; "
+        "min.NaN.f32 a, $2, 0f41F00000; min.NaN.f32 b, $3, 0f41F00000; "
+        "ex2.approx.ftz.f32 a, a; ex2.approx.ftz.f32 b, b; "
+        "fma.rn.f32 n, a, b, a; fma.rn.f32 m, a, b, b; "
+        "add.f32 b, b, 0f3F800000; add.f32 d, n, b; rcp.approx.ftz.f32 d, d; "
+        "mul.f32 $0, n, d; mul.f32 $1, m, d; }"
+    )
+    return gl.inline_asm_elementwise(text, "=f,=f,f,f", [x], gl.float32, is_pure=True, pack=2)
 ''',
     "tanh_approximate": '''
 @gluon.jit
@@ -109,7 +155,9 @@ class Printer:
     load: code for an element (or a tile of elements) of a tensor in memory. guard: how `Finite` is printed ("finite",
     or "" where no row can be without points). inside: the points that exist, where some of a tile may not, for reads by
     address. approximate: whether `tanh` may be the hardware's. used: the helpers
-    that the printed code calls. rows: the layout in which rows meet the tile, if not the one they are in.
+    that the printed code calls. rows: the layout in which rows meet the tile, if not the one they are in. columns:
+    a tile's first column and its columns from there, where rows and columns are those of the scores. whole: whether
+    all of a tile's points exist, but for rows.
     """
 
     dims: tuple[str, ...]
@@ -121,6 +169,8 @@ class Printer:
     inside: Value | None = None
     used: set[str] = field(default_factory=set)
     rows: str = ""
+    columns: tuple[str, str] | None = None
+    whole: bool = False
 
     def sort(self, *values: Value) -> tuple[str, ...]:
         ranks = {r for v in values for r in v.ranks}

@@ -235,8 +235,12 @@ def test_the_librarys_gradients(name: str, dtype: str, emitter: Emitter) -> None
 @cpu
 @pytest.mark.parametrize("emitter", ["gluon"], indirect=True)
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("causal", "f16"), ("masked", "bf16"), ("window", "f16"), ("softcap", "bf16")]
-)
+    ("name", "dtype"),
+    [
+        ("causal", "f16"), ("masked", "bf16"), ("window", "f16"), ("softcap", "bf16"), ("sigmoid", "f16"),
+        ("distances", "bf16"),
+    ],
+)  # fmt: skip
 def test_gluon_in_the_simulator(name: str, dtype: str, emitter: Emitter) -> None:
     """Forward: the simulator has gradients' kernels in `tests/codegen/test_gluon_gradients`."""
     fast = einscade.optimize(VARIANTS[name].module(), inner="eager")

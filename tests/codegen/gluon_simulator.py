@@ -49,6 +49,7 @@ from tests.codegen.gluon_memory import (
     layout,
     scalar,
 )  # fmt: skip
+from tests.codegen.ptx import evaluated, is_arithmetic
 
 __all__ = ["Deadlock", "Misuse", "Simulator"]
 
@@ -388,13 +389,18 @@ class Simulator:
         pointer.memory.index_put_((at[used],), value.as_subclass(Tensor)[used], accumulate=True)
         return before
 
-    def _assembly(self, text: str, _: str, arguments: Sequence[Any], dtype: torch.dtype, **__: Any) -> Any:
+    def _assembly(
+        self, text: str, _: str, arguments: Sequence[Any], dtype: torch.dtype, pack: int = 1, **__: Any
+    ) -> Any:
         if found := re.fullmatch(r"bar\.(sync|arrive) (\d+), (\d+); mov\.u32 \$0, 0;", text):
             self._named(found[1], int(found[2]), int(found[3]))
             return block(0, dtype)
         if text == GRID_WAIT:
             self.ready = True
             return block(0, dtype)
+        if pack > 1 and is_arithmetic(text):
+            (x,) = arguments
+            return block(evaluated(text, x, pack), dtype)
         check(text in ASSEMBLY, f"inline assembly that the simulator does not know: {text}")
         return ASSEMBLY[text](*arguments).to(dtype)
 
@@ -447,6 +453,7 @@ class Simulator:
             "minimum": lambda a, b: _extreme(torch.minimum, a, b),
             "sum": lambda x, axis: x.sum(axis, dtype=x.dtype),
             "associative_scan": _scan,
+            "reduce": lambda x, axis, combine: block(functools.reduce(combine, x.unbind(axis))),
             "max": lambda x, axis: x.amax(axis),
             "min": lambda x, axis: x.amin(axis),
             "load": self._load,
