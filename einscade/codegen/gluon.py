@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from einscade.codegen import gluon_program, gluon_schedules
+from einscade.codegen.gluon_anchored import Anchored, AnchoredJoined
 from einscade.codegen.gluon_form import form
 from einscade.codegen.gluon_halves import Halved, halved
 from einscade.codegen.gluon_joined import Joined
@@ -31,6 +32,8 @@ def emit(program: LoopProgram, schedule: Schedule) -> Source:
     if len(program.nests) != 1:
         return gluon_program.emit(program, schedule)
     shape = form(program)
+    if schedule.anchored:
+        return Source("triton", (AnchoredJoined if schedule.joined else Anchored)(shape, schedule).text())
     apart = Halved if halved(shape, schedule) else Overlapped
     kernel = in_order if schedule.in_order else Joined if schedule.joined else apart
     return Source("triton", kernel(shape, schedule).text())

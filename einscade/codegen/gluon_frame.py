@@ -225,7 +225,7 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
         lines.append("for stage in gl.static_range(STAGES):")
         lines += [f"    mbarrier.init({b}.index(stage), {'1' if b.endswith('_full') else 'GROUPS'})" for b in rings]
         lines += self._init_tables()
-        lines += [GLUON_WAIT] * self.listed
+        lines += [*[GLUON_WAIT] * self.listed, *self._begun()]
         if not self.resident:
             lines.append(call(self._placed(), "place", self._place_arguments()))
         flags = self._table_flags()
@@ -272,27 +272,44 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
             others += [self.name(t), f"*{self.name(t)}.stride()"]
         for t in self._row_results():
             others += [self.name(t), f"*{self.name(t)}.stride()"]
+        others += self._marks()
         lines.append("if programs:")
         if self.listed:
             lines += indent(self._make_lists(device))
             others += ["visits", "counts"]
         lines += indent(self._prepare_tables())
-        if self.dynamic:
-            if not self.listed:
-                lines.append(f"    taken = torch.zeros((1,), dtype=torch.int32, device={device})")
-            others.append("taken")
+        lines += indent(self._counters(device))
+        others += ["taken"] if self.dynamic else []
         others += ["programs"] if self.resident else []
-        lines.append(f"    kernel[({f'min(programs, {self.resident})' if self.resident else 'programs'},)](")
-        lines += [f"        {m}," for m in maps]
-        if others or self.sizes:
-            lines += wrapped(", ".join([*others, *self.sizes]) + ",", 8)
-        lines += [f"        {flag}={flag}," for flag in self._table_flags()]
-        lines += [f"        {self._options()}", "    )"]
+        lines += self._launches(maps, [*others, *self.sizes])
         lines.append(f"return {', '.join(outputs)},")
         signature = ", ".join(inputs + (["*", *symbols] if symbols else []))
         doc = '"""' + f"{self.cascade.name}: inputs with any strides; sizes by name." + '"""'
         body = "\n".join("    " + line for line in [doc, *lines])
         return f"def run({signature}) -> tuple[torch.Tensor, ...]:\n{body}"
+
+    def _begun(self) -> list[str]:
+        """The first lines of the kernel, when its barriers are there."""
+        return []
+
+    def _counters(self, device: str) -> list[str]:
+        """The lines that make what counts places taken, where a list has not made it."""
+        zero = f"torch.zeros((1,), dtype=torch.int32, device={device})"
+        return [f"taken = {zero}"] if self.dynamic and not self.listed else []
+
+    def _launches(self, maps: Sequence[str], others: Sequence[str]) -> list[str]:
+        """The lines that launch the kernel. `maps`, `others`: its arguments, but for flags and options."""
+        return [
+            f"    kernel[({self._grid()},)](",
+            *(f"        {m}," for m in maps),
+            *(wrapped(", ".join(others) + ",", 8) if others else []),
+            *(f"        {flag}={flag}," for flag in self._table_flags()),
+            f"        {self._options()}",
+            "    )",
+        ]
+
+    def _grid(self) -> str:
+        return f"min(programs, {self.resident})" if self.resident else "programs"
 
     def _options(self) -> str:
         """How the kernel is launched: behind one that makes lists before that has ended."""

@@ -143,9 +143,9 @@ class Joined(JoinedRows):
         """No: a place is left behind its loop, in which there is one branch less."""
         return False
 
-    def _hold(self) -> list[str]:
-        """With three warpgroups there are no registers left for what waits."""
-        return super()._hold() if self.groups < 3 else []
+    def _waits_soon(self) -> bool:
+        """With three warpgroups, too: there are no registers left for what waits."""
+        return super()._waits_soon() or self.groups == 3
 
     def _crossed(self, masked: list[str]) -> list[str]:
         """The call of an iteration."""

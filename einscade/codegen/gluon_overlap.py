@@ -355,7 +355,7 @@ class Overlapped(Frame):
         than its own. `results`: the names of what it makes, if not those of what it takes."""
         given = {f"{x.name}_tile": f"{x.name}_rows" for x in self.stills} | dict(others or {})
         passed = [given.get(x, x) for x in self._advance_arguments()]
-        passed += [*([last] if self.resident else []), *masked, *self._table_flags(), "group"]
+        passed += [*([last] if self.leaves_within else []), *masked, *self._table_flags(), "group"]
         return call(results or self._running(), name, passed).splitlines()
 
     def _loop(self, count: str = "end - 1 - first", edges: Sequence[str] | None = None) -> list[str]:

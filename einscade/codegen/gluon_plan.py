@@ -51,8 +51,8 @@ RESERVED = frozenset({
     "COLUMNS", "visit", "visits", "count", "counts", "listed", "lists", "list_tiles", "add", "at", "some", "whole",
     "add_tile", "others", "others_full", "part", "part_tile", "before", "values", "program", "still_phase", "following",
     "packed", "taken", "upcoming", "next_stage", "next_phase", "slot_phase", "finish", "edge", "inside", "turn", "half",
-    "zero_half", "HALF", "begun", "logistic", "at_points",
-    "sooner", "first_columns", "is_one",
+    "zero_half", "HALF", "begun", "logistic", "at_points", "sooner", "first_columns", "is_one", "mark", "mark_to",
+    "sound", "lost", "maps", "kernel_again", "quarter",
 })  # fmt: skip
 
 
@@ -290,7 +290,12 @@ class Plan:
     def _pointers(self) -> list[str]:
         """Arguments for tensors read or written by address: the pointer and a stride for each dimension."""
         read = [a for t in dict.fromkeys(x.access.tensor for x in self.loads) for a in self._pointer(t, self.name(t))]
-        return read + [a for t in self._row_results() for a in self._pointer(t, f"{self.name(t)}_to")]
+        results = [a for t in self._row_results() for a in self._pointer(t, f"{self.name(t)}_to")]
+        return [*read, *results, *self._marks()]
+
+    def _marks(self) -> list[str]:
+        """Arguments for what programs tell the kernel behind this one."""
+        return []
 
     def _pointer(self, tensor: str, name: str) -> list[str]:
         return [name, *(f"{name}_{i}" for i in range(len(self.cascade.tensors[tensor].ranks)))]

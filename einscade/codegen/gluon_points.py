@@ -179,11 +179,15 @@ class Points(Plan):
             result.append(f"gl.convert_layout({value}.to({GLUON_DTYPES[shape.dtype]}), WEIGHTS)")
         result += self._held()
         arguments = [*self._score_names(), *self._state_names(), f"{m}_first", *self._points(), *self._context()]
-        lines.append(f"return {', '.join(result)}")
+        lines += [*self._hold_within(), f"return {', '.join(result)}"]
         return function(f"weigh{self.suffix}", [*arguments, *self._masked_arguments()], lines)
 
     def _held(self) -> list[str]:
         """Points that waits for sums come behind."""
+        return []
+
+    def _hold_within(self) -> list[str]:
+        """What the wait for sums comes behind, if that is no result of `weigh`."""
         return []
 
     def _points(self) -> list[str]:

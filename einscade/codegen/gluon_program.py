@@ -27,7 +27,7 @@ from einscade.codegen.gluon_plan import GROUP_ROWS
 from einscade.codegen.gluon_rows import row_sum, slice_sum
 from einscade.codegen.gluon_schedules import CACHED
 from einscade.codegen.gluon_spread import ADD_TILE, Spread, SpreadChain, spread
-from einscade.codegen.gluon_text import RUN_MAP, TILE_MAP
+from einscade.codegen.gluon_text import RUN_MAP, TILE_MAP, marked
 from einscade.codegen.loops import FlatNest, LoopProgram, SerialNest
 from einscade.codegen.schedule import Schedule
 from einscade.codegen.source import Source, Unsupported
@@ -244,7 +244,7 @@ class _Program(TritonModule):
             return
         chain = _chain(self.forms[nest], self.schedule, self.spreads.get(nest))
         mark = f"_{len(self.texts) + 1}"
-        self.texts.append(_marked("\n\n\n".join(chain.parts()), mark))
+        self.texts.append(marked("\n\n\n".join(chain.parts()), mark))
         outputs = [*chain.shape.results, *chain.added]
         for output in outputs:
             self._allocate(output, chain)
@@ -300,12 +300,3 @@ class _Program(TritonModule):
         for line in found.launch(name, result.code, {t: self.code(t) for t, _ in found.tensors}, self.device):
             self.out(line)
         return True
-
-
-def _marked(text: str, mark: str) -> str:
-    """A kernel's text with its functions and constants told apart from those of the module's other kernels."""
-    functions = "|".join(dict.fromkeys(re.findall(r"^def (\w+)\(", text, re.MULTILINE)))
-    constants = "|".join(dict.fromkeys(re.findall(r"^(\w+) = gl\.constexpr\(", text, re.MULTILINE)))
-    used = rf"(?<![\w.])({functions})(?=\()|(?<=\()({functions})(?=, \()|(?<=, )({functions})(?=\))"
-    text = re.sub(used, lambda m: f"{m[0]}{mark}", text)
-    return re.sub(rf"(?<![\w.])({constants})\b", rf"\1{mark}", text)

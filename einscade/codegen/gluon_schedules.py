@@ -15,6 +15,7 @@ import sympy
 from sympy import divisors
 
 from einscade.codegen.cost import Lengths
+from einscade.codegen.gluon_anchored import anchors
 from einscade.codegen.gluon_form import Form
 from einscade.codegen.gluon_passes import Passes, in_order, in_passes
 from einscade.codegen.gluon_plan import GROUP_ROWS, distance
@@ -57,6 +58,11 @@ JOINED = {2: 1.04, 3: 0.96}
 """The same as `UNEVEN` where tiles of rows are joined, by the number of warpgroups: three gain, as long causal rows of
 width 64 showed. Loops of one length, and lists of tiles, lose, unless they have several passes."""
 
+ANCHORED = (0.87, 4.0)
+"""Time of a loop whose references stay, and what a tile of rows takes besides, in the unit of `STARTS`: long rows of
+both widths gained that much, windows of nine tiles lost. So did lists of packed documents, whose ordinary kernels come
+first."""
+
 CACHED = 0.35
 """The part of the second-level cache that neighbours' operands may take up, besides what else goes through it."""
 
@@ -83,7 +89,8 @@ class Choice:
 def schedules(
     shape: Form, device: Device | None = None, sizes: Mapping[str, int] | None = None
 ) -> tuple[Schedule, ...]:
-    """At most `MOST` schedules. Raises `Unsupported` where none fits, or where at these sizes none is worth trying."""
+    """At most `MOST` schedules, and half as many whose references stay. Raises `Unsupported` where none fits, or where
+    at these sizes none is worth trying."""
     found = _distinct([c for point in SPACE if (c := _fitting(shape, *point)) is not None])
     if len(shape.products) > 1:
         space = IN_PASSES if in_passes(shape) else IN_ORDER
@@ -113,6 +120,8 @@ def schedules(
             visited = lengths.number(choice.iterations, {"row": rows // 2})
         resident = bool(choice.schedule.resident)
         loop = choice.groups * visited * choice.columns / 128 * SLOWER[choice.columns] * TURNS[choice.groups]
+        if choice.schedule.anchored:
+            loop = loop * ANCHORED[0] + ANCHORED[1]
         if choice.schedule.joined:
             return waves * (loop + JOINED_START) * (JOINED[choice.groups] if choice.uneven else 1.0)
         return waves * (loop + STARTS[resident]) * (UNEVEN if resident and choice.uneven else 1.0)
@@ -125,7 +134,10 @@ def schedules(
         if c.groups > 1 and programs(c) > device.processors
         if _plan(shape, alternative := replace(c.schedule, resident=device.processors, joined=joined)) is not None
     ]
+    several = [c for c in resident if not c.schedule.in_order] if anchors(shape) else []
+    staying = sorted((replace(c, schedule=replace(c.schedule, anchored=True)) for c in several), key=cost)[: MOST // 2]
     best = sorted([*found, *resident], key=cost)[:MOST]
+    best = [*best, *staying] if best[0].iterations is None else sorted([*best, *staying], key=cost)
     return tuple(replace(c.schedule, abreast=_abreast(shape, c, lengths, device)) for c in best)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 
 __all__ = [
     "REDUCTIONS", "RUN_MAP", "TABLE_MAP", "TILE_MAP", "TURN", "call", "function", "indent", "is_atomic",
-    "paren", "wrapped",
+    "marked", "paren", "wrapped",
 ]  # fmt: skip
 
 REDUCTIONS = {
@@ -16,6 +17,14 @@ REDUCTIONS = {
 def row_parts(x):
     """Sums along rows as far as a thread goes alone: eight parts a row, in independent chains of additions."""
     return gl.sum(x.reshape([64, STEP // 8, 8]), axis=1)
+''',
+    "quarter": '''
+@gluon.jit
+def quarter(x):
+    """The first columns of a tile."""
+    first, _ = x.reshape([64, 2, STEP // 2]).permute([0, 2, 1]).split()
+    first, _ = first.reshape([64, 2, STEP // 4]).permute([0, 2, 1]).split()
+    return first
 ''',
     "row_sum": """
 @gluon.jit
@@ -146,3 +155,12 @@ def function(name: str, arguments: Sequence[str], lines: Sequence[str], decorato
     head = "\n".join(textwrap.wrap(text, 112, subsequent_indent=" " * (5 + len(name)), break_long_words=False))
     body = "\n".join("    " + part for line in lines for part in line.split("\n"))
     return f"{decorator}\n{head}\n{body}"
+
+
+def marked(text: str, mark: str) -> str:
+    """A kernel's text with its functions and constants told apart from those of the module's other kernels."""
+    functions = "|".join(dict.fromkeys(re.findall(r"^def (\w+)\(", text, re.MULTILINE)))
+    constants = "|".join(dict.fromkeys(re.findall(r"^(\w+) = gl\.constexpr\(", text, re.MULTILINE)))
+    used = rf"(?<![\w.])({functions})(?=\()|(?<=\()({functions})(?=, \()|(?<=, )({functions})(?=\))"
+    text = re.sub(used, lambda m: f"{m[0]}{mark}", text)
+    return re.sub(rf"(?<![\w.])({constants})\b", rf"\1{mark}", text)

@@ -38,6 +38,8 @@ class Schedule:
         summed over them (`codegen.gluon_group`).
     joined: a resident program issues the first scores of its next tile of rows together with the last weighted sum of
         this one (`codegen.gluon_joined`), of one pass over the loop or, in order, of several.
+    anchored: the reference of a softmax stays what the first tile of a row gave it; an ordinary kernel behind this one
+        does again what is lost that way (`codegen.gluon_anchored`).
     abreast: so many neighbours along the innermost batch rank have their tiles of rows dealt out together
         (`codegen.gluon_places`).
     resident: so many programs at most, each of which takes one tile of rows after another; 0: a program for each.
@@ -57,6 +59,7 @@ class Schedule:
     in_order: bool = False
     grouped: bool = False
     joined: bool = False
+    anchored: bool = False
     abreast: int = 1
 
     def tile(self, name: str) -> int | None:

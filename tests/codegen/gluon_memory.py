@@ -36,6 +36,10 @@ class Block(torch.Tensor):
     def type(self) -> Any:  # type: ignore[override]
         return SimpleNamespace(layout=None, shape=list(self.shape))
 
+    def split(self) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """The two halves of a last dimension of two."""
+        return self.unbind(-1)
+
     def _divide(self, other: Any, operation: Callable[..., Tensor]) -> Any:
         whole = not self.dtype.is_floating_point
         check(not whole or bool((self >= 0).all()), "an integer division of a negative number, which truncates")

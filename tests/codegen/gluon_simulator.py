@@ -542,5 +542,8 @@ ASSEMBLY: dict[str, Callable[..., Tensor]] = {
     "griddepcontrol.launch_dependents; mov.u32 $0, 0;": lambda: block(0),
     "{ .reg .pred p; .reg .b32 t; max.f32 t, $2, $3; setp.eq.s32 p, t, 0x7f800001; @p bar.arrive 15, 256; "
     "mov.b32 $0, 0; mov.b32 $1, 0; }": torch.zeros_like,
+    "{ .reg .pred p; .reg .f32 t, u; .reg .b32 v; max.f32 t, $4, $5; max.f32 u, $6, $7; max.f32 t, t, u; "
+    "mov.b32 v, t; setp.eq.s32 p, v, 0x7f800001; @p bar.arrive 15, 256; "
+    "mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; }": torch.zeros_like,
 }
 """Inline assembly that generated kernels use, and what it computes."""

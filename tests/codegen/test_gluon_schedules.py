@@ -41,7 +41,24 @@ def test_every_case_has_some(name: str) -> None:
     for shape in (NARROW, WIDE):
         loops = program(name, **shape)
         assert 1 <= len(choices(loops)) <= 4
-        assert 1 <= len(choices(loops, LONG)) <= 4
+        assert 1 <= len(choices(loops, LONG)) <= 6
+        assert 1 <= sum(not s.anchored for s in schedules(loops, H200, LONG)) <= 4
+
+
+def test_references_stay_where_loops_are_long() -> None:
+    """There first; beside them are the ordinary kernels. Windows begin with these, and rows of a few keys."""
+
+    def anchored(name: str, keys: int) -> list[bool]:
+        return [s.anchored for s in schedules(program(name, **WIDE), H200, {"B": 2, "P": 8192, "M": keys})]
+
+    for name in ("full", "causal", "slopes", "softcap"):
+        first, *others = anchored(name, 8192)
+        assert first
+        assert not all(others)
+    assert not anchored("window", 8192)[0]
+    assert not anchored("documents", 8192)[0]
+    assert not anchored("full", 512)[0]
+    assert not any(s.anchored for s in schedules(program("causal", **(WIDE | {"dtype": "f16"})), H200, LONG))
 
 
 def test_one_warpgroup_where_two_would_leave_the_device_idle() -> None:
