@@ -187,7 +187,7 @@ class After(Overlapped):
 
 
 class Marking(Overlapped):
-    """A kernel with a mark for each tile of rows, behind one that says whether there are any."""
+    """A kernel with a counter of places, a mark that says whether there are any others, and one for each tile of rows."""
 
     def _marks(self) -> list[str]:
         return ["mark_to"]
@@ -199,7 +199,7 @@ class Marking(Overlapped):
         for r in shape.batch:
             at = r if at == "0" else f"({at}) * {printer.value(shape.extent(r)).atom()} + {r}"
         row_tiles = f"gl.cdiv({printer.value(shape.extent(shape.p)).code}, {self.rows})"
-        return f"mark_to + 1 + ({at}) * {row_tiles} + row // {self.rows}"
+        return f"mark_to + 2 + ({at}) * {row_tiles} + row // {self.rows}"
 
 
 class Again(Marking):
@@ -216,7 +216,7 @@ class Again(Marking):
         return []  # the lists are there
 
     def _begun(self) -> list[str]:
-        return [GLUON_WAIT, "programs = programs * gl.load(mark_to)"]
+        return [GLUON_WAIT, "programs = programs * gl.load(mark_to + 1)"]
 
     def _each_place(self, lines: Sequence[str], loads: bool = False) -> list[str]:
         head, *body = super()._each_place([], loads)
@@ -273,17 +273,16 @@ class Anchored(Marking):
             f"sound = ({z} >= {least!r}) & ({z} <= {most!r}) & (gl.sum({results}, axis=1) == 0)",
             f"lost = ({p}_ < {end}) & (sound == 0)",
             f"mark = gl.full([{GROUP_ROWS}], 1, gl.int32, RESULT_ROW)",
-            f"gl.store(mark_to + 0 * {p}_, mark, mask=lost)",
+            f"gl.store(mark_to + 1 + 0 * {p}_, mark, mask=lost)",
             f"gl.store({self._mark()} + 0 * {p}_, mark, mask=lost)",
         ]
 
     # -- the host's part --
 
     def _counters(self, device: str) -> list[str]:
-        if not super()._counters(device):
-            return [f"mark_to = torch.zeros((programs + 1,), dtype=torch.int32, device={device})"]
-        made = f"torch.zeros((programs + 2,), dtype=torch.int32, device={device})"
-        return [f"taken, mark_to = {made}.split([1, programs + 1])"]
+        """Marks and the counter of places taken, if there is one, are cleared together."""
+        names = "mark_to = taken" if super()._counters(device) else "mark_to"
+        return [f"{names} = torch.zeros((programs + 2,), dtype=torch.int32, device={device})"]
 
     def _launches(self, maps: Sequence[str], others: Sequence[str]) -> list[str]:
         flags = [f"{flag}={flag}" for flag in self._table_flags()]
