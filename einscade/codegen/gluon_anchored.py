@@ -187,7 +187,7 @@ class After(Overlapped):
 
 
 class Marking(Overlapped):
-    """A kernel with a counter of places, a mark that says whether there are any others, and one for each tile of rows."""
+    """A kernel with a counter of places, a mark that says whether there are others, and one for each tile of rows."""
 
     def _marks(self) -> list[str]:
         return ["mark_to"]
