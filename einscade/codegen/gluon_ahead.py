@@ -5,10 +5,11 @@ nothing left to multiply, waits for the others' weights and issues its part of t
 Here those come at the end of the iteration before, behind its last sum:
 
     the other products; weights; first sum; wait for the others' weights, store one's own; last sum;
-    the part of the tile before; the next iteration's first scores; wait for the sums; send the part off
+    the part of the tile before; the next iteration's first scores; wait for the sums; store the part
 
-so that the tensor cores have work while a warpgroup waits for its sums, hands tiles back and begins anew. The price is
-registers: the next scores are held beside the sums and the part.
+and the part is sent off then, or behind the other products of the next iteration; so that the tensor cores have work
+while a warpgroup waits for its sums, hands tiles back and begins anew. The price is registers: the next scores are held
+beside the sums and the part.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from functools import cached_property
 
 from einscade.codegen.gluon_chain import Iteration
 from einscade.codegen.gluon_form import WeightedSum
-from einscade.codegen.gluon_spread import ARRIVE, SpreadChain
+from einscade.codegen.gluon_spread import ARRIVE, FENCE, SpreadChain
 from einscade.codegen.gluon_values import Printer
 
 __all__ = ["AheadChain"]
@@ -53,22 +54,31 @@ class AheadChain(SpreadChain):
         names = [self.name(s) for s in self.ahead]
         return self._waited(0, names, names)
 
+    @property
+    def left(self) -> bool:
+        """Whether what waits for stores stands behind products, and the part is left to the next iteration to send off:
+        it gains where masks are behind a branch, and loses where whole tiles have a loop of their own."""
+        return not self.split
+
     def _issue_products(self, it: Iteration) -> list[str]:
         """The first scores are there, and so are their tiles."""
         rings = dict.fromkeys(self.ring(x.moving) for x in self.shape.products if x.score.name in self.ahead)
         it.seen |= {r.name for r in rings}
         lines = [f"{r.name}_tile = {self._view(r, 'stage')}" for r in rings]
-        return lines + [line for s in self.order[1] if s not in self.ahead for line in self._issue_product(s, it)]
+        lines += [line for s in self.order[1] if s not in self.ahead for line in self._issue_product(s, it)]
+        return [*lines, *self._unsent()]
 
     def _await_score(self, name: str, it: Iteration) -> list[str]:
         return [] if name in self.ahead else super()._await_score(name, it)
 
     def _keep_weights(self, x: WeightedSum, printer: Printer) -> list[str]:
         """Nobody reads any more what was in their place two iterations ago."""
-        return [*self._await_others("i"), *super()._keep_weights(x, printer)]
+        *lines, converted = super()._keep_weights(x, printer)
+        return [*self._await_others(), *lines, *([] if self.left else [FENCE]), converted]
 
-    def _issue_sum(self, x: WeightedSum, printer: Printer, it: Iteration) -> list[str]:
-        return [line for line in super()._issue_sum(x, printer, it) if line != ARRIVE]
+    def _behind(self, x: WeightedSum) -> list[str]:
+        """Everybody may read the weights only when the part before them is multiplied, too."""
+        return [FENCE] if self.left and x.weights == self.spread.weights else []
 
     def _complete(self, it: Iteration) -> list[str]:
         """What is multiplied behind the last sum; everything is waited for in the order in which it was issued."""
@@ -81,7 +91,11 @@ class AheadChain(SpreadChain):
             *self._issue_ahead(following),
             *self._await_sum(last, it),
             self._await(it, "part"),
-            *self._send(self._tile_before("i"), "i > 0"),
+            *self._store_part(),
+            *([] if self.left else self._send(1)),
             ARRIVE,
             self._await_ahead(),
         ]
+
+    def _unsent(self) -> list[str]:
+        return self._send(2) if self.left else []

@@ -28,7 +28,7 @@ from einscade.codegen.gluon_form import Form, Operand, WeightedSum
 from einscade.codegen.gluon_plan import GROUP_ROWS, REGISTERS, SHARED
 from einscade.codegen.gluon_points import GLUON_DTYPES
 from einscade.codegen.gluon_sum import LINE, Part
-from einscade.codegen.gluon_text import indent, paren
+from einscade.codegen.gluon_text import indent
 from einscade.codegen.gluon_values import Printer
 from einscade.codegen.schedule import Schedule
 from einscade.codegen.source import Unsupported
@@ -48,6 +48,10 @@ def add_tile(target, at, tile, _semantic=None):
 
 ARRIVE = "mbarrier.arrive(others_full.index(i % 2))"
 """The weights of an iteration are made, and its part of those before is multiplied."""
+
+FENCE = "fence_async_shared()"
+"""The copy engine and products see what this warpgroup has stored. It takes as long as the stores do, and best stands
+where products run that nobody waits for yet."""
 
 PANEL = 64
 """Columns of 16 bits in a row of swizzled shared memory: what a product reads begins at a multiple."""
@@ -247,14 +251,16 @@ class SpreadChain(Chain):
         return [*lines[:at], "    apart()", *lines[at:]]
 
     def _issue_products(self, it: Iteration) -> list[str]:
-        """First what the last tile adds to the sum, whose weights everybody has made meanwhile; it is sent off behind
-        the first scores. Products that the first sum does not need wait for its weights, which leaves registers."""
-        lines = [*self._await_others("i"), *self._multiply_part(it)]
+        """First what the last tile adds to the sum, whose weights everybody has made meanwhile; it is stored behind the
+        first scores, and sent off behind the first sum. What else this one's weights need is read while scores are
+        made. Products that it does not need wait for its weights, which leaves registers."""
+        lines = [*self._await_others(), *self._multiply_part(it)]
         first, *rest = [s for s in self.order[1] if s not in self.late]
         lines += self._issue_product(first, it)
-        lines.append(self._await(it, "part"))
-        lines += self._send(self._tile_before("i"), "i > 0")
-        return lines + [line for score in rest for line in self._issue_product(score, it)]
+        lines += [self._await(it, "part"), *self._store_part()]
+        lines += [line for score in rest for line in self._issue_product(score, it)]
+        needed = self._needed(self.order[0][0].weights)
+        return lines + [line for s in self.scaled[0] if s.name in needed for line in self._read_columns(s, it)]
 
     @cached_property
     def late(self) -> tuple[str, ...]:
@@ -269,14 +275,15 @@ class SpreadChain(Chain):
         early = [s.name for s in self.scaled[0] if not {*self.late} & {*self._needed(s.name)}]
         return tuple(dict.fromkeys([*super()._before(x), *early]))
 
-    def _tile_before(self, i: str) -> str:
+    def _tile_before(self, back: int) -> str:
+        """The tile of an iteration that many before this one."""
         if (x := self.shape.members) is not None:
-            return f"tile + 1 - ({i} % {x.count} + {x.count - 1}) // {x.count}"
-        return f"gl.load(visits + ({i} - 1)) // 2" if self.listed else "tile + 1"
+            return f"tile + {back} - (i % {x.count} + {back * (x.count - 1)}) // {x.count}"
+        return f"gl.load(visits + (i - {back})) // 2" if self.listed else f"tile + {back}"
 
-    def _await_others(self, i: str) -> list[str]:
+    def _await_others(self) -> list[str]:
         """Until all weights of the iteration before are made; those before them nobody reads any more."""
-        return [f"before = ({i} + 1) % 2", f"mbarrier.wait(others_full.index(before), (({i} + 1) // 2 + 1) % 2)"]
+        return ["before = (i + 1) % 2", "mbarrier.wait(others_full.index(before), ((i + 1) // 2 + 1) % 2)"]
 
     def _multiply_part(self, it: Iteration) -> list[str]:
         """This warpgroup's part of the product of all weights of the iteration before."""
@@ -296,30 +303,36 @@ class SpreadChain(Chain):
             it.flying.append("part" if group == self.groups - 1 else f"part {group}")
         return lines
 
-    def _send(self, tile: str, condition: str | None) -> list[str]:
-        """Add the part to the sum in memory, once what was sent before has left its tile."""
-        result, member = self.spread.result, []
+    def _store_part(self) -> list[str]:
+        """The part goes to shared memory, once what was sent off before has left its tile."""
+        return ["tma.store_wait(0)", *self.part.store("part_tile.index(group)", "part")]
+
+    def _send(self, back: int) -> list[str]:
+        """Add to the sum in memory what was stored: the part of an iteration that many before this one. All warps have
+        to be behind their fences."""
+        result = self.spread.result
+        sent: list[str] = []
         if (x := self.shape.members) is not None:
-            last = f"(i + {x.count - 1}) % {x.count}" if condition else x.count - 1
-            member = [f"{x.rank}_before = {x.group} * {x.count} + {last}"]
+            sent.append(f"{x.rank}_before = {x.group} * {x.count} + (i + {back * (x.count - 1)}) % {x.count}")
             before = {var(x.rank): var(f"{x.rank}_before")}
             result = replace(result, batch=tuple((at, index.xreplace(before)) for at, index in result.batch))
-        at = self._coordinates(result, self.part.first_line(tile))
-        sent = [*member, f"at = {at}", f"add_tile({self.total}_map, at, part_tile.index(group))"]
-        return [
-            "tma.store_wait(0)",
-            *self.part.store("part_tile.index(group)", "part"),
-            "fence_async_shared()",
-            *([f"if {condition}:", *("    " + line for line in sent)] if condition else sent),
-        ]
+        sent.append(f"at = {self._coordinates(result, self.part.first_line(self._tile_before(back)))}")
+        sent.append(f"add_tile({self.total}_map, at, part_tile.index(group))")
+        return [FENCE, "gl.thread_barrier()", f"if i > {back - 1}:", *indent(sent)]
 
     def _issue_sum(self, x: WeightedSum, printer: Printer, it: Iteration) -> list[str]:
         late = self.late if x == self.order[0][0] else ()
         products = [line for score in late for line in self._issue_product(score, it)]
         *lines, product = super()._issue_sum(x, printer, it)
-        if x.weights != self.spread.weights:
-            return [*lines, *products, product]
-        return [*lines[:-1], *self._keep_weights(x, printer), *products, product, ARRIVE]
+        if x.weights == self.spread.weights:
+            lines = [*lines[:-1], *self._keep_weights(x, printer)]
+        return [*lines, *products, product, *self._behind(x)]
+
+    def _behind(self, x: WeightedSum) -> list[str]:
+        """What waits for stores while a sum runs, whose own weights are in registers: the part is sent off behind the
+        first one, and everybody may read the weights behind theirs."""
+        made = [FENCE, ARRIVE] if x.weights == self.spread.weights else []
+        return [*made, *(self._send(1) if x == self.order[0][0] else [])]
 
     def _keep_weights(self, x: WeightedSum, printer: Printer) -> list[str]:
         """The weights of a sum of programs, which go to shared memory, too."""
@@ -327,23 +340,29 @@ class SpreadChain(Chain):
         return [
             f"{weights} = {value}.to({GLUON_DTYPES[self.shape.dtype]})",
             f"others.index(i % 2 * GROUPS + group).store({weights})",
-            "fence_async_shared()",
             f"{weights} = gl.convert_layout({weights}, WEIGHTS)",
         ]
 
     def _finish(self) -> list[str]:
         """After the loop: the last tile's part; then nobody reads the operands that stay, through whose tiles results
         leave."""
-        last = "gl.load(visits + (count - 1)) // 2" if self.listed else "first"
         it = Iteration()
         return [
-            *self._await_others(paren(self._count())),
+            f"i = {self._count()}",
+            *([] if self.listed else ["tile = first - 1"]),
+            *self._unsent(),
+            *self._await_others(),
             *self._multiply_part(it),
             self._await(it, "part"),
-            *self._send(last, None),
+            *self._store_part(),
+            *self._send(1),
             'gl.inline_asm_elementwise("bar.sync 8, '
             f'{128 * self.groups}; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)',
         ]
+
+    def _unsent(self) -> list[str]:
+        """What the last iteration has stored and left to the next."""
+        return []
 
     # -- the host's part --
 

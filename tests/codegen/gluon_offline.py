@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-__all__ = ["Compiled", "assert_fits", "compiled"]
+__all__ = ["Compiled", "assert_fits", "compiled", "iterations"]
 
 
 class Compiled(NamedTuple):
@@ -98,6 +98,26 @@ def _compiled(kernel: Any, launched: _Recorder) -> Compiled:
 def _products(assembly: str) -> int:
     """The matrix instructions of a kernel, without those that stand for a group in which none is left."""
     return sum("HGMMA" in line and " RZ, gdesc[URZ], RZ" not in line for line in assembly.split("\n"))
+
+
+def iterations(assembly: str, within: str) -> list[list[str]]:
+    """The loops of a kernel with an instruction of that name: what is between a label and a jump back to it, shortest
+    first, where it shares none with a shorter one: warps that wait jump back, too, from the kernel's end."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    for line in assembly.split("\n"):
+        if found := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[found[1]] = len(instructions)
+        elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?);", line):
+            instructions.append(found[1])
+    jumps = [(i, re.search(r"BRA.* `\((\.L_x_\d+)\)", line)) for i, line in enumerate(instructions)]
+    spans = [(labels[to[1]], i + 1) for i, to in jumps if to and labels[to[1]] <= i]
+    kept: list[tuple[int, int]] = []
+    for start, end in sorted(spans, key=lambda x: x[1] - x[0]):
+        body = "\n".join(instructions[start:end])
+        if within in body and "STG" not in body and all(end <= a or b <= start for a, b in kept):
+            kept.append((start, end))
+    return [instructions[start:end] for start, end in kept]
 
 
 def assert_fits(made: ModuleType, given: list[Tensor], sizes: dict[str, int], spilled: int = 0) -> None:

@@ -273,6 +273,7 @@ class Simulator:
         self._touch()
         check(source.shape == target.block_shape and source.layout == target.layout, f"a copy out of {source.shape}")
         address, inside = target.places(at)
+        source.seen()  # a fence that comes later is too late, even if the copy begins later still
 
         def effect() -> None:
             target.memory[address[inside]] = source.seen()[inside]
@@ -283,6 +284,7 @@ class Simulator:
         self._touch()
         check(source.shape == target.block_shape and source.layout == target.layout, f"a copy out of {source.shape}")
         address, inside = target.places(at)
+        source.seen()
 
         def effect() -> None:
             target.memory.index_put_((address[inside],), source.seen()[inside], accumulate=True)
@@ -295,6 +297,9 @@ class Simulator:
         left, right = a.data.dtype, b.data.dtype
         check(left == right and left in (torch.float16, torch.bfloat16), f"a product of {left} and {right}")
         check(isinstance(acc, Accumulator) or list(acc.shape) == [m, n], f"an accumulator that is not {m, n}")
+        for x in (a, b):
+            if isinstance(x, Shared):
+                x.seen()
 
         def effect() -> Any:
             x = a.seen() if isinstance(a, Shared) else a.as_subclass(Tensor)
@@ -461,6 +466,7 @@ class Simulator:
             "atomic_add": self._add,
             "allocate_shared_memory": self._allocate,
             "inline_asm_elementwise": self._assembly,
+            "thread_barrier": self.pause,
             "warp_specialize": self._specialize,
         }
 

@@ -31,7 +31,7 @@ from einscade.passes.pipeline import run
 from einscade.runtime.candidates import MOST_SCHEDULES
 from tests.codegen.cascades import CASES, DTYPES, inputs, relative_error, text
 from tests.codegen.generated import module
-from tests.codegen.gluon_offline import assert_fits, compiled
+from tests.codegen.gluon_offline import assert_fits, compiled, iterations
 from tests.codegen.gluon_simulator import Misuse, Simulator
 from tests.codegen.test_gluon_simulated import SYNCHRONISES, without
 
@@ -170,10 +170,27 @@ def test_a_sum_over_programs_compiles(name: str, shape: dict[str, Any], kind: st
     for shared, report, assembly in kernels.values():
         assert shared <= 227 << 10
         assert "serialized" not in report
-        assert int(re.search(r"(\d+) bytes spill stores", report)[1]) <= 512, report  # type: ignore[index]
+        assert int(re.search(r"(\d+) bytes spill stores", report)[1]) <= 256, report  # type: ignore[index]
         assert not re.search(r"@!?P\d+ FSEL", assembly)
     (kernel,) = (k for name, k in kernels.items() if name.startswith("kernel"))
     assert kernel[2].count("STS.128") >= 2 * 64 // 8  # both warpgroups store 64 columns, in the loop and after it
+    found = iterations(kernel.assembly, "UTMAREDG")
+    assert len(found) >= 2  # a warpgroup's are its own
+    if (name, kind) != ("full", "ahead"):  # where it was slower
+        for loop in found:
+            assert_fences_wait_with_products(loop)
+
+
+def assert_fences_wait_with_products(loop: list[str]) -> None:
+    """In an iteration as it was assembled, products are issued between what is stored and the fence that waits for it;
+    and between a fence and the copy engine's addition all warps meet."""
+    letters = {"STS.": "S", "STSM": "S", "FENC": "F", "HGMM": "H", "BAR.": "B", "UTMAREDG": "U"}
+    names = [re.sub(r"^@!?U?P\w+ ", "", line).split()[0] for line in loop]
+    order = "".join(letter for n in names for start, letter in letters.items() if n.startswith(start))
+    assert order.count("F") == 2, order  # the part's, and the weights'
+    assert not re.search("SB*F", order + order), order
+    assert order.count("U") == 1, order
+    assert re.search("F[^FS]*B[^FS]*$", order + order[: order.index("U")]), order
 
 
 def test_the_gradient_of_a_bias_is_a_triton_kernel_beside_them() -> None:
@@ -357,9 +374,8 @@ def test_what_the_copy_engine_cannot_write_has_no_kernel(old: str) -> None:
 
 @pytest.mark.parametrize("kind", ["unordered", "ahead"])
 def test_every_synchronisation_is_missed(kind: str) -> None:
-    """Of the lines of a kernel with a sum of its programs that synchronise, none can go, but for two that others say
-    enough of: the second ring's tiles are handed back before the first's; and the next scores ahead, the fence behind
-    the part stands between the weights and their barrier, too."""
+    """Of the lines of a kernel with a sum of its programs that synchronise, none can go, but for one that another says
+    enough of: the second ring's tiles are handed back before the first's."""
     torch.manual_seed(0)
     shape = {**NARROW, "h": 1, "g": 1}
     gradient, loops = program("causal", tuple(shape.items()))
@@ -381,11 +397,25 @@ def test_every_synchronisation_is_missed(kind: str) -> None:
     assert all(holds(source, seed) for seed in range(8))
     text = source.split("\n")
     lines = [i for i, line in enumerate(text) if SYNCHRONISES.match(line) and "wait(X3_empty" not in line]
-    if kind == "ahead":
-        lines.remove(next(i for i in lines if "others.index(i % 2" in text[i - 1]))
     assert len(lines) > 20
     for line in lines:
         assert not all(holds(without(source, line), seed) for seed in range(60)), text[line]
+
+
+@pytest.mark.parametrize("kind", ["unordered", "ahead"])
+def test_a_fence_behind_the_copy_is_too_late(kind: str) -> None:
+    """In every order of events, whenever the copy engine begins."""
+    shape = {**NARROW, "h": 1, "g": 1}
+    gradient, loops = program("causal", tuple(shape.items()))
+    sizes = {"B": 1, "P": 400, "M": 150}
+    given = example(gradient, "causal", shape, sizes)
+    source = emit(loops, of_kind(loops, kind)[0]).text
+    sent = r"( +fence_async_shared\(\)\n)( +gl\.thread_barrier\(\)\n.*\n.*\n.*add_tile.*\n)"
+    changed, count = re.subn(sent, r"\2\1", source)
+    assert count >= 2  # in the loop and after it
+    for seed in range(4):
+        with pytest.raises(Misuse, match="without a fence"):
+            Simulator(seed).load(changed).run(*given, **sizes)
 
 
 # -- sums along rows --------------------------------------------------------------------------------------------------
