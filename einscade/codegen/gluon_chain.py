@@ -58,6 +58,12 @@ class Chain(Frame):
     spilled = 0
     """So many registers more than there are may be counted."""
 
+    shared = SHARED
+    """Bytes of shared memory that a kernel may take, with what is allotted besides tiles."""
+
+    takes_several = False
+    """Whether a program may take one tile of rows after another."""
+
     # -- what differs in the plan --
 
     @property
@@ -66,15 +72,15 @@ class Chain(Frame):
         return any(x.rescale is not None for x in self.shape.sums)
 
     def _check_fit(self) -> None:
-        if self.resident:
+        if self.resident and not self.takes_several:
             raise Unsupported("a loop in order has a program for each tile of rows")
         if self.shape.members and self.listed:
             raise Unsupported("a list of tiles for all members of a group")
         tiles = self.stages * self.columns * sum(r.width for r in self.rings) * 2
-        tiles += self.rows * sum(r.width for r in self.stills) * 2
+        tiles += self.rows * sum(r.width * self._slots(r) for r in self.stills) * 2
         tiles += self.rows * self.f * 2 * (len(self.shape.written) - len(self.shares))
-        if tiles + 1024 > SHARED:
-            raise Unsupported(f"{tiles} bytes of tiles do not fit in {SHARED} bytes of shared memory")
+        if tiles + 1024 > self.shared:
+            raise Unsupported(f"{tiles} bytes of tiles do not fit in {self.shared} bytes of shared memory")
         registers = len(self.shape.sums) * self.f // 2 + self._most_live() + 24
         spare = 16 if self.groups == 3 and not self.rescaled else 0  # masks and positions take as many, of fewer
         if registers + spare > REGISTERS[self.groups] + self.spilled:
@@ -325,9 +331,16 @@ class Chain(Frame):
 
     def _loop(self, masked: str, iterations: str = "") -> list[str]:
         """The loop, or a range of its iterations; `masked` says which of them are."""
-        passed = [*self._step_arguments(), masked, *self._step_constants()]
-        step = [*call(self._running(), "step", passed).splitlines(), *self._next_stage()]
-        return [*self._walk(iterations), *indent(step)]
+        step = call(self._running(), "step", [*self._given(self._step_arguments()), masked, *self._step_constants()])
+        return [*self._walk(iterations), *indent([*step.splitlines(), *self._hand_on(), *self._next_stage()])]
+
+    def _given(self, arguments: Sequence[str]) -> list[str]:
+        """What an iteration's arguments are in the loop."""
+        return list(arguments)
+
+    def _hand_on(self) -> list[str]:
+        """What an iteration says to the next besides its sums."""
+        return []
 
     def _loops(self) -> list[str]:
         """All iterations of a program."""
@@ -452,24 +465,27 @@ class Chain(Frame):
         return lines
 
     def _compute(self) -> str:
-        shape = self.shape
+        doc = f'"""A warpgroup: {GROUP_ROWS} rows of {self.shape.p}, all of their loop, and what follows it."""'
         printer = self._printer("")
-        lines = [f'"""A warpgroup: {GROUP_ROWS} rows of {shape.p}, all of their loop, and what follows it."""']
-        lines.append(f"{shape.p}_ = row + group * {GROUP_ROWS} + gl.arange(0, {GROUP_ROWS}, ROW)")
-        for load in self.loads:
-            if load.name is not None and not self._of_columns(load):
-                lines.append(f"{load.name} = {self._element(load.access, printer).code}")
-        lines += self._initial(printer)
+        lines = [doc, *self._at_rows(printer), *self._initial(printer)]
         for x in self.stills:
             lines += [f"mbarrier.wait({x.name}_full, 0)", f"{x.name}_rows = {self._view(x, 'group', still=True)}"]
-        lines += [*self._begin(), "stage = 0", "phase = 0", *self._loops(), *self._finish()]
-        lines += self._settle()
+        lines += [*self._begin(), "stage = 0", "phase = 0", *self._loops(), *self._finish(), *self._results(printer)]
+        lines += ["tma.store_wait(0)"] if self.shape.written or self.added else []
+        return function("compute", [*self._compute_arguments(), "group: gl.constexpr"], lines)
+
+    def _at_rows(self, printer: Printer) -> list[str]:
+        """What a warpgroup knows of its rows, which begin at `row`."""
+        lines = [f"{self.shape.p}_ = row + group * {GROUP_ROWS} + gl.arange(0, {GROUP_ROWS}, ROW)"]
+        loads = [x for x in self.loads if x.name is not None and not self._of_columns(x)]
+        return lines + [f"{x.name} = {self._element(x.access, printer).code}" for x in loads]
+
+    def _results(self, printer: Printer) -> list[str]:
+        """What follows the loop, to where results are on their way."""
+        lines = self._settle()
         for name, number in self.scaled[1].items():
             lines.append(f"{self.name(name)} = {self.name(name)} * {printer.value(sympy.Float(float(number))).code}")
-        lines += self._after()
-        lines += [line for x in shape.written for line in self._store(x)]
-        lines += ["tma.store_wait(0)"] if shape.written or self.added else []
-        return function("compute", [*self._compute_arguments(), "group: gl.constexpr"], lines)
+        return [*lines, *self._after(), *(line for x in self.shape.written for line in self._store(x))]
 
     def _begin(self) -> list[str]:
         """What comes before the loop, when the operands that stay are there."""
@@ -502,11 +518,15 @@ class Chain(Frame):
         tensors = [*dict.fromkeys(x.access.tensor for x in self.loads if x.access not in tiles), *self._row_results()]
         others = [code for t in tensors for code in (self.name(t), f"*{self.name(t)}.stride()")]
         others += ["visits", "counts"] if self.listed else []
+        counter = f"    taken = torch.zeros((1,), dtype=torch.int32, device={device})"
+        others += ["taken"] if self.dynamic else []
+        others += ["programs"] if self.resident else []
         return [
             f"programs = {' * '.join(paren(g) for g in grid)}",
             "if programs:",
             *indent(self._make_lists(device) if self.listed else []),
-            "    kernel[(programs,)](",
+            *([counter] if self.dynamic and not self.listed else []),
+            f"    kernel[({f'min(programs, {self.resident})' if self.resident else 'programs'},)](",
             *(f"        tile_map({self._seen(operand)}, {rows}, {width})," for operand, rows, width in blocks),
             *(f"        run_map({self.name(t.operand.tensor)}, {self.columns})," for t in self.tables),
             *(f"        tile_map({self._seen(operand)}, {rows}, {width})," for operand, rows, width in written),

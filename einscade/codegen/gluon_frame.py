@@ -196,9 +196,11 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
             sizes = f"[{count}, {', '.join(map(str, block))}]"
             return f"{name} = gl.allocate_shared_memory({GLUON_DTYPES[dtype]}, {sizes}, {layout}_map.layout)"
 
-        slots = "GROUPS" if self.slots == 1 else f"{self.slots} * GROUPS"
+        def slots(x: Ring) -> str:
+            return "GROUPS" if self._slots(x) == 1 else f"{self._slots(x)} * GROUPS"
+
         lines = [
-            tiles(f"{x.name}_tile", shape.dtype, slots, x.operand, GROUP_ROWS, x.width, x.name) for x in self.stills
+            tiles(f"{x.name}_tile", shape.dtype, slots(x), x.operand, GROUP_ROWS, x.width, x.name) for x in self.stills
         ]
         lines += [
             tiles(f"{r.name}_tiles", shape.dtype, "STAGES", r.operand, self.columns, r.width, r.name)
@@ -213,14 +215,15 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
         if self.dynamic:
             lines.append("upcoming = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))")
         rings = self._ring_barriers()
-        slotted = [] if self.slots == 1 else [f"{x.name}_{end}" for x in self.stills for end in ("full", "empty")]
+        slotted = {f"{x.name}_{end}": n for x in self.stills if (n := self._slots(x)) > 1 for end in ("full", "empty")}
         stills = [b for b in self._still_barriers() if b not in slotted]
         lines += [f"{b} = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())" for b in stills]
         lines += [
-            f"{b} = gl.allocate_shared_memory(gl.int64, [{self.slots}, 1], mbarrier.MBarrierLayout())" for b in slotted
+            f"{b} = gl.allocate_shared_memory(gl.int64, [{n}, 1], mbarrier.MBarrierLayout())"
+            for b, n in slotted.items()
         ]
         lines += [f"{b} = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())" for b in rings]
-        single = [*stills, *(f"{b}.index({i})" for b in slotted for i in range(self.slots))]
+        single = [*stills, *(f"{b}.index({i})" for b, n in slotted.items() for i in range(n))]
         lines += [f"mbarrier.init({b}, {'1' if '_full' in b else 'GROUPS'})" for b in single]
         lines.append("for stage in gl.static_range(STAGES):")
         lines += [f"    mbarrier.init({b}.index(stage), {'1' if b.endswith('_full') else 'GROUPS'})" for b in rings]

@@ -53,6 +53,7 @@ RESERVED = frozenset({
     "packed", "taken", "upcoming", "next_stage", "next_phase", "slot_phase", "finish", "edge", "inside", "turn", "half",
     "zero_half", "HALF", "begun", "logistic", "at_points", "sooner", "first_columns", "is_one", "mark", "mark_to",
     "sound", "lost", "maps", "kernel_again", "quarter",
+    "past", "line", "slot_before", "trail", "pass_by",
 })  # fmt: skip
 
 
@@ -133,6 +134,10 @@ class Plan:
         """How many tiles of rows have their operands that stay in shared memory at once: two where the next rows begin
         while a single pass over the keys ends."""
         return 2 if self.schedule.joined and not self.schedule.in_order else 1
+
+    def _slots(self, x: Ring) -> int:
+        """The same of one of these operands."""
+        return self.slots
 
     def dtype(self, tensor: str) -> str:
         return self.cascade.tensors[tensor].dtype

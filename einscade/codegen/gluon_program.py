@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
-from math import ceil, prod
+from math import ceil, gcd, prod
 
 import sympy
 
@@ -24,6 +24,7 @@ from einscade.codegen.gluon_form import Form, nest_form
 from einscade.codegen.gluon_frame import IMPORTS
 from einscade.codegen.gluon_group import grouped, in_group
 from einscade.codegen.gluon_plan import GROUP_ROWS
+from einscade.codegen.gluon_resident import ResidentChain
 from einscade.codegen.gluon_rows import row_sum, slice_sum
 from einscade.codegen.gluon_schedules import CACHED
 from einscade.codegen.gluon_spread import ADD_TILE, Spread, SpreadChain, spread
@@ -36,7 +37,7 @@ from einscade.codegen.triton_memory import stored
 from einscade.codegen.triton_pairs import paired
 from einscade.codegen.triton_tables import totalled
 from einscade.ir.device import Device
-from einscade.ir.expr import accesses
+from einscade.ir.expr import accesses, free_vars
 from einscade.ir.text import print_einsum
 
 __all__ = ["emit", "schedules"]
@@ -46,6 +47,12 @@ TILES = ((3, 64), (2, 128), (2, 64), (2, 32))
 
 EVEN = 2
 """With fewer programs a processor, those left for the last turn weigh more than what a group in one program saves."""
+
+SHORT = 32
+"""Up to so many iterations a window's programs are resident: 18 of 64 queries gained (1024 positions), 128 did not."""
+
+ABREAST = 4
+"""So many heads of a window are dealt out together."""
 
 NARROW = 64
 """Up to this width a sum over programs issues the next scores ahead: its sums leave registers for them."""
@@ -68,8 +75,8 @@ def schedules(
     """Schedules for the program: first those that add up one nest's sums from another's programs, where that fits; then
     every nest at its first choice of tiles, at the second, and so on. Of each kind those with a program for all members
     of a group, where there are such, and those without take turns; else narrow rows are tried with the next scores
-    issued ahead and without. Raises `Unsupported` as `emit` does, and where at these sizes a loop would leave most of
-    the device idle."""
+    issued ahead and without. Where loops are short, sums over programs are tried with resident ones, too. Raises
+    `Unsupported` as `emit` does, and where at these sizes a loop would leave most of the device idle."""
     forms = [nest_form(program.cascade, nest) for nest in _own(program)]
     if not forms:
         raise Unsupported("the program has no loop: there is nothing to write a kernel for")
@@ -93,7 +100,35 @@ def schedules(
         unordered, ordered = variants[0]
         variants = [(list(dict.fromkeys(x for s in unordered for x in (s, replace(s, ahead=False)))), ordered)]
     turns = [row for kind in zip(*variants, strict=True) for row in zip_longest(*kind)]
-    return tuple(s for row in turns for s in row if s is not None)
+    found = [s for row in turns for s in row if s is not None]
+    if device is not None and sizes is not None:
+        merged = _merged(program, forms, forms)
+        if len(merged) == 1:
+            ((at, (_, sum_)),) = merged.items()
+            found = [x for s in found for x in (*_resident(s, forms[at], sum_, lengths, device), s)]
+    return tuple(found)
+
+
+def _resident(schedule: Schedule, shape: Form, sum_: Spread, lengths: Lengths, device: Device) -> list[Schedule]:
+    """The schedule with resident programs, where it has a sum over programs whose loops are short: a window's, if they
+    are, and those that data decides. A window's neighbours go abreast."""
+    if not schedule.unordered or schedule.ahead or schedule.grouped:
+        return []
+    if _programs(shape, lengths, schedule.tile(shape.p) or 1) <= device.processors:
+        return []
+    extent = shape.extent(shape.batch[-1]) if shape.batch else sympy.Integer(1)
+    abreast = gcd(ABREAST, int(extent)) if extent.is_Integer else 1
+    resident = replace(schedule, resident=device.processors, abreast=abreast)
+    try:
+        chain = _chain(shape, resident, sum_)
+    except Unsupported:
+        return []
+    if chain.listed:
+        return [replace(resident, abreast=1)]
+    first, end = chain.bounds.first, chain.bounds.end
+    window = "row" in free_vars(first) and "row" in free_vars(end)
+    middle = {"row": lengths.rank(shape.p) // 2}
+    return [resident] if window and lengths.number(end - first, middle) <= SHORT else []
 
 
 def _alternatives(
@@ -198,8 +233,9 @@ def _choices(shape: Form, spread: Spread | None = None, ahead: bool = False) -> 
 
 def _chain(shape: Form, schedule: Schedule, spread: Spread | None) -> Chain:
     if spread is None:
-        return Chain(shape, schedule)
-    return (AheadChain if schedule.ahead else SpreadChain)(shape, schedule, spread)
+        return Chain(shape, replace(schedule, resident=0, abreast=1))
+    kind = ResidentChain if schedule.resident else AheadChain if schedule.ahead else SpreadChain
+    return kind(shape, schedule, spread)
 
 
 class _Program(TritonModule):

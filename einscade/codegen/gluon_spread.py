@@ -25,7 +25,7 @@ from sympy.logic.boolalg import And
 
 from einscade.codegen.gluon_chain import Chain, Iteration
 from einscade.codegen.gluon_form import Form, Operand, WeightedSum
-from einscade.codegen.gluon_plan import GROUP_ROWS, REGISTERS, SHARED
+from einscade.codegen.gluon_plan import GROUP_ROWS, REGISTERS, Ring
 from einscade.codegen.gluon_points import GLUON_DTYPES
 from einscade.codegen.gluon_sum import LINE, Part
 from einscade.codegen.gluon_text import indent
@@ -140,10 +140,19 @@ class SpreadChain(Chain):
     # -- sizes and names --
 
     @cached_property
+    def kept(self) -> Ring:
+        """The operand that the sum multiplies."""
+        return next(r for r in self.stills if r.operand == self.spread.values)
+
+    def _place_before(self, group: int) -> str:
+        """Where the iteration before had a warpgroup's rows of it."""
+        return str(group)
+
+    @cached_property
     def part(self) -> Part:
         """What a warpgroup multiplies of the sum's tile: all rows of the tile if there are 64, and a part of the
         columns."""
-        width = next(r.width for r in self.stills if r.operand == self.spread.values)
+        width = self.kept.width
         down = max(1, self.columns // GROUP_ROWS)
         if self.columns % GROUP_ROWS or self.groups % down:
             raise Unsupported(f"{self.groups} warpgroups do not share a tile of {self.columns} rows")
@@ -166,10 +175,10 @@ class SpreadChain(Chain):
         super()._check_fit()
         across = self.part.columns
         tiles = self.stages * self.columns * sum(r.width for r in self.rings) * 2
-        tiles += self.rows * sum(r.width for r in self.stills) * 2 + 2 * self.rows * self.columns * 2
+        tiles += self.rows * sum(r.width * self._slots(r) for r in self.stills) * 2 + 2 * self.rows * self.columns * 2
         tiles += self.groups * GROUP_ROWS * across * 4 + self.stages * self.columns * sum(t.size for t in self.tables)
-        if len(self.shares) < len(self.shape.written) or tiles + 1024 > SHARED:
-            raise Unsupported(f"{tiles} bytes of tiles do not fit in {SHARED} bytes of shared memory")
+        if len(self.shares) < len(self.shape.written) or tiles + 1024 > self.shared:
+            raise Unsupported(f"{tiles} bytes of tiles do not fit in {self.shared} bytes of shared memory")
         registers = len(self.shape.sums) * self.f // 2 + across // 2 + self.columns // 2 + 24
         if registers > REGISTERS[self.groups]:
             raise Unsupported(f"a part of {across} columns does not fit in {REGISTERS[self.groups]} registers")
@@ -197,8 +206,7 @@ class SpreadChain(Chain):
 
     def _shared_by_groups(self) -> list[str]:
         """What the warpgroups need besides; the values' rows of all of them among it."""
-        ring = next(r for r in self.stills if r.operand == self.spread.values)
-        return [f"{self.total}_map", "others", "others_full", "part_tile", f"{ring.name}_tile"]
+        return [f"{self.total}_map", "others", "others_full", "part_tile", f"{self.kept.name}_tile"]
 
     def _compute_arguments(self) -> list[str]:
         return list(dict.fromkeys([*super()._compute_arguments(), *self._shared_by_groups()]))
@@ -288,13 +296,13 @@ class SpreadChain(Chain):
     def _multiply_part(self, it: Iteration) -> list[str]:
         """This warpgroup's part of the product of all weights of the iteration before."""
         rows, across = GROUP_ROWS, self.part.columns
-        ring = next(r for r in self.stills if r.operand == self.spread.values)
+        ring = self.kept
         weights = ".permute([1, 0])"
         if self.columns > rows:
             weights = f".slice(group * {rows}, {rows}, 1)" + weights
         lines = [f"part = gl.full([{rows}, {across}], 0.0, gl.float32, PART)"]
         for group in range(self.groups):
-            values = self._view(ring, str(group), still=True)
+            values = self._view(ring, self._place_before(group), still=True)
             if across != ring.width:
                 values += f".slice(group * {across}, {across}, 1)"
             left = f"others.index(before * GROUPS + {group}){weights}"

@@ -178,10 +178,9 @@ class Shared:
         return self.view(self.data.view(*shape))
 
     def _reinterpret(self, dtype: torch.dtype, shape: Sequence[int], new: Layout) -> Shared:
-        check(dtype == self.data.dtype, f"{self.data.dtype} read as {dtype}")
         swizzle = new.swizzle if new.kind == self.layout.kind else 0
         check(swizzle == self.layout.swizzle, f"a tile swizzled by {self.layout.swizzle} read by {new.swizzle}")
-        return self.view(self.data.view(*shape), new)
+        return self.view(self.data.view(dtype).view(*shape), new)
 
     def load(self, _: Any = None) -> Any:
         self.simulator.pause()
@@ -201,8 +200,10 @@ class Shared:
         return self.data
 
     def _reach(self) -> tuple[int, int]:
+        """The first and the last byte."""
+        size, strides = self.data.element_size(), zip(self.data.shape, self.data.stride(), strict=True)
         start = self.data.storage_offset()
-        return start, start + sum((n - 1) * s for n, s in zip(self.data.shape, self.data.stride(), strict=True))
+        return start * size, (start + sum((n - 1) * s for n, s in strides) + 1) * size - 1
 
 
 @dataclass
