@@ -14,6 +14,7 @@ from math import ceil
 import sympy
 from sympy import divisors
 
+from einscade.codegen.base2 import logistic_exponent
 from einscade.codegen.cost import Lengths
 from einscade.codegen.gluon_anchored import anchors
 from einscade.codegen.gluon_form import Form
@@ -201,7 +202,9 @@ def _has_registers(plan: Tables) -> bool:
     if plan.groups == 3:
         values = [s for s in shape.statements if s.monoid is None and shape.m in s.ranks]
         narrow = max(x.width for x in (*shape.stills, *shape.moving)) <= 64 and len(values) == 1
-        return narrow and not (several or read or plan.tables or plan.listed)
+        # ptxas (CUDA 12.8) gives the third warpgroup with these a descriptor that only the second one has made
+        logistic = any(logistic_exponent(s.expr) is not None for s in plan.statements)
+        return narrow and not (several or read or plan.tables or plan.listed or logistic)
     if several:
         return plan.columns <= 64
     wide = sum(t.size for t in plan.tables) > 2  # bytes a point, all in registers at once

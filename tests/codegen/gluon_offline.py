@@ -16,6 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.codegen.uniform_registers import undefined
+
 __all__ = ["Compiled", "assert_fits", "compiled", "iterations"]
 
 
@@ -43,7 +45,7 @@ class _Recorder:
 
 def compiled(made: ModuleType, given: list[Tensor], sizes: dict[str, int]) -> dict[str, Compiled]:
     """A module's kernels, compiled as its `run` would launch them for these inputs. Products that the assembler left
-    out are an error."""
+    out are an error, and so are registers that it reads before they are defined."""
     launched = dict.fromkeys(re.findall(r"(\w+)\[\(", inspect.getsource(made.run)))
     kernels = {name: getattr(made, name) for name in launched}
     recorders = {name: _Recorder() for name in kernels}
@@ -89,9 +91,10 @@ def _compiled(kernel: Any, launched: _Recorder) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(result.asm["cubin"])
         file.flush()
-        command = [str(tools / "nvdisasm"), "-c", "-ndf", file.name]  # no flow analysis: half of its time
+        command = [str(tools / "nvdisasm"), "-c", file.name]
         assembly = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert _products(assembly) == result.asm["ptx"].count("wgmma.mma_async"), "the assembler dropped products"
+    assert not undefined(assembly), "the assembler reads registers that nothing has defined"
     return Compiled(result.metadata.shared, report.getvalue(), assembly)
 
 

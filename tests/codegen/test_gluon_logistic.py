@@ -16,15 +16,23 @@ from einscade.codegen.gluon import emit, schedules
 from einscade.codegen.gluon_values import HELPERS
 from einscade.codegen.loops import plan
 from einscade.ir.expr import Access, Expr, var
+from einscade.ir.text import parse_cascade
+from einscade.passes.pipeline import run
 from tests.codegen.cascades import CASES, cascade, inputs
 from tests.codegen.gluon_offline import compiled
 from tests.codegen.gluon_simulator import Simulator
 from tests.codegen.ptx import evaluated
 from tests.codegen.test_gluon import module
+from tests.codegen.uniform_registers import undefined
 
 BY_NAME = {c.name: c for c in CASES}
 SHAPE = {"dtype": "bf16", "h": 2, "g": 1, "e": 128, "f": 128}
 S = Access("S", var("p"), var("m"))
+FEW_KEYS = """cascade attention(Q[b,h,p,e]: bf16, K[b,h,m,e]: bf16, V[b,h,m,f]: bf16) -> O[b,h,p,f]: bf16
+  where b < 2, h < 4, p < 200, f < 64, e < 64, m < 200
+  S[b,h,p,m]: bf16 = sum(e) 0.125 * K[b,h,m,e] * Q[b,h,p,e]DOMAIN
+  O[b,h,p,f]: bf16 = sum(m) V[b,h,m,f] / (exp(4 - S[b,h,p,m]) + 1)
+"""
 
 
 @pytest.mark.parametrize(
@@ -97,6 +105,35 @@ def test_keys_that_are_masked_do_not_matter(resident: int) -> None:
     (spoilt,) = Simulator(2).load(text).run(*given.values(), **sizes)
     assert torch.equal(spoilt[:, :, :101], whole[:, :, :101])
     assert spoilt[:, :, 101:].isnan().all()
+
+
+@pytest.mark.parametrize("domain", ["", "   if m <= p"])
+def test_no_descriptor_of_another_warpgroup(domain: str) -> None:
+    """At width 64, where others have three warpgroups. `compiled` looks for what the assembler gets wrong there."""
+    plain = parse_cascade(FEW_KEYS.replace("DOMAIN", domain))
+    program = plan(run(plain, "exact").cascade)
+    for schedule in schedules(program):
+        assert dict(schedule.tiles)["p"] <= 128
+        given = [torch.empty(2, 4, 200, 64, dtype=torch.bfloat16) for _ in plain.inputs]
+        compiled(module(emit(program, schedule)), given, {})
+
+
+@pytest.mark.parametrize(("second", "read"), [("UR6", ["UR6"]), ("UR4", [])])
+def test_undefined_registers_are_found(second: str, read: list[str]) -> None:
+    """Of two branches of a jump through a table: the first one's registers are not the second's."""
+    text = f"""
+        /*0000*/                   S2UR UR4, SR_CTAID.X ;
+        /*0010*/                   BRX R4 -0x20                 (*"BRANCH_TARGETS .L_x_1,.L_x_2"*);
+.L_x_1:
+        /*0020*/                   UIADD3.64 UR6, UR4, 0x2, URZ ;
+        /*0030*/              @!P0 BRA `(.L_x_2) ;
+        /*0040*/                   EXIT ;
+.L_x_2:
+        /*0050*/                   UMOV UR9, {second} ;
+        /*0060*/                   EXIT ;
+"""
+    found = undefined(text)
+    assert [re.findall(r"UR\d+", x)[-1] for x in found if "UMOV" in x] == read
 
 
 def test_special_functions() -> None:
