@@ -336,12 +336,13 @@ def test_a_row_of_the_table() -> None:
 
 def test_the_documents_show_the_run_that_is_kept() -> None:
     """`python benchmarks/table.py --write` after a run."""
-    run = json.loads((record.RESULTS / "h200.json").read_text())
+    run, later = (json.loads(path.read_text()) for path in (record.RESULTS / "h200.json", table.LATER))
     for name in table.FILES:
         text = (record.ROOT / name).read_text()
-        assert table.filled(text, run) == text
+        assert table.filled(text, run, later) == text
+        assert "<!-- h200: since -->" in text
     with pytest.raises(ValueError, match="no block"):
-        table.filled("none", run)
+        table.filled("none", run, later)
 
 
 def test_what_tuning_was_for() -> None:
