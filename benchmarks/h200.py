@@ -12,8 +12,8 @@ gradients time the backward pass alone. First it is compared with the module in 
 by more than 1.5 times what the module itself makes in bfloat16 has no figure. Peers (benchmarks/h200_peers.py): cuDNN
 through `scaled_dot_product_attention` where that computes the same, FlexAttention, FlashAttention-4 where it is
 installed, and torch.compile of the module where its scores fit in memory. Times are medians after warm-up on normally
-distributed data, each on a device that has rested, TFLOP/s count only the points that the domain keeps. Of tuning the JSON has the program, each
-candidate's time, the seconds it took, and how the cost model's own choice compares.
+distributed data, each on a device that has rested, TFLOP/s count only the points that the domain keeps. Of tuning the
+JSON has the program, each candidate's time, the seconds it took, and how the cost model's own choice compares.
 
 The comparisons, and the slow compilers among the peers, come before anything is measured, for all rows at once
 (benchmarks/h200_ahead.py); nothing else runs while rows are measured. Every GPU then has a process that takes the next
@@ -54,8 +54,8 @@ FORWARD, BACKWARD = 9.0, 23.0
 
 
 REST = 1.0
-"""Seconds that a device has nothing to do before anything is measured on it. Under load it comes to its power limit within
-a tenth of a second and lowers its clock; what is measured right behind tuning would begin where others end.
+"""Seconds that a device has nothing to do before anything is measured on it. Under load it comes to its power limit
+within a tenth of a second and lowers its clock; what is measured right behind tuning would begin where others end.
 """
 
 
