@@ -18,7 +18,7 @@ from tests.models.small import compilations
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_dynamo")]
 
-LAYERS = 6
+LAYERS = 4
 NEW_TOKENS = 64
 
 
