@@ -1,4 +1,4 @@
-"""Host time of a call, layer by layer: from the bare launch of a site's kernels to the site in a compiled model.
+"""Host time of a call, layer by layer: from the bare launch of a site's kernels to the call of a compiled module.
 
     python benchmarks/launch.py              the table; with a CUDA device on it, else with launches that do nothing
     python benchmarks/launch.py --stub       with launches that do nothing, also where there is a device
@@ -12,13 +12,17 @@ kernel comes in two parts. Both are short, so that the device never holds the ho
 compiled for an H200 and everything runs but Triton's C functions (`stub_device`).
 
 Every figure is a slope, in microseconds: ten calls (a model with ten sites) take so much longer than two, each the
-least of many times, over eight. So nothing that surrounds calls is in it: no synchronisation, no waking device, not a
-model's own guards and wrappers. What a call is compared with is measured in the same way, on the very launches that it
-makes, with arguments that are ready:
+least of many times, over eight. So nothing that surrounds calls is in it: no synchronisation, no waking device, and of
+a site in a model not the model's own guards and wrappers. What a call is compared with is measured in the same way, on
+the very launches that it makes, with arguments that are ready:
 
 * "Triton's launch": `compiled[grid](*arguments)`, the least that Triton's own interface offers. It looks up device and
   stream, and encodes descriptors anew. The bound holds against this.
 * "the C function": what that ends in, with everything encoded before. Less cannot be done.
+
+"A whole call" is that of a module with one site, with all that surrounds the site: guards, wrappers, and for gradients
+what autograd does in `torch.autograd.grad`. Beside it stands a module without a site, whose call by `torch.compile`
+allocates its result and nothing else.
 """
 
 from __future__ import annotations
@@ -40,10 +44,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 
 HEADS, KEY_HEADS, WIDTH, LENGTH = 32, 8, 128, 256
 SITES = {"a prompt": (LENGTH, LENGTH), "a single query": (1, 8 * LENGTH)}  # queries, keys
 BOUND = 15.0
+TRAINING = ", for training"
 FEW, MANY = 2, 10  # calls, or sites in the models, that are compared
 
 ATTENTION = f"""
@@ -55,6 +61,13 @@ cascade attention(Q[b,h,p,e]: bf16, K[b,g,m,e]: bf16, V[b,g,m,f]: bf16) -> O[b,h
   Z[b,h,p]   = sum(m) W[b,h,p,m]
   O[b,h,p,f]: bf16 = sum(m) W[b,h,p,m] * V[b,h // {HEADS // KEY_HEADS},m,f] / Z[b,h,p]
 """
+
+
+class Empty(nn.Module):
+    """Nothing but a result: what a compiled call costs without what it is called for."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.empty_like(q)
 
 
 class Sites(nn.Module):
@@ -229,6 +242,41 @@ def sites(device: torch.device, queries: int, keys: int, training: bool) -> dict
     return found
 
 
+def modules(device: torch.device, queries: int, keys: int, training: bool) -> dict[str, Callable[[int], object]]:
+    """The whole call of a module with one site, by what compiles the rest; the bare launches first."""
+    import einscade
+
+    inputs = [x.requires_grad_(training) for x in _inputs(device, queries, keys)]
+    found: dict[str, Callable[[int], object]] = {}
+    for inner in ("inductor", "eager"):
+        torch._dynamo.reset()
+        fast = einscade.optimize(Sites(1), inner=inner, dynamic=False, progress=lambda done, total: None)
+        call = functools.partial(fast, *inputs)
+        call()
+        found |= bare(noted_launches(call)) if not found else {}
+        found[f"a module with one site, inner {inner!r}"] = repeated(call)
+        assert [s.status for s in fast.report.sites] == ["rewritten"]
+    empty = torch.compile(Empty(), dynamic=False)
+    return found | {"a module without a site, torch.compile": repeated(lambda: empty(*inputs))}
+
+
+def gradients(device: torch.device, queries: int, keys: int, training: bool) -> dict[str, Callable[[int], object]]:
+    """`torch.autograd.grad` of that call's result; the bare launches first."""
+    import einscade
+
+    inputs = [x.requires_grad_() for x in _inputs(device, queries, keys)]
+    found: dict[str, Callable[[int], object]] = {}
+    for inner in ("inductor", "eager"):
+        torch._dynamo.reset()
+        fast = einscade.optimize(Sites(1), inner=inner, dynamic=False, progress=lambda done, total: None)
+        result = fast(*inputs)
+        call = functools.partial(torch.autograd.grad, result, inputs, torch.ones_like(result), retain_graph=True)
+        call()
+        found |= bare(noted_launches(call)) if not found else {}
+        found[f"the gradients of a module with one site, inner {inner!r}"] = repeated(call)
+    return found
+
+
 def _inputs(device: torch.device, queries: int, keys: int) -> list[Tensor]:
     def normal(heads: int, length: int) -> Tensor:
         return torch.randn(1, heads, length, WIDTH, device=device).bfloat16()
@@ -247,14 +295,25 @@ def measure(stub: bool, training: bool, show: Callable[[str, dict[str, float]], 
 
             stack.enter_context(hopper())
         device = torch.device("cpu" if stub else "cuda")
+        stack.enter_context(functorch_config.patch(donated_buffer=False))  # gradients are taken time and again
         for name, lengths in SITES.items():
-            for how, group in (("called", layers), ("in a model", sites)):
-                for gradients in (False, True) if training and group is sites else (training,):
-                    title = f"{name}, {how}" + (", for training" if gradients and group is sites else "")
-                    with contextlib.nullcontext() if gradients else torch.no_grad():
-                        found[title] = microseconds(group(device, *lengths, gradients))
-                    show(title, found[title])
+            groups = [(f"{name}, called", layers, training)]
+            for recorded in (False, True) if training else (False,):
+                end = TRAINING if recorded else ""
+                groups.append((f"{name}, in a model{end}", sites, recorded))
+                groups.append((f"{name}, a whole call{end}", modules, recorded))
+            if training and lengths[0] > 1:
+                groups.append((f"{name}, gradients{TRAINING}", gradients, True))
+            for title, group, recorded in groups:
+                with contextlib.nullcontext() if recorded else torch.no_grad():
+                    found[title] = microseconds(group(device, *lengths, recorded))
+                show(title, found[title])
     return found
+
+
+def bounded(title: str) -> bool:
+    """Whether a group has rows that the bound is for."""
+    return not title.endswith(TRAINING) and "a whole call" not in title
 
 
 def over(rows: Mapping[str, float]) -> float:
@@ -282,7 +341,7 @@ def main() -> int:
     def show(title: str, rows: Mapping[str, float]) -> None:
         if not args.json:
             least = next(iter(rows.values()))
-            print(f"{title}: bound {BOUND:g} over Triton's launch" if "training" not in title else title)
+            print(f"{title}: bound {BOUND:g} over Triton's launch" if bounded(title) else title)
             lines = (f"{value:8.2f}  {value - least:+8.2f}  {name}" for name, value in rows.items())
             print(*lines, sep="\n", flush=True)
 
@@ -299,7 +358,7 @@ def main() -> int:
         args.out.write_text(json.dumps({"environment": env, "figures": figures}, indent=1) + "\n")
     if args.write:
         print(f"written to {record.write('launch', figures, env)}", file=sys.stderr)
-    return int(any(over(rows) > BOUND for title, rows in found.items() if "training" not in title))
+    return int(any(over(rows) > BOUND for title, rows in found.items() if bounded(title)))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from einscade.compiler import graph_module
 from einscade.compiler.compile import compile_graph, default_inner
-from einscade.compiler.frame import framed
+from einscade.compiler.frame import compiled_call
 from einscade.compiler.inputs import check_call, check_environment, check_inner, check_recipe, split_call
 from einscade.compiler.report import Report
 from einscade.compiler.verification import VerificationError, verify_call
@@ -164,7 +164,7 @@ def _compile(
         with progress_display.listening(progress):
             return compile_graph(gm, example_inputs, made.recipe, made.inner, made, fast)
 
-    fast.__dict__["_compiled_call_impl"] = torch.compile(framed(fast), backend=compiler, dynamic=dynamic)
+    fast.__dict__["_compiled_call_impl"] = compiled_call(fast, compiler, dynamic)
     fast.__dict__["_einscade"] = record = _Optimised(weakref.ref(fast), dynamic, progress, made)
     return record
 
