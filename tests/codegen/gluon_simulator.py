@@ -142,13 +142,15 @@ class Simulator:
     def launch(
         self, kernel: Callable[..., None], grid: Sequence[int], arguments: Sequence[Any], warps: int, early: bool
     ) -> None:
-        """`early`: the kernel before this one may not have ended when it begins."""
+        """`early`: the kernel before this one may not have ended when it begins. What waits for this one must then have
+        waited for that one, too: every program waits, whatever it needs."""
         given = [Pointer.to(x) if isinstance(x, Tensor) else scalar(x) if isinstance(x, int) else x for x in arguments]
         for number in range(prod(grid)):
             self.program, self.grid, self.ready = number, tuple(grid), not early
             self.shared, self.tiles, self.named = 0, list[Shared](), dict[int, Named]()
             self.partitions, self.flights = [Partition("default", warps, lambda: kernel(*given))], []
             self._drive()
+            check(self.ready, "a program ends, and the kernel in front of this one has not")
 
     def _drive(self) -> None:
         """Let partitions take turns until all are done. Who has the turn gives it away; this thread only waits."""
@@ -511,7 +513,7 @@ class _Torch:
     @staticmethod
     def empty(*args: Any, **named: Any) -> Tensor:
         made = torch.empty(*args, **named)
-        return made.fill_(float("nan")) if made.dtype.is_floating_point else made
+        return made.fill_(poison(made.dtype))
 
 
 def poison(dtype: torch.dtype) -> float:

@@ -21,7 +21,7 @@ from einscade.passes.pipeline import run as rewrite
 from tests.codegen.cascades import relative_error
 from tests.codegen.generated import module
 from tests.codegen.gluon_offline import assert_fits
-from tests.codegen.gluon_simulator import Simulator
+from tests.codegen.gluon_simulator import GRID_WAIT, Misuse, Simulator
 
 TEXT = """cascade some(Q[b,h,p,e]: bf16, K[b,h,m,e]: bf16, V[b,h,m,f]: bf16{extra}) -> O[b,h,p,f]: bf16
   where b < B, h < 2, p < P, m < M, e < 64, f < 64
@@ -159,6 +159,19 @@ def test_no_points_at_all(name: str) -> None:
     assert all(len(entries) == 1 for entries in listed(text, given))
     (out,) = Simulator(1).load(text).run(*given, **SIZES)
     assert not out.any()
+
+
+def test_the_kernel_behind_a_list_waits_for_it() -> None:
+    """Before it touches memory. If it touched none, what waits for it would still wait for the list."""
+    text = emit(program("documents"), schedules(program("documents"))[0]).text
+    assert text.count(GRID_WAIT) == 1
+    given = made("documents", True)
+    with pytest.raises(Misuse, match="before the kernel in front of this one has ended"):
+        Simulator(0).load(text.replace(GRID_WAIT, "mov.u32 $0, 0;")).run(*given, **SIZES)
+    simulator = Simulator(0)
+    simulator.launch(lambda: None, (1,), (), 4, False)
+    with pytest.raises(Misuse, match="a program ends"):
+        simulator.launch(lambda: None, (1,), (), 4, True)
 
 
 def test_sorted_documents_visit_little() -> None:
