@@ -518,14 +518,13 @@ class Chain(Frame):
         tensors = [*dict.fromkeys(x.access.tensor for x in self.loads if x.access not in tiles), *self._row_results()]
         others = [code for t in tensors for code in (self.name(t), f"*{self.name(t)}.stride()")]
         others += ["visits", "counts"] if self.listed else []
-        counter = f"    taken = torch.zeros((1,), dtype=torch.int32, device={device})"
         others += ["taken"] if self.dynamic else []
         others += ["programs"] if self.resident else []
         return [
             f"programs = {' * '.join(paren(g) for g in grid)}",
             "if programs:",
             *indent(self._make_lists(device) if self.listed else []),
-            *([counter] if self.dynamic and not self.listed else []),
+            *indent(self._counters(device)),
             f"    kernel[({f'min(programs, {self.resident})' if self.resident else 'programs'},)](",
             *(f"        tile_map({self._seen(operand)}, {rows}, {width})," for operand, rows, width in blocks),
             *(f"        run_map({self.name(t.operand.tensor)}, {self.columns})," for t in self.tables),

@@ -25,7 +25,7 @@ from einscade.codegen.gluon_frame import IMPORTS
 from einscade.codegen.gluon_group import grouped, in_group
 from einscade.codegen.gluon_plan import GROUP_ROWS
 from einscade.codegen.gluon_resident import ResidentChain
-from einscade.codegen.gluon_rows import row_sum, slice_sum
+from einscade.codegen.gluon_rows import RowSum, row_sum, slice_sum
 from einscade.codegen.gluon_schedules import CACHED
 from einscade.codegen.gluon_spread import ADD_TILE, Spread, SpreadChain, spread
 from einscade.codegen.gluon_text import RUN_MAP, TILE_MAP, marked
@@ -231,11 +231,11 @@ def _choices(shape: Form, spread: Spread | None = None, ahead: bool = False) -> 
     return found
 
 
-def _chain(shape: Form, schedule: Schedule, spread: Spread | None) -> Chain:
+def _chain(shape: Form, schedule: Schedule, spread: Spread | None, cleared: bool = False) -> Chain:
     if spread is None:
         return Chain(shape, replace(schedule, resident=0, abreast=1))
     kind = ResidentChain if schedule.resident else AheadChain if schedule.ahead else SpreadChain
-    return kind(shape, schedule, spread)
+    return kind(shape, schedule, spread, cleared)
 
 
 class _Program(TritonModule):
@@ -255,6 +255,7 @@ class _Program(TritonModule):
         merged = _merged(program, separate, forms) if schedule.unordered else {}
         self.spreads = {nests[i]: how for i, (_, how) in merged.items()}
         self.left_out = {nests[other] for other, _ in merged.values()}
+        self.cleared: set[SerialNest] = set()  # of these, those whose sum is zero by now
 
     def preamble(self) -> str:
         adds = [ADD_IMPORTS.strip("\n") + "\n", ADD_TILE.strip("\n")] if self.spreads else []
@@ -278,7 +279,8 @@ class _Program(TritonModule):
         if crossed(self.cascade, nest):
             super().nest(nest)
             return
-        chain = _chain(self.forms[nest], self.schedule, self.spreads.get(nest))
+        chain = _chain(self.forms[nest], self.schedule, self.spreads.get(nest), nest in self.cleared)
+        self.cleared.add(nest)
         mark = f"_{len(self.texts) + 1}"
         self.texts.append(marked("\n\n\n".join(chain.parts()), mark))
         outputs = [*chain.shape.results, *chain.added]
@@ -329,10 +331,23 @@ class _Program(TritonModule):
         found = row_sum(self.cascade, nest.einsums[0]) if len(nest.einsums) == 1 else None
         if found is None or found.name in self.cascade.outputs:
             return False
+        zeros = self._clear(found)
         name = f"rows_{len(self.texts) + 1}"
-        self.texts.append(found.kernel(name))
+        self.texts.append(found.kernel(name, zeros))
         self.out(f"# {print_einsum(nest.einsums[0])}")
         result = self.names[found.name] = self.stored(found.name)
-        for line in found.launch(name, result.code, {t: self.code(t) for t, _ in found.tensors}, self.device):
+        codes = {t: self.code(t) for t, _ in found.tensors}
+        for line in found.launch(name, result.code, codes, self.device, zeros):
             self.out(line)
         return True
+
+    def _clear(self, total: RowSum) -> Mapping[str, str]:
+        """What the kernel of a row sum sets to zero: a sum over programs to come that has the same rows."""
+        for nest, how in self.spreads.items():
+            ranks = {self.cascade.tensors[how.result.tensor].ranks[i] for i in how.result.order[:-1]}
+            if nest not in self.cleared and ranks == {r for r, _ in total.rows}:
+                self.cleared.add(nest)
+                chain = _chain(self.forms[nest], self.schedule, how)
+                assert isinstance(chain, SpreadChain)
+                return chain.zeros
+        return {}

@@ -6,11 +6,13 @@ Comes in: an Einsum that stands alone before or behind a loop. Goes out: the tex
     SliceSum:  K[b,g,m,e] = sum(n) X[b,4*g + n,m,e]           the gradients of the heads of a group
 
 `row_sum` and `slice_sum` return None for what is not of this form. As torch operations the first takes a float32 copy
-of every operand, the second one of its result.
+of every operand, the second one of its result. A row sum in front of a sum over programs (`gluon_spread`) of the same
+rows sets that to zero.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import sympy
@@ -44,8 +46,9 @@ class RowSum:
     across: str
     width: int
 
-    def kernel(self, name: str) -> str:
-        """The kernel, whose rows are counted through all of their ranks."""
+    def kernel(self, name: str, zeros: Mapping[str, str]) -> str:
+        """The kernel, whose rows are counted through all of their ranks. Beside what it is for it sets `zeros` to zero:
+        names, and shapes and dtypes as torch's functions take them."""
         lines = _places(self.rows, self.width)
         factors = []
         for i, (_, index) in enumerate(self.tensors):
@@ -56,22 +59,42 @@ class RowSum:
             factors.append(f"y{i}")
         total = f"gl.sum({' * '.join(factors)}, axis=1)"
         number = "" if self.number == 1 else f" * {python(self.number)}"
+        lines += self._clear(zeros)
         lines.append(f"gl.store(result + row, {total}{number}, mask=row < rows)")
         extents = [f"{r}_extent" for r, _ in self.rows[1:]]
         arguments = [a for i, (_, index) in enumerate(self.tensors) for a in (f"x{i}", *_strides(i, len(index)))]
         decorator = f"@gluon.jit(do_not_specialize={['rows', *extents]!r})"
-        return function(name, [*arguments, "result", "rows", *extents], lines, decorator)
+        cleared = [a for x in zeros for a in (x, f"{x}_size")]
+        return function(name, [*arguments, "result", *cleared, "rows", *extents], lines, decorator)
 
-    def launch(self, name: str, result: str, codes: dict[str, str], device: str) -> list[str]:
-        """The lines that make the result; `codes` are the tensors in the host's text."""
+    def _clear(self, zeros: Mapping[str, str]) -> list[str]:
+        """The lines that set a program's share of each to zero, while what it reads is on its way."""
+        share = ROWS * _padded(self.width)
+        step = f"gl.num_programs(0).to(gl.int64) * {share}"
+        lines = ["ZEROS: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])"] if zeros else []
+        for x, what in zeros.items():
+            dtype = "gl.int32" if "int32" in what else "gl.float32"
+            lines += [
+                f"for first in range(gl.program_id(0).to(gl.int64) * {share}, {x}_size, {step}):",
+                f"    place = first + gl.arange(0, {share}, ZEROS)",
+                f"    gl.store({x} + place, gl.full([{share}], 0, {dtype}, ZEROS), mask=place < {x}_size)",
+            ]
+        return lines
+
+    def launch(
+        self, name: str, result: str, codes: Mapping[str, str], device: str, zeros: Mapping[str, str]
+    ) -> list[str]:
+        """The lines that make the result and `zeros`; `codes` are the tensors in the host's text."""
         extents = [python(n) for _, n in self.rows]
         given = [f"{codes[t]}, *{codes[t]}.stride()" for t, _ in self.tensors]
+        cleared = [f"{x}, {x}.numel()" for x in zeros]
         comma = "," if len(extents) == 1 else ""
         return [
             f"{result} = torch.empty(({', '.join(extents)}{comma}), dtype=torch.float32, device={device})",
+            *(f"{x} = torch.empty({what}, device={device})" for x, what in zeros.items()),
             f"if {result}.numel():",
             f"    {name}[(-(-{result}.numel() // {ROWS}),)](",
-            *wrapped(", ".join([*given, result, f"{result}.numel()", *extents[1:], "num_warps=4"]) + ",", 8),
+            *wrapped(", ".join([*given, result, *cleared, f"{result}.numel()", *extents[1:], "num_warps=4"]) + ",", 8),
             "    )",
         ]
 
@@ -140,9 +163,13 @@ class SliceSum:
         ]
 
 
+def _padded(width: int) -> int:
+    return max(8, 1 << (width - 1).bit_length())
+
+
 def _places(ranks: tuple[tuple[str, Expr], ...], width: int) -> list[str]:
     """The first lines of a kernel: which rows, by the ranks that they are counted through, and columns it has."""
-    padded = max(8, 1 << (width - 1).bit_length())
+    padded = _padded(width)
     threads = min(32, padded // 8)
     lines = [
         f'"""{ROWS} of the rows, in float32."""',

@@ -133,8 +133,9 @@ class SpreadChain(Chain):
 
     spilled = 16
 
-    def __init__(self, shape: Form, schedule: Schedule, spread: Spread) -> None:
-        self.spread = spread
+    def __init__(self, shape: Form, schedule: Schedule, spread: Spread, cleared: bool = False) -> None:
+        """`cleared`: a kernel in front has set `zeros` to zero."""
+        self.spread, self.cleared = spread, cleared
         super().__init__(_within_rows(shape), schedule)
 
     # -- sizes and names --
@@ -384,6 +385,16 @@ class SpreadChain(Chain):
     def added(self) -> tuple[str, ...]:
         return (self.spread.result.tensor,)
 
+    @property
+    def zeros(self) -> dict[str, str]:
+        """What has to be zero when programs begin to add to it: names, and what torch's functions make them of."""
+        extents = tuple(map(self.shape.extent, self._rows_of_result()))
+        counter = {"taken": "(1,), dtype=torch.int32"} if self.dynamic and not self.listed else {}
+        return {self.total: f"({self.part.shape(extents)}), dtype=torch.float32", **counter}
+
+    def _counters(self, device: str) -> list[str]:
+        return []  # among the zeros
+
     def _rows_of_result(self) -> tuple[str, ...]:
         """The ranks of the result but its width, in the order in which the copy engine sees them."""
         *rows, _ = self.spread.result.order
@@ -393,7 +404,7 @@ class SpreadChain(Chain):
         result = self._seen(self.spread.result)
         extents = tuple(map(self.shape.extent, self._rows_of_result()))
         return [
-            f"{self.total} = {self.part.zeros(result, device)}",
+            *(f"{x} = torch.zeros({what}, device={device})" for x, what in self.zeros.items() if not self.cleared),
             *super().launch(device),
             *self.part.launch("rounded", self.total, result, extents),
         ]

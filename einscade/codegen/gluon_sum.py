@@ -1,7 +1,7 @@
 """A sum over programs in memory: float32, in the order in which products leave it in registers.
 
 Comes in: which part of a tile of the sum a warpgroup adds to it (`Part`). Goes out: how its registers lie in memory,
-the host's sum of nothing yet, and a kernel that rounds the sum to the result.
+the shape of the sum, and a kernel that rounds it to the result.
 
 Of every 8 columns of a product a thread has two of one row and two of the row 8 below. In the order of rows and columns
 it would store 8 bytes at a time, and the copy engine's swizzle puts those of two rows on the same banks of shared
@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from einscade.codegen.gluon_plan import GROUP_ROWS
-from einscade.codegen.gluon_text import function, wrapped
+from einscade.codegen.gluon_text import function, paren, wrapped
 from einscade.codegen.host import python
 from einscade.ir.expr import Expr
 
@@ -65,10 +65,10 @@ class Part:
         """Where the part of the warpgroup `group` begins in memory."""
         return f"(({tile}) * {self.groups} + group) * {self.lines}"
 
-    def zeros(self, result: str, device: str) -> str:
-        """The sum of no programs: whole tiles, for a result that has rows and columns last."""
-        lines = f"-(-{result}.shape[-2] // {self.step}) * {self.groups * self.lines}"
-        return f"torch.zeros((*{result}.shape[:-2], {lines}, {LINE}), dtype=torch.float32, device={device})"
+    def shape(self, extents: tuple[Expr, ...]) -> str:
+        """The shape of the sum, in whole tiles, for a result whose ranks but its width have these extents."""
+        *batch, rows = map(python, extents)
+        return ", ".join([*batch, f"-(-{paren(rows)} // {self.step}) * {self.groups * self.lines}", str(LINE)])
 
     def kernel(self, name: str, ranks: tuple[str, ...], width: int, number: Expr, dtype: str) -> str:
         """The kernel that rounds `number` times the sum to a result of these ranks and a last one, `width` wide: a part

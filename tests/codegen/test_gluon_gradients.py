@@ -373,6 +373,24 @@ def test_what_the_copy_engine_cannot_write_has_no_kernel(old: str) -> None:
         emit(loops, next(s for s in schedules(loops) if not s.unordered))
 
 
+@pytest.mark.parametrize("name", ["causal", "window", "documents", "sigmoid"])
+def test_a_row_sum_sets_the_sum_to_zero(name: str) -> None:
+    """In more rows than a tile, and the counter of places of resident programs. Where a gradient has no statistic of
+    its rows, the host does."""
+    torch.manual_seed(0)
+    shape = {**NARROW, "h": 1, "g": 1}
+    _, loops = program(name, tuple(shape.items()))
+    schedule = replace(of_kind(loops, "unordered")[0], resident=2 if name in ("window", "documents") else 0)
+    text = emit(loops, schedule).text
+    holds = holding(name, shape, [{"B": 2, "P": 300, "M": 300}])
+    assert holds(text, 0)
+    stores = re.findall(r"gl\.store\(\w+ \+ place, .*\)\n", text)
+    assert len(stores) == {"window": 2, "sigmoid": 0}.get(name, 1)
+    assert text.count("torch.zeros") == (name == "sigmoid")
+    for line in stores:
+        assert not holds(text.replace(line, "pass\n"), 0), line
+
+
 def holding(name: str, shape: dict[str, Any], several: list[dict[str, int]]) -> Callable[[str, int], bool]:
     """Whether a module's text, by a seed of the order of events, computes a gradient at all of these sizes: several
     tiles of the loop, say, and one."""
@@ -445,8 +463,8 @@ def test_sums_along_rows(width: int, expr: str) -> None:
     found = row_sum(cascade, cascade.body[0])
     assert found is not None
     codes = {"X": "X", "Y": "Y"}
-    body = [*found.launch("rows", "S", codes, "X.device"), "return S"]
-    text = "\n".join([IMPORTS, found.kernel("rows"), "def run(X, Y, B, P):", *("    " + line for line in body)])
+    body = [*found.launch("rows", "S", codes, "X.device", {}), "return S"]
+    text = "\n".join([IMPORTS, found.kernel("rows", {}), "def run(X, Y, B, P):", *("    " + line for line in body)])
     x = torch.randn(2, 37, 3, width).half().transpose(1, 2)
     y = torch.randn(2, 37, 3, 2 * width).half()[..., ::2]
     expected = interpret(cascade, {"X": x, "Y": y}, {"B": 2, "P": 37})["S"]

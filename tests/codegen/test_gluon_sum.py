@@ -55,7 +55,8 @@ def test_what_is_stored_is_read_again(part: Part, ranks: tuple[str, ...]) -> Non
     extents, width = {"b": 2, "h": 3, "p": part.step + 40}, across - 8
     shape = [extents[r] for r in ranks]
     result = torch.full((*shape, width), torch.nan, dtype=torch.bfloat16)
-    total = eval(part.zeros("result", "None"), {"torch": torch, "result": result})
+    size = tuple(map(sympy.Integer, shape))
+    total = torch.zeros(eval(part.shape(size)))
     expected = torch.randn(*shape[:-1], 2 * part.step, across)
     for tile in range(2):
         for group in range(part.groups):
@@ -67,6 +68,6 @@ def test_what_is_stored_is_read_again(part: Part, ranks: tuple[str, ...]) -> Non
             total[..., line : line + part.lines, :] = torch.stack(flat).view(*shape[:-1], part.lines, LINE)
     assert total.numel() == expected.numel()
     text = IMPORTS + part.kernel("rounded", ranks, width, sympy.Float(0.5), "bf16")
-    launch = "\n".join(part.launch("rounded", "total", "result", tuple(sympy.Integer(n) for n in shape)))
+    launch = "\n".join(part.launch("rounded", "total", "result", size))
     exec(launch, {"rounded": Simulator(0).load(text).rounded, "total": total, "result": result})
     assert torch.equal(result, (0.5 * expected[..., : part.step + 40, :width]).bfloat16())
