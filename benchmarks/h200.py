@@ -49,11 +49,11 @@ PEERS = tuple(h200_peers.PEERS)
 AHEAD = 240.0
 """Seconds after which nothing that is done ahead is waited for."""
 
-FORWARD, BACKWARD = 9.0, 23.0
+FORWARD, BACKWARD = 8.0, 22.0
 """Seconds that a row takes without its peers: what comes after a row needs its own time."""
 
 
-REST = 1.0
+REST = 0.5
 """Seconds that a device has nothing to do before anything is measured on it. Under load it comes to its power limit
 within a tenth of a second and lowers its clock; what is measured right behind tuning would begin where others end.
 """

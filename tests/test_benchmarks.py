@@ -282,12 +282,14 @@ def test_rows_come_in_order_and_crashes_are_told(
 
 @pytest.mark.slow
 def test_what_is_done_ahead() -> None:
-    """Gradients first, slow compilers first. What a peer cannot compute is known afterwards; what there was no time to
-    begin is not."""
+    """Gradients first, slow compilers first, FlexAttention last where libraries compute the same. What a peer cannot
+    compute is known afterwards; what there was no time to begin is not."""
     rows = [row for row in h200.ROWS if row.name in ("window-1024", "documents-backward")]
     todo = h200_ahead.jobs(rows, ["cudnn", "fa4", "flex"])
     names = ["documents-backward", "window-1024"]
     assert todo == [(name, what) for what in ("fa4", "flex", "check") for name in names]
+    every = [name for name, what in h200_ahead.jobs(h200.ROWS, ["flex"]) if what == "flex"]
+    assert every.index("causal-d64-backward") > every.index("evoformer-rows") > every.index("window-1024-backward")
     calls = [job for job in todo if job[1] == "fa4"]
     found = h200_ahead.ahead(calls, 0, 240, tiny=True)
     assert found == {name: {"fa4": "no: flash-attn-4 is not installed"} for name in names}
