@@ -266,10 +266,24 @@ class SpreadChain(Chain):
         lines = [*self._await_others(), *self._multiply_part(it)]
         first, *rest = [s for s in self.order[1] if s not in self.late]
         lines += self._issue_product(first, it)
+        lines += self._read_needed(it) if self.reads_first else []
         lines += [self._await(it, "part"), *self._store_part()]
         lines += [line for score in rest for line in self._issue_product(score, it)]
+        return lines + self._read_needed(it)
+
+    def _read_needed(self, it: Iteration) -> list[str]:
+        """The columns' values that the first sum's weights need, once an iteration."""
         needed = self._needed(self.order[0][0].weights)
-        return lines + [line for s in self.scaled[0] if s.name in needed for line in self._read_columns(s, it)]
+        return [line for s in self.scaled[0] if s.name in needed for line in self._read_columns(s, it)]
+
+    @property
+    def reads_first(self) -> bool:
+        """Whether columns' values are read in front of the part's stores, behind which they wait for shared memory. It
+        gains where masks are behind a branch, and loses where the registers that they take are the last: where more
+        than weights is held for late products. Resident programs were not tried."""
+        needed_late = {a.tensor for s in self.scaled[0] if s.name not in self.early for a in s.reads}
+        held = needed_late & {*self.early} - {self.order[0][0].weights}
+        return not (self.split or self.resident or self.listed or self._masked() == "True" or held)
 
     @cached_property
     def late(self) -> tuple[str, ...]:
@@ -277,12 +291,16 @@ class SpreadChain(Chain):
         needed = self._needed(self.order[0][0].weights)
         return tuple(s for s in self.order[1] if s not in needed)
 
+    @cached_property
+    def early(self) -> tuple[str, ...]:
+        """The values that need no late products."""
+        return tuple(s.name for s in self.scaled[0] if not {*self.late} & {*self._needed(s.name)})
+
     def _before(self, x: WeightedSum) -> tuple[str, ...]:
         """Before the first sum, and late products, also all else that can be made: less is held while they run."""
         if not self.late or x != self.order[0][0]:
             return super()._before(x)
-        early = [s.name for s in self.scaled[0] if not {*self.late} & {*self._needed(s.name)}]
-        return tuple(dict.fromkeys([*super()._before(x), *early]))
+        return tuple(dict.fromkeys([*super()._before(x), *self.early]))
 
     def _tile_before(self, back: int) -> str:
         """The tile of an iteration that many before this one."""

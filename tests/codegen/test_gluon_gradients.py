@@ -177,6 +177,9 @@ def test_a_sum_over_programs_compiles(name: str, shape: dict[str, Any], kind: st
     assert kernel[2].count("STS.128") >= 2 * 64 // 8  # both warpgroups store 64 columns, in the loop and after it
     found = iterations(kernel.assembly, "UTMAREDG")
     assert len(found) >= 2  # a warpgroup's are its own
+    if (name, kind) in (("causal", "unordered"), ("slopes", "unordered")):
+        for loop in found:
+            assert_columns_are_read_before_the_part_is_stored(loop)
     if (name, kind) != ("full", "ahead"):  # where it was slower
         for loop in found:
             assert_fences_wait_with_products(loop)
@@ -192,6 +195,27 @@ def assert_fences_wait_with_products(loop: list[str]) -> None:
     assert not re.search("SB*F", order + order), order
     assert order.count("U") == 1, order
     assert re.search("F[^FS]*B[^FS]*$", order + order[: order.index("U")]), order
+
+
+def assert_columns_are_read_before_the_part_is_stored(loop: list[str]) -> None:
+    names = [re.sub(r"^@!?U?P\w+ ", "", line).split()[0] for line in loop]
+    stores = names.index("STS.128")
+    assert names[:stores].count("LDS.64") >= 8  # 16 values a thread
+    assert names[:stores].index("LDS.64") > names.index("HGMMA.64x64x16.F32.BF16")
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [("causal", True), ("slopes", True), ("full", False), ("documents", False), ("softcap", False), ("boolean", False)],
+)
+def test_columns_values_are_read_before_the_part_is_stored(name: str, first: bool) -> None:
+    """Those that the weights need; where all tiles are masked, none are, the domain is a list, or more than the weights
+    is held for dS, behind it."""
+    _, loops = program(name, tuple(WIDE.items()))
+    step = emit(loops, of_kind(loops, "unordered")[0]).text.split("def step")[1].split("return")[0]
+    score, stored, read = (step.index(x) for x in ("_rows, ", "part_tile.index(group)._reinterpret", ".load(COLUMN"))
+    assert score < min(stored, read)
+    assert (read < stored) == first
 
 
 def test_the_gradient_of_a_bias_is_a_triton_kernel_beside_them() -> None:
