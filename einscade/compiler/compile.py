@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import re
 import shutil
 import sys
@@ -20,6 +21,7 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
+from einscade.compiler import operators
 from einscade.compiler.capture import Captured, CaptureError, fake_inputs, to_aten
 from einscade.compiler.report import REWRITTEN, Report
 from einscade.compiler.rewrite import rewrite
@@ -64,6 +66,10 @@ def compile_graph(
         progress.finish()
     if found is None:
         return inner_compile(gm, example_inputs, inner, autocast=False)
+    tensors = [x for x in example_inputs if isinstance(x, torch.Tensor)]
+    if operators.are_plain(tensors) and not _anything_left(found.captured.gm):
+        _call_directly(found.captured.gm)
+        inner = "eager"
     compiled = inner_compile(found.captured.gm, example_inputs, inner, found.captured.autocast)
     compiled = _while_apart(compiled, gm, found.written, weights | constants.keys())
     return _while_constant(compiled, gm, found.relied_on, example_inputs)
@@ -122,6 +128,31 @@ def rewritten(
     if not any(s.status == REWRITTEN for s in result.sites):
         return None
     return RewrittenGraph(captured, result.relied_on, frozenset(written))
+
+
+def _anything_left(gm: fx.GraphModule) -> bool:
+    """Whether a graph has anything for another compiler to compile: more than operators and views. Else it is called as
+    it is, without what compilers put around every call (Inductor may have been told to record CUDA graphs)."""
+    from torch._inductor import config
+
+    return config.triton.cudagraphs or any(n.op == "call_function" and not _ready(n.target) for n in gm.graph.nodes)
+
+
+def _ready(target: Any) -> bool:
+    """Whether a call is the operator's, takes a result out of a list, or makes a view or a size."""
+    if target in (operators.cascade, operator.getitem, aten.sym_size.int):
+        return True
+    returns = target._schema.returns if isinstance(target, torch._ops.OpOverload) else ()
+    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def _call_directly(gm: fx.GraphModule) -> None:
+    """Puts what the operator calls in its place: Dynamo guards what kind of tensors there are."""
+    for node in gm.graph.find_nodes(op="call_function", target=operators.cascade):
+        inputs, sizes, program = node.args
+        node.target = operators.direct(program, inputs[0].meta["val"].device)
+        node.args = (inputs, sizes)
+    gm.recompile()
 
 
 def inner_compile(gm: fx.GraphModule, example_inputs: Sequence[Any], inner: str, autocast: bool) -> Callable[..., Any]:

@@ -70,7 +70,7 @@ class Gradient:
         """The gradient of every input, None where not needed: zeros where it does not depend on the input (a single
         key has weight 1, whatever the query). `shapes` are those of the forward's results."""
         if self.backward is None:
-            found = iter(torch.ops.einscade.cascade_backward(inputs, gradients, needed, sizes, self.forward))
+            found = iter(torch.ops.einscade.cascade_backward.default(inputs, gradients, needed, sizes, self.forward))
             return [next(found) if wanted else None for wanted in needed]
         values: dict[str, Tensor] = dict(zip(self.inputs, inputs, strict=True))
         values.update(zip(self.saved_names, saved, strict=True))
@@ -80,7 +80,7 @@ class Gradient:
                 values[name] = zeros() if value is None else value
         backward = self.backward.cascade
         known = dict(zip(self.symbols, sizes, strict=True))
-        results = torch.ops.einscade.cascade(
+        results = torch.ops.einscade.cascade.default(
             [values[t.name] for t in backward.inputs], [known[s] for s in backward.symbols], self.backward.text
         )
         made = dict(zip(self.wrt, results, strict=True))

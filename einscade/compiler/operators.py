@@ -15,7 +15,7 @@ first of them runs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from torch.autograd import forward_ad
 if TYPE_CHECKING:
     from einscade.compiler.gradients import Gradient
 
-__all__ = ["cascade", "cascade_backward", "gradient_of"]
+__all__ = ["are_plain", "cascade", "cascade_backward", "direct", "gradient_of"]
 
 _library = torch.library.Library("einscade", "DEF")
 _library.define("cascade(Tensor[] inputs, SymInt[] sizes, str program) -> Tensor[]")
@@ -112,39 +112,58 @@ def _keys(*names: str) -> int:
     return bits
 
 
-_PLAIN = _keys("CPU", "CUDA", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA")
-"""What a tensor has that is no subclass, no view with a bit pending, no part of a transform, and dense."""
+_SPECIAL = ~_keys("CPU", "CUDA", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA")
+"""What a tensor has none of that is no subclass, no view with a bit pending, no part of a transform, and dense."""
 
-_USUAL = _keys("BackendSelect", "ADInplaceOrView")
-"""What a thread has outside of all modes and transforms."""
+_TYPES = frozenset((Tensor, torch.nn.Parameter))
+
+_UNUSUAL = ~_keys("BackendSelect", "ADInplaceOrView")
+"""What a thread has none of outside of all modes and transforms."""
+
+_RECORDED = _keys("AutogradFunctionality")
+"""What a thread leaves out that is below autograd."""
 
 
 class _Operator(torch._ops.OpOverload):
-    """The operator, which runs its kernel without a trip through the dispatcher where that would do nothing but turn
-    the arguments into its own kind and back: that takes longer than all the rest of a call. In a mode, a transform, a
-    trace or a profile, for subclasses and where gradients are recorded or tangents carried, the dispatcher decides."""
+    """The operator, which runs its kernel, and has autograd record it, without a trip through the dispatcher where that
+    would do nothing but turn the arguments into its own kind and back: that takes longer than all the rest of a call.
+    In a mode, a transform, a trace or a profile, for subclasses and where tangents are carried, the dispatcher decides.
+    """
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 3 and _is_plain(args[0]):
-            return _run(*args)
+        if len(args) == 3 and are_plain(args[0]):
+            return _run_recorded(*args) if torch.is_grad_enabled() else _run(*args)
         return self._op(*args, **kwargs)
 
 
-def _is_plain(
-    inputs: Sequence[Tensor],
+def are_plain(
+    inputs: Iterable[Tensor],
     keys: Any = torch._C._dispatch_keys,
     included: Any = torch._C._dispatch_tls_local_include_set,
     functions: Any = torch._C._len_torch_function_stack,
     profiles: Any = torch._C._autograd._profiler_enabled,
 ) -> bool:
-    """Whether nothing but the kernel has a say in a call with these inputs, and nobody watches."""
-    if functions() or profiles() or forward_ad._current_level >= 0 or included().raw_repr() & ~_USUAL:
+    """Whether nothing but autograd and the kernel has a say in a call with these inputs, and nobody watches."""
+    if functions() or profiles() or forward_ad._current_level >= 0 or included().raw_repr() & _UNUSUAL:
         return False
-    records = torch.is_grad_enabled()
+    found = 0
     for x in inputs:
-        if type(x) is not Tensor or keys(x).raw_repr() & ~_PLAIN or (records and x.requires_grad):
-            return False
-    return True
+        found |= keys(x).raw_repr() if type(x) in _TYPES else _SPECIAL
+    return not found & _SPECIAL
+
+
+def direct(program: str, device: torch.device) -> Callable[[Sequence[Tensor], Sequence[int]], list[Tensor]]:
+    """The operator with a program on a device, for inputs that are known to be plain where no mode and no transform is
+    (Dynamo's guards say so of a graph's inputs). `direct(...)(inputs, sizes)` is `cascade(inputs, sizes, program)`."""
+    run = _compiler().call_for(program, device).run
+    profiled, recording = torch._C._autograd._profiler_enabled, torch.is_grad_enabled
+
+    def called(inputs: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        if profiled():
+            return cascade(inputs, sizes, program)
+        return _run_recorded(inputs, sizes, program) if recording() else run(inputs, sizes)
+
+    return called
 
 
 cascade.__class__ = _Operator
@@ -161,14 +180,15 @@ _BETWEEN = torch._C._after_ADInplaceOrView_keyset.raw_repr() & ~_keys("CPU", "CU
 def _below(keyset: Any, inputs: Sequence[Tensor], sizes: Sequence[int], program: str) -> Sequence[Tensor]:
     """The operator below autograd, called where nothing records. Where nothing lies between, the kernel is called from
     here: the dispatcher would only turn the arguments into its own kind and back again, which takes longer."""
-    if not keyset.raw_repr() & _BETWEEN:
+    if keyset is None or not keyset.raw_repr() & _BETWEEN:
         return _run(inputs, sizes, program)
     with torch._C._AutoDispatchBelowAutograd():
         return cascade.redispatch(keyset & torch._C._after_autograd_keyset, inputs, sizes, program)
 
 
 class _Differentiable(torch.autograd.Function):
-    """Forward runs the program that its gradient asks for (which may return more) and saves what the gradient reads."""
+    """Forward runs the program that its gradient asks for (which may return more) and saves what the gradient reads.
+    `keyset` is the dispatcher's, None where it was not asked."""
 
     @staticmethod
     def forward(ctx: Any, keyset: Any, plan: Gradient, sizes: Sequence[int], *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -194,6 +214,10 @@ class _Differentiable(torch.autograd.Function):
         return None, None, None, *plan.run(inputs, saved, grads, needed, ctx.sizes, ctx.shapes)
 
 
+_record = super(torch.autograd.Function, _Differentiable).apply
+"""Without what `Function.apply` does for transforms."""
+
+
 def _autograd(keyset: Any, inputs: Sequence[Tensor], sizes: Sequence[int], program: str) -> Sequence[Tensor]:
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
         return list(_compiler().flat_form(program, inputs, sizes))
@@ -201,6 +225,19 @@ def _autograd(keyset: Any, inputs: Sequence[Tensor], sizes: Sequence[int], progr
     if True not in needed:
         return _below(keyset, inputs, sizes, program)
     return list(_Differentiable.apply(keyset, gradient_of(program, needed), sizes, *inputs))
+
+
+def _run_recorded(
+    inputs: Sequence[Tensor],
+    sizes: Sequence[int],
+    program: str,
+    excluded: Any = torch._C._dispatch_tls_local_exclude_set,
+) -> list[Tensor]:
+    """The operator with plain inputs where gradients are recorded, the dispatcher not asked."""
+    needed = tuple([x.requires_grad for x in inputs])
+    if True not in needed or excluded().raw_repr() & _RECORDED:
+        return _run(inputs, sizes, program)
+    return list(_record(None, gradient_of(program, needed), sizes, *inputs))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -163,13 +164,15 @@ AROUND: dict[str, tuple[Callable[[], AbstractContextManager[object]], Callable[[
     "no gradients": (torch.no_grad, lambda x: x.requires_grad_(), False),
     "inference": (torch.inference_mode, lambda x: x, False),
     "autocast": (lambda: torch.autocast("cpu"), lambda x: x, False),
-    "gradients": (nullcontext, lambda x: x.requires_grad_(), True),
+    "gradients": (nullcontext, lambda x: x.requires_grad_(), False),
+    "below autograd": (torch._C._AutoDispatchBelowAutograd, lambda x: x.requires_grad_(), False),
     "a dispatch mode": (_Dispatch, lambda x: x, True),
     "a function mode": (_Function, lambda x: x, True),
     "a negation to come": (nullcontext, lambda x: torch._neg_view(-x), True),
     "a subclass": (nullcontext, lambda x: x.as_subclass(_Subclass), True),
     "a profile": (lambda: torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]), lambda x: x, True),
-    "a parameter": (torch.no_grad, lambda x: torch.nn.Parameter(x), True),
+    "a parameter": (torch.no_grad, lambda x: torch.nn.Parameter(x), False),
+    "tangents": (forward_ad.dual_level, lambda x: x, True),
 }
 
 

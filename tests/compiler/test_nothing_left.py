@@ -1,0 +1,114 @@
+"""Graphs in which operators and views are all that there is: called as they are, by no compiler of the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import einscade
+from tests.models.small import CausalAttention, rewritten_sites
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+class Attention(nn.Module):
+    """Attention of heads that are split from the inputs and joined in the result, by views."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        q, k, v = (x.unflatten(-1, (4, 8)).transpose(1, 2) for x in (q, k, v))
+        keep = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+        weights = (q @ k.mT * 8**-0.5).masked_fill(~keep, float("-inf")).softmax(-1)
+        return (weights @ v).transpose(1, 2)
+
+
+@pytest.fixture
+def compiled() -> Any:
+    """What AOTAutograd was asked to compile."""
+    from torch._dynamo.backends import debugging
+
+    with mock.patch.object(debugging, "aot_eager", side_effect=debugging.aot_eager) as asked:
+        yield asked
+
+
+def _inputs(n: int = 9, grad: bool = False) -> list[torch.Tensor]:
+    return [torch.randn(2, n, 32).requires_grad_(grad) for _ in range(3)]
+
+
+def _fast(model: nn.Module, **options: Any) -> Any:
+    return einscade.optimize(model, inner="aot_eager", **options)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_nothing_is_compiled_where_nothing_is_left(grad: bool, dynamic: bool, compiled: mock.Mock) -> None:
+    model = Attention()
+    fast = _fast(model, dynamic=dynamic)
+    for n in (9, 9, 13):
+        inputs = _inputs(n, grad)
+        actual, expected = fast(*inputs), model(*inputs)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+        assert actual.requires_grad is grad
+        if grad:
+            cotangent = torch.randn_like(actual)
+            found = [torch.autograd.grad(y, inputs, cotangent) for y in (actual, expected)]
+            torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    assert rewritten_sites(fast) == 1
+    assert compiled.call_count == 0
+
+
+def test_what_is_left_is_compiled(compiled: mock.Mock) -> None:
+    model = CausalAttention()
+    fast = _fast(model)
+    x = torch.randn(2, 9, 32)
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+    assert compiled.call_count == 1
+
+
+def test_inductor_records_cuda_graphs_where_it_was_told_to(compiled: mock.Mock) -> None:
+    with torch._inductor.config.patch({"triton.cudagraphs": True}):
+        _fast(Attention())(*_inputs())
+    assert compiled.call_count == 1
+
+
+def test_what_is_not_plain_is_left_to_the_dispatcher(compiled: mock.Mock) -> None:
+    """A view whose sign is still to be turned."""
+    (q, k, v), model = _inputs(), Attention()
+    fast = _fast(model)
+    for negated in (False, True, False):
+        x = torch._neg_view(q) if negated else q
+        torch.testing.assert_close(fast(x, k, v), model(x, k, v), rtol=1e-4, atol=1e-5)
+    assert compiled.call_count == 1
+
+
+def test_a_profile_has_the_operator() -> None:
+    fast, inputs = _fast(Attention()), _inputs()
+    fast(*inputs)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        fast(*inputs)
+    assert "einscade::cascade" in {e.name for e in profile.events()}
+
+
+def test_gradients_of_gradients_and_under_checkpointing(compiled: mock.Mock) -> None:
+    model, inputs = Attention(), _inputs(grad=True)
+    fast = _fast(model)
+    found = []
+    for m in (fast, model):
+        first = torch.autograd.grad(m(*inputs).sin().sum(), inputs, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in first), inputs))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+    for reentrant in (False, True):
+        found = [_gradients(checkpoint(m, *inputs, use_reentrant=reentrant), inputs) for m in (fast, model)]
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    assert compiled.call_count == 0
+
+
+def _gradients(result: torch.Tensor, inputs: list[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
+    for x in inputs:
+        x.grad = None
+    result.sin().sum().backward()
+    return tuple(x.grad for x in inputs)
