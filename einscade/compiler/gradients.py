@@ -11,7 +11,6 @@ Comes in: a program and which inputs need gradients. Goes out: a `Gradient`. The
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -76,8 +75,7 @@ class Gradient:
         values.update(zip(self.saved_names, saved, strict=True))
         for name, value, (shape, dtype) in zip(self.cotangents, gradients, shapes, strict=True):
             if name is not None:
-                zeros = functools.partial(inputs[0].new_zeros, shape, dtype=dtype)
-                values[name] = zeros() if value is None else value
+                values[name] = inputs[0].new_zeros(shape, dtype=dtype) if value is None else value
         backward = self.backward.cascade
         known = dict(zip(self.symbols, sizes, strict=True))
         results = torch.ops.einscade.cascade.default(

@@ -38,13 +38,15 @@ _library.define(
 @functools.cache
 def _compiler() -> SimpleNamespace:
     from einscade.compiler.gradients import gradient
-    from einscade.runtime.call import call_for
+    from einscade.runtime import call
     from einscade.runtime.program import parse_program
     from einscade.runtime.recompute import flat_form, gradients_with_graph, recompute_gradients
 
     return SimpleNamespace(
         gradient=gradient,
-        call_for=call_for,
+        call_for=call.call_for,
+        calls=call.calls,
+        unlike=call.unlike,
         flat_form=flat_form,
         gradients_with_graph=gradients_with_graph,
         recompute_gradients=recompute_gradients,
@@ -131,35 +133,52 @@ class _Operator(torch._ops.OpOverload):
     """
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 3 and are_plain(args[0]):
-            return _run_recorded(*args) if torch.is_grad_enabled() else _run(*args)
+        if len(args) == 3 and not _watched():
+            inputs, sizes, program = args
+            call = _compiler().calls.get((program, inputs[0].device))
+            if call is not None and call.count == len(inputs) and call.alike(*inputs):
+                return call.run(inputs, sizes)
+            if are_plain(inputs):
+                return _run_recorded(*args) if any(x.requires_grad for x in inputs) else _run_known(*args)
         return self._op(*args, **kwargs)
+
+
+def _watched(
+    functions: Any = torch._C._len_torch_function_stack, profiles: Any = torch._C._autograd._profiler_enabled
+) -> bool:
+    """Whether somebody wants to see the call whatever the inputs are, or tangents may be carried."""
+    return bool(functions() or profiles() or forward_ad._current_level >= 0)
 
 
 def are_plain(
     inputs: Iterable[Tensor],
     keys: Any = torch._C._dispatch_keys,
     included: Any = torch._C._dispatch_tls_local_include_set,
-    functions: Any = torch._C._len_torch_function_stack,
-    profiles: Any = torch._C._autograd._profiler_enabled,
 ) -> bool:
-    """Whether nothing but autograd and the kernel has a say in a call with these inputs, and nobody watches."""
-    if functions() or profiles() or forward_ad._current_level >= 0 or included().raw_repr() & _UNUSUAL:
-        return False
-    found = 0
+    """Whether nothing but autograd and the kernel has a say in what is called with these inputs."""
+    found = 0 if included().raw_repr() & _UNUSUAL == 0 else _SPECIAL
     for x in inputs:
         found |= keys(x).raw_repr() if type(x) in _TYPES else _SPECIAL
     return not found & _SPECIAL
 
 
+def _run_known(inputs: Sequence[Tensor], sizes: Sequence[int], program: str) -> list[Tensor]:
+    """`_run` for plain inputs that ask for no gradients; calls with others like them are known from now on."""
+    call = _compiler().call_for(program, inputs[0].device)
+    if call.alike is _compiler().unlike:
+        free: Any = [[None] * x.dim() for x in inputs]
+        guards = torch._C._dynamo.guards.TensorGuards(*inputs, dynamic_dims_sizes=free, dynamic_dims_strides=free)
+        call.alike = guards.check
+    return call.run(inputs, sizes)
+
+
 def direct(program: str, device: torch.device) -> Callable[[Sequence[Tensor], Sequence[int]], list[Tensor]]:
     """The operator with a program on a device, for inputs that are known to be plain where no mode and no transform is
     (Dynamo's guards say so of a graph's inputs). `direct(...)(inputs, sizes)` is `cascade(inputs, sizes, program)`."""
-    run = _compiler().call_for(program, device).run
-    profiled, recording = torch._C._autograd._profiler_enabled, torch.is_grad_enabled
+    run, recording = _compiler().call_for(program, device).run, torch.is_grad_enabled
 
     def called(inputs: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        if profiled():
+        if _watched():
             return cascade(inputs, sizes, program)
         return _run_recorded(inputs, sizes, program) if recording() else run(inputs, sizes)
 
@@ -233,8 +252,8 @@ def _run_recorded(
     program: str,
     excluded: Any = torch._C._dispatch_tls_local_exclude_set,
 ) -> list[Tensor]:
-    """The operator with plain inputs where gradients are recorded, the dispatcher not asked."""
-    needed = tuple([x.requires_grad for x in inputs])
+    """The operator with plain inputs that may ask for gradients, the dispatcher not asked."""
+    needed = tuple([x.requires_grad for x in inputs]) if torch.is_grad_enabled() else ()
     if True not in needed or excluded().raw_repr() & _RECORDED:
         return _run(inputs, sizes, program)
     return list(_record(None, gradient_of(program, needed), sizes, *inputs))

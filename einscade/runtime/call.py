@@ -20,23 +20,28 @@ from einscade.runtime.device import bucket_code, indexed
 from einscade.runtime.kernels import Kernel, build
 from einscade.runtime.program import DTYPES, Program, parse_program
 
-__all__ = ["Call", "call_for", "prepared"]
+__all__ = ["Call", "call_for", "calls", "prepared", "unlike"]
 
-_calls: dict[tuple[str, torch.device], Call] = {}
+calls: dict[tuple[str, torch.device], Call] = {}
+"""What `call_for` has made."""
 
 
 def call_for(program: str, device: torch.device) -> Call:
     """What runs `program` on `device`. Raises ValueError for a text that is no program, and for a device that no
     kernels are generated for."""
-    call = _calls.get((program, device))
+    call = calls.get((program, device))
     if call is None:
-        call = _calls[program, device] = Call(parse_program(program), indexed(device))
+        call = calls[program, device] = Call(parse_program(program), indexed(device))
     return call
 
 
 def prepared() -> tuple[Call, ...]:
     """The calls of this process, in the order in which they were prepared: those of backward passes are among them."""
-    return tuple(_calls.values())
+    return tuple(calls.values())
+
+
+def unlike(*inputs: Tensor) -> bool:
+    return False
 
 
 class Call:
@@ -44,10 +49,16 @@ class Call:
     says: inputs in cascade order with any strides, sizes in the order of `cascade.symbols`.
 
     `run` raises ValueError where inputs and sizes contradict each other or the program.
+
+    `alike(*inputs)`: whether they, as many as `count` says, and the modes of the thread are like those of a call that was
+    found to need nothing but `run`: one look of Dynamo's at types, dtypes, devices and dispatch keys. The operator sets
+    it.
     """
 
     def __init__(self, program: Program, device: torch.device) -> None:
         self.program, self.device = program, device
+        self.count = len(program.cascade.inputs)
+        self.alike: Callable[..., bool] = unlike
         self.kernels: dict[tuple[int, ...], Kernel] = {}  # by the sizes' buckets, and whether to be deterministic
         scope: dict[str, Any] = {
             "_device": device,

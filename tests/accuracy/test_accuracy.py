@@ -88,7 +88,7 @@ class Emitter:
         kernels._build.cache_clear()
         from einscade.runtime import call
 
-        call._calls.clear()
+        call.calls.clear()
         if self.kind in ("gluon", "triton") and not torch.cuda.is_available():
             self.patch.setattr(Device, "of", staticmethod(lambda device: H200))
         if self.kind == "gluon" and not torch.cuda.is_available():

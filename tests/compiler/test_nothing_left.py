@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import einscade
@@ -91,6 +92,19 @@ def test_a_profile_has_the_operator() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         fast(*inputs)
     assert "einscade::cascade" in {e.name for e in profile.events()}
+
+
+def test_tangents_that_come_later() -> None:
+    model, inputs = Attention(), _inputs()
+    fast = _fast(model)
+    fast(*inputs)
+    found = []
+    tangent = torch.randn_like(inputs[0])
+    with forward_ad.dual_level():
+        for m in (fast, model):
+            result = m(forward_ad.make_dual(inputs[0], tangent), *inputs[1:])
+            found.append(forward_ad.unpack_dual(result).tangent)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_of_gradients_and_under_checkpointing(compiled: mock.Mock) -> None:

@@ -182,6 +182,8 @@ def test_the_dispatcher_decides_where_it_has_anything_to_decide(around: str) -> 
     context, change, decides = AROUND[around]
     inputs, sizes = _inputs()
     expected = _plain(*inputs)
+    for _ in range(2):
+        cascade(inputs, sizes, TEXT)  # known from here on
     dispatched = mock.Mock(side_effect=cascade._op)
     changed = [change(inputs[0].clone()), *inputs[1:]]
     with mock.patch.object(cascade, "_op", dispatched), context():
@@ -190,6 +192,20 @@ def test_the_dispatcher_decides_where_it_has_anything_to_decide(around: str) -> 
     assert out.requires_grad == (around == "gradients")
     assert out.is_inference() == (around == "inference")
     torch.testing.assert_close(torch.Tensor(out.detach()), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_known_of_a_program_does_not_hide_what_is_wrong() -> None:
+    inputs, sizes = _inputs()
+    for _ in range(2):
+        cascade(inputs, sizes, TEXT)
+    with pytest.raises(ValueError, match="has 4 inputs, 3 were given"):
+        cascade(inputs[:3], sizes, TEXT)
+    with pytest.raises(ValueError, match=r"is torch\.float64"):
+        cascade([inputs[0].double(), *inputs[1:]], sizes, TEXT)
+    with pytest.raises(ValueError, match="the sizes say"):
+        cascade([inputs[0][:, :, 1:], *inputs[1:]], sizes, TEXT)
+    same = [inputs[0], inputs[1], inputs[1], inputs[3]]
+    torch.testing.assert_close(cascade(same, sizes, TEXT)[0], _plain(*same), rtol=1e-5, atol=1e-5)
 
 
 def test_transforms_are_not_passed_by() -> None:

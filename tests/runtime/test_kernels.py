@@ -53,7 +53,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     def forget() -> None:
         kernels._build.cache_clear()
-        call._calls.clear()
+        call.calls.clear()
         warn_once.cache_clear()
 
     monkeypatch.setenv("EINSCADE_CACHE_DIR", str(tmp_path / "kernels"))

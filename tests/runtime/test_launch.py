@@ -48,7 +48,7 @@ def _forget() -> None:
     """No module keeps what it compiled for another device."""
     for cached in (load, kernels._build, launch._direct_launches):
         cached.cache_clear()
-    call._calls.clear()
+    call.calls.clear()
 
 
 def _source(kind: str) -> Source:

@@ -303,7 +303,7 @@ def test_equal_layers_are_tuned_once(
 ) -> None:
     monkeypatch.setenv("EINSCADE_CACHE_DIR", str(tmp_path))
     kernels._build.cache_clear()
-    call._calls.clear()
+    call.calls.clear()
     layers = torch.nn.Sequential(*[CausalAttention() for _ in range(5)])
     fast = einscade.optimize(layers, inner="eager")
     with torch.no_grad():
