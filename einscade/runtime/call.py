@@ -50,7 +50,7 @@ class Call:
 
     `run` raises ValueError where inputs and sizes contradict each other or the program.
 
-    `alike(*inputs)`: whether they, as many as `count` says, and the modes of the thread are like those of a call that was
+    `alike(*inputs)`: whether they, as many as `count` says, and the thread's modes are like those of a call that was
     found to need nothing but `run`: one look of Dynamo's at types, dtypes, devices and dispatch keys. The operator sets
     it.
     """
