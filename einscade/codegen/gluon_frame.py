@@ -297,7 +297,7 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
 
     def _counters(self, device: str) -> list[str]:
         """The lines that make what counts places taken, where a list has not made it."""
-        zero = f"torch.zeros((1,), dtype=torch.int32, device={device})"
+        zero = f"torch.zeros(1, dtype=torch.int32, device={device})"
         return [f"taken = {zero}"] if self.dynamic and not self.listed else []
 
     def _launches(self, maps: Sequence[str], others: Sequence[str]) -> list[str]:
@@ -325,8 +325,7 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
         if order[-1] != across:
             raise Unsupported(f"{tensor} with {across} not innermost")
         shape = ", ".join(python(self.shape.extent(r)) for r in order)
-        comma = "," if len(order) == 1 else ""
-        code = f"torch.empty(({shape}{comma}), dtype={_TORCH[t.dtype]}, device={device})"
+        code = f"torch.empty({shape}, dtype={_TORCH[t.dtype]}, device={device})"
         if order != t.ranks:
             code += f".permute({', '.join(str(order.index(r)) for r in t.ranks)})"
         return code

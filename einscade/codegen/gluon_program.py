@@ -305,7 +305,7 @@ class _Program(TritonModule):
             return
         order = (*(i for i in range(len(ranks)) if i not in (operand.row, operand.across)), operand.row, operand.across)
         shape = ", ".join(self.extent(ranks[i]) for i in order)
-        made = f"torch.empty(({shape}), dtype=torch.float32, device={self.device})"
+        made = f"torch.empty({shape}, dtype=torch.float32, device={self.device})"
         if list(order) != sorted(order):
             made += f".permute({', '.join(str(order.index(i)) for i in range(len(ranks)))})"
         self.out(f"{self.code(output)} = {made}")

@@ -88,9 +88,8 @@ class RowSum:
         extents = [python(n) for _, n in self.rows]
         given = [f"{codes[t]}, *{codes[t]}.stride()" for t, _ in self.tensors]
         cleared = [f"{x}, {x}.numel()" for x in zeros]
-        comma = "," if len(extents) == 1 else ""
         return [
-            f"{result} = torch.empty(({', '.join(extents)}{comma}), dtype=torch.float32, device={device})",
+            f"{result} = torch.empty({', '.join(extents)}, dtype=torch.float32, device={device})",
             *(f"{x} = torch.empty({what}, device={device})" for x, what in zeros.items()),
             f"if {result}.numel():",
             f"    {name}[(-(-{result}.numel() // {ROWS}),)](",

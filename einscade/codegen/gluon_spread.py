@@ -407,8 +407,8 @@ class SpreadChain(Chain):
     def zeros(self) -> dict[str, str]:
         """What has to be zero when programs begin to add to it: names, and what torch's functions make them of."""
         extents = tuple(map(self.shape.extent, self._rows_of_result()))
-        counter = {"taken": "(1,), dtype=torch.int32"} if self.dynamic and not self.listed else {}
-        return {self.total: f"({self.part.shape(extents)}), dtype=torch.float32", **counter}
+        counter = {"taken": "1, dtype=torch.int32"} if self.dynamic and not self.listed else {}
+        return {self.total: f"{self.part.shape(extents)}, dtype=torch.float32", **counter}
 
     def _counters(self, device: str) -> list[str]:
         return []  # among the zeros

@@ -246,9 +246,9 @@ class Visits(Points):
         results = ["visits", "counts", *(["taken"] if self.dynamic else [])]
         return [
             f"lists = {' * '.join(paren(g) for g in grid)}",
-            f"visits = torch.empty((lists, {python(self._loop_tiles())}), dtype=torch.int32, device={device})",
-            f"counts = torch.empty((lists,), dtype=torch.int32, device={device})",
-            *([f"taken = torch.empty((1,), dtype=torch.int32, device={device})"] if self.dynamic else []),
+            f"visits = torch.empty(lists, {python(self._loop_tiles())}, dtype=torch.int32, device={device})",
+            f"counts = torch.empty(lists, dtype=torch.int32, device={device})",
+            *([f"taken = torch.empty(1, dtype=torch.int32, device={device})"] if self.dynamic else []),
             *wrapped(f"list_tiles[(lists,)]({', '.join([*given, *results, *self.sizes])}, num_warps=4)", 0),
         ]
 

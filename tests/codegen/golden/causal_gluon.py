@@ -297,7 +297,7 @@ def tile_map(x: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
 
 def run(Q, K, V, *, B, M, P) -> tuple[torch.Tensor, ...]:
     """causal: inputs with any strides; sizes by name."""
-    O = torch.empty((B, 32, P, 128), dtype=torch.bfloat16, device=Q.device)
+    O = torch.empty(B, 32, P, 128, dtype=torch.bfloat16, device=Q.device)
     programs = B * 32 * -(-P // 128)
     if programs:
         kernel[(programs,)](
