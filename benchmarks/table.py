@@ -1,13 +1,12 @@
-"""The tables of README.md and docs/performance.md that show benchmarks/results/h200.json, and a run since then.
+"""The tables of README.md and docs/performance.md that show benchmarks/results/h200.json.
 
     python benchmarks/table.py            prints them
     python benchmarks/table.py --write    puts them into both files, in place of what is there
     python benchmarks/table.py FILE       of another file of benchmarks/h200.py
 
 Comes in: the JSON of one run. Goes out: Markdown. `full` is a line for each row with all peers, what the row is to
-reach, and why peers have no figure; `summary` holds each row against the fastest of its peers alone. `since` holds the
-rows of a later run, benchmarks/results/h200-since.json, in which no peers were measured, against the same rows before.
-In the texts they stand between `<!-- h200: full -->` (or `summary`, `since`) and `<!-- h200: end -->`.
+reach, and why peers have no figure; `summary` holds each row against the fastest of its peers alone. In the texts they
+stand between `<!-- h200: full -->` (or `summary`) and `<!-- h200: end -->`.
 """
 
 from __future__ import annotations
@@ -26,12 +25,11 @@ from benchmarks import record
 from benchmarks.h200_peers import TITLES
 from benchmarks.h200_rows import ROWS, Row
 
-__all__ = ["BLOCKS", "filled", "full", "header", "line", "reasons", "since", "summary"]
+__all__ = ["BLOCKS", "filled", "full", "header", "line", "reasons", "summary"]
 
 NONE = "–"
 COLUMNS = ("TFLOP/s", "einscade", "to reach", "of the fastest peer", *TITLES.values())
 FILES = ("README.md", "docs/performance.md")
-LATER = record.RESULTS / "h200-since.json"
 
 
 def header(*more: str) -> str:
@@ -80,26 +78,13 @@ def summary(run: Mapping[str, Any]) -> str:
     return "\n".join([_source(run), "", *lines])
 
 
-def since(run: Mapping[str, Any], later: Mapping[str, Any]) -> str:
-    """Each row of the later run, with its figure of the run before. What is to be reached beside peers is left out."""
-    before = run["environment"]["commit"][:7]
-    lines = [f"| TFLOP/s | einscade | on `{before}` | to reach |", "|---|---|---|---|"]
-    for row in ROWS:
-        figures = later["figures"].get(row.name, {})
-        if "tflops" in figures:
-            was = _number(run["figures"].get(row.name, {}).get("tflops"))
-            lines.append(f"| {_work(row)} | {_ours(row, figures)} | {was} | {_to_reach(row, figures)} |")
-    return "\n".join([_source(later), "", *lines])
-
-
 BLOCKS: dict[str, Callable[[Mapping[str, Any]], str]] = {"full": full, "summary": summary}
 _BLOCK = re.compile(r"(<!-- h200: (\w+) -->\n).*?(<!-- h200: end -->)", re.DOTALL)
 
 
-def filled(text: str, run: Mapping[str, Any], later: Mapping[str, Any]) -> str:
-    """The text with what the runs make of each of its blocks. Raises ValueError where it has none."""
-    makers = BLOCKS | {"since": lambda run: since(run, later)}
-    found, count = _BLOCK.subn(lambda block: block[1] + makers[block[2]](run) + "\n" + block[3], text)
+def filled(text: str, run: Mapping[str, Any]) -> str:
+    """The text with what the run makes of each of its blocks. Raises ValueError where it has none."""
+    found, count = _BLOCK.subn(lambda block: block[1] + BLOCKS[block[2]](run) + "\n" + block[3], text)
     if not count:
         raise ValueError("no block to fill: mark one with <!-- h200: full --> and <!-- h200: end -->")
     return found
@@ -144,12 +129,12 @@ def main() -> int:
     parser.add_argument("file", nargs="?", type=Path, default=record.RESULTS / "h200.json")
     parser.add_argument("--write", action="store_true", help=f"into {' and '.join(FILES)}")
     args = parser.parse_args()
-    run, later = (json.loads(path.read_text()) for path in (args.file, LATER))
+    run = json.loads(args.file.read_text())
     if args.write:
         for path in (record.ROOT / name for name in FILES):
-            path.write_text(filled(path.read_text(), run, later))
+            path.write_text(filled(path.read_text(), run))
     else:
-        print("\n\n".join([*(make(run) for make in BLOCKS.values()), since(run, later)]))
+        print("\n\n".join(make(run) for make in BLOCKS.values()))
     return 0
 
 
