@@ -20,6 +20,9 @@ the very launches that it makes, with arguments that are ready:
   stream, and encodes descriptors anew. The bound holds against this.
 * "the C function": what that ends in, with everything encoded before. Less cannot be done.
 
+A graph with nothing but sites is called as it is, whatever is to compile the rest: "in a model" and "a whole call" have
+the operator's own path, and "called" has what a site costs in a graph that Inductor compiles.
+
 "A whole call" is that of a module with one site, with all that surrounds the site: guards, wrappers, and for gradients
 what autograd does in `torch.autograd.grad`. Beside it stands a module without a site, whose call by `torch.compile`
 allocates its result and nothing else.
