@@ -67,8 +67,9 @@ def compile_graph(
     if found is None:
         return inner_compile(gm, example_inputs, inner, autocast=False)
     tensors = [x for x in example_inputs if isinstance(x, torch.Tensor)]
-    if operators.are_plain(tensors) and not _anything_left(found.captured.gm):
-        _call_directly(found.captured.gm)
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if operators.are_plain(tensors) and not _anything_left(found.captured.gm, recorded):
+        _call_directly(found.captured.gm, recorded)
         inner = "eager"
     compiled = inner_compile(found.captured.gm, example_inputs, inner, found.captured.autocast)
     compiled = _while_apart(compiled, gm, found.written, weights | constants.keys())
@@ -130,29 +131,48 @@ def rewritten(
     return RewrittenGraph(captured, result.relied_on, frozenset(written))
 
 
-def _anything_left(gm: fx.GraphModule) -> bool:
+def _anything_left(gm: fx.GraphModule, recorded: bool) -> bool:
     """Whether a graph has anything for another compiler to compile: more than operators and views. Else it is called as
-    it is, without what compilers put around every call (Inductor may have been told to record CUDA graphs)."""
+    it is, without what compilers put around every call (Inductor may have been told to record CUDA graphs). `recorded`:
+    whether autograd records it. Then compilers also see to it that results are no views."""
     from torch._inductor import config
 
-    return config.triton.cudagraphs or any(n.op == "call_function" and not _ready(n.target) for n in gm.graph.nodes)
-
-
-def _ready(target: Any) -> bool:
-    """Whether a call is the operator's, takes a result out of a list, or makes a view or a size."""
-    if target in (operators.cascade, operator.getitem, aten.sym_size.int):
+    if config.triton.cudagraphs or (recorded and any(_is_view(n) for n in _results(gm))):
         return True
-    returns = target._schema.returns if isinstance(target, torch._ops.OpOverload) else ()
+    calls = (n for n in gm.graph.nodes if n.op == "call_function")
+    return not all(_is_view(n) or n.target in (operators.cascade, operator.getitem, aten.sym_size.int) for n in calls)
+
+
+def _is_view(node: fx.Node) -> bool:
+    returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else ()
     return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
-def _call_directly(gm: fx.GraphModule) -> None:
-    """Puts what the operator calls in its place: Dynamo guards what kind of tensors there are."""
+def _results(gm: fx.GraphModule) -> list[fx.Node]:
+    """The results that a graph makes."""
+    return [n for n in gm.graph.output_node().all_input_nodes if n.op == "call_function"]
+
+
+def _call_directly(gm: fx.GraphModule, recorded: bool) -> None:
+    """Puts what the operator calls in its place: Dynamo guards what kind of tensors there are. Results that are not
+    recorded are no views."""
     for node in gm.graph.find_nodes(op="call_function", target=operators.cascade):
         inputs, sizes, program = node.args
         node.target = operators.direct(program, inputs[0].meta["val"].device)
         node.args = (inputs, sizes)
+    ours = [n for n in _results(gm) if not recorded and _made_of(n).target is operator.getitem]
+    for node in ours:
+        with gm.graph.inserting_after(node):
+            whole = gm.graph.call_function(operators.owned, (node,))
+        gm.graph.output_node().replace_input_with(node, whole)
     gm.recompile()
+
+
+def _made_of(node: fx.Node) -> fx.Node:
+    """What a view is one of."""
+    while _is_view(node):
+        node = node.all_input_nodes[0]
+    return node
 
 
 def inner_compile(gm: fx.GraphModule, example_inputs: Sequence[Any], inner: str, autocast: bool) -> Callable[..., Any]:

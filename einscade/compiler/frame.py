@@ -10,7 +10,7 @@ code object of its own.
 `torch.compile`'s wrapper prepares for compiling at every call, and takes longer for that than to check the guards of
 what was compiled. Where a frame was compiled whole, the short way asks those same guards, all of them, and runs the
 same code. Whatever is unusual goes through the wrapper as before: guards that fail, graph breaks, a trace, an export, a
-stance, another compiled function around, a version of torch that is not known here.
+profile, a stance, another compiled function around, a version of torch that is not known here.
 """
 
 from __future__ import annotations
@@ -88,13 +88,14 @@ def _short_way(
     forms: tuple[_Form, ...] = ()
     callback, context = get_eval_frame_callback, TracingContext.try_get
     exporting, tracing = torch.compiler.is_exporting, torch._C._is_tracing
+    profiled = torch._C._autograd._profiler_enabled
 
     def usual() -> bool:
         """Whether the wrapper would do nothing but run the form whose guards hold."""
         stance = eval_frame._stance
         if stance.stance != "default" or stance.backend is not None or callback() is not None:
             return False
-        return not (context() or exporting() or is_fx_symbolic_tracing() or tracing())
+        return not (context() or exporting() or is_fx_symbolic_tracing() or tracing() or profiled())
 
     @functools.wraps(compiled)
     def call(*args: Any, **kwargs: Any) -> Any:

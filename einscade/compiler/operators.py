@@ -26,7 +26,7 @@ from torch.autograd import forward_ad
 if TYPE_CHECKING:
     from einscade.compiler.gradients import Gradient
 
-__all__ = ["are_plain", "cascade", "cascade_backward", "direct", "gradient_of"]
+__all__ = ["are_plain", "cascade", "cascade_backward", "direct", "gradient_of", "owned"]
 
 _library = torch.library.Library("einscade", "DEF")
 _library.define("cascade(Tensor[] inputs, SymInt[] sizes, str program) -> Tensor[]")
@@ -185,6 +185,11 @@ def direct(program: str, device: torch.device) -> Callable[[Sequence[Tensor], Se
     return called
 
 
+def owned(result: Tensor) -> Tensor:
+    """A result of which nothing is recorded, as a tensor that is no view: it may be changed in place at any time."""
+    return result if forward_ad._current_level >= 0 else result.data
+
+
 cascade.__class__ = _Operator
 
 
@@ -212,6 +217,7 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keyset: Any, plan: Gradient, sizes: Sequence[int], *inputs: Tensor) -> tuple[Tensor, ...]:
         outputs = _below(keyset, inputs, plan.forward_sizes(sizes), plan.forward)
+        outputs = [x.data if x._is_view() else x for x in outputs]  # a view made in here could not be changed in place
         results = outputs[: plan.results]
         ctx.plan, ctx.sizes = plan, sizes
         ctx.shapes = [(r.shape, r.dtype) for r in results]

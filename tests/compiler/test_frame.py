@@ -174,6 +174,8 @@ def test_what_is_unusual_goes_through_the_wrapper(through_the_wrapper: list[Any]
         assert went_through(lambda: fast(x))
     with torch._guards.tracing(torch._guards.TracingContext(None)):
         assert went_through(lambda: fast(x))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert went_through(lambda: fast(x))
     with FlopCounterMode(display=False):
         assert went_through(lambda: fast(x))
     with pytest.raises(RuntimeError, match="FX"):

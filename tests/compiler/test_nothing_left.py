@@ -18,13 +18,20 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Attention(nn.Module):
-    """Attention of heads that are split from the inputs and joined in the result, by views."""
+    """Attention of heads that are split from the inputs by views."""
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         q, k, v = (x.unflatten(-1, (4, 8)).transpose(1, 2) for x in (q, k, v))
         keep = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
         weights = (q @ k.mT * 8**-0.5).masked_fill(~keep, float("-inf")).softmax(-1)
-        return (weights @ v).transpose(1, 2)
+        return weights @ v
+
+
+class Joined(Attention):
+    """Heads are joined again: a copy here, a view of what a kernel stores in that order."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return super().forward(q, k, v).transpose(1, 2).flatten(2)
 
 
 @pytest.fixture
@@ -92,6 +99,39 @@ def test_a_profile_has_the_operator() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         fast(*inputs)
     assert "einscade::cascade" in {e.name for e in profile.events()}
+
+
+@pytest.mark.parametrize("kind", [Attention, Joined])
+def test_results_are_no_views(kind: type[nn.Module], compiled: mock.Mock) -> None:
+    """They may be changed in place: also where autograd records only what comes then."""
+    model, inputs, factor = kind(), _inputs(), torch.randn((), requires_grad=True)
+    fast = _fast(model)
+    with torch.no_grad():
+        result = fast(*inputs)
+    assert compiled.call_count == 0
+    assert not result._is_view()
+    expected = model(*inputs).sum()
+    (gradient,) = torch.autograd.grad(result.mul_(factor).sum(), factor)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "inner"), [(Attention, "aot_eager"), (Attention, "eager"), (Joined, "eager")])
+def test_results_that_are_recorded_may_be_changed_in_place(kind: type[nn.Module], inner: str) -> None:
+    fast, inputs = einscade.optimize(kind(), inner=inner), _inputs(grad=True)
+    result = fast(*inputs)
+    result.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace"):  # the gradient reads it
+        torch.autograd.grad(result.sum(), inputs)
+    if kind is Attention:
+        assert not fast(*inputs).detach_().requires_grad
+
+
+def test_where_results_would_be_views_autograd_is_left_to_compilers(compiled: mock.Mock) -> None:
+    model, inputs = Joined(), _inputs(grad=True)
+    fast = _fast(model)
+    found = [torch.autograd.grad(m(*inputs).sin().sum(), inputs) for m in (fast, model)]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    assert compiled.call_count == 1
 
 
 def test_tangents_that_come_later() -> None:
