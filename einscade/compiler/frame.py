@@ -129,7 +129,8 @@ def _forms(frame: Any, whole: set[Any]) -> list[_Form]:
 
 def _function(code: CodeType, frame: Any) -> Callable[..., Any]:
     """What Dynamo made of the frame's code, as a function. Its graphs need not turn Dynamo off: it is off."""
-    scope = {name: value for name, value in frame.__globals__.items() if name in _names(code)}
+    names = _names(code)
+    scope = {name: value for name, value in frame.__globals__.items() if name in names}
     for name, value in scope.items():
         if name.startswith("__compiled_fn"):
             scope[name] = getattr(value, "_torchdynamo_orig_callable", value)

@@ -46,7 +46,6 @@ def _compiler() -> SimpleNamespace:
         gradient=gradient,
         call_for=call.call_for,
         calls=call.calls,
-        unlike=call.unlike,
         flat_form=flat_form,
         gradients_with_graph=gradients_with_graph,
         recompute_gradients=recompute_gradients,
@@ -136,7 +135,7 @@ class _Operator(torch._ops.OpOverload):
         if len(args) == 3 and not _watched():
             inputs, sizes, program = args
             call = _compiler().calls.get((program, inputs[0].device))
-            if call is not None and call.count == len(inputs) and call.alike(*inputs):
+            if call is not None and call.alike is not None and call.count == len(inputs) and call.alike(*inputs):
                 return call.run(inputs, sizes)
             if are_plain(inputs):
                 return _run_recorded(*args) if any(x.requires_grad for x in inputs) else _run_known(*args)
@@ -165,7 +164,7 @@ def are_plain(
 def _run_known(inputs: Sequence[Tensor], sizes: Sequence[int], program: str) -> list[Tensor]:
     """`_run` for plain inputs that ask for no gradients; calls with others like them are known from now on."""
     call = _compiler().call_for(program, inputs[0].device)
-    if call.alike is _compiler().unlike:
+    if call.alike is None:
         free: Any = [[None] * x.dim() for x in inputs]
         guards = torch._C._dynamo.guards.TensorGuards(*inputs, dynamic_dims_sizes=free, dynamic_dims_strides=free)
         call.alike = guards.check

@@ -20,7 +20,7 @@ from einscade.runtime.device import bucket_code, indexed
 from einscade.runtime.kernels import Kernel, build
 from einscade.runtime.program import DTYPES, Program, parse_program
 
-__all__ = ["Call", "call_for", "calls", "prepared", "unlike"]
+__all__ = ["Call", "call_for", "calls", "prepared"]
 
 calls: dict[tuple[str, torch.device], Call] = {}
 """What `call_for` has made."""
@@ -40,10 +40,6 @@ def prepared() -> tuple[Call, ...]:
     return tuple(calls.values())
 
 
-def unlike(*inputs: Tensor) -> bool:
-    return False
-
-
 class Call:
     """A program on a device. `run(inputs, sizes)` returns the outputs, with the strides that the program's memory order
     says: inputs in cascade order with any strides, sizes in the order of `cascade.symbols`.
@@ -52,13 +48,13 @@ class Call:
 
     `alike(*inputs)`: whether they, as many as `count` says, and the thread's modes are like those of a call that was
     found to need nothing but `run`: one look of Dynamo's at types, dtypes, devices and dispatch keys. The operator sets
-    it.
+    it; None before.
     """
 
     def __init__(self, program: Program, device: torch.device) -> None:
         self.program, self.device = program, device
         self.count = len(program.cascade.inputs)
-        self.alike: Callable[..., bool] = unlike
+        self.alike: Callable[..., bool] | None = None
         self.kernels: dict[tuple[int, ...], Kernel] = {}  # by the sizes' buckets, and whether to be deterministic
         scope: dict[str, Any] = {
             "_device": device,
