@@ -281,7 +281,7 @@ class Anchored(Marking):
 
     def _counters(self, device: str) -> list[str]:
         """Marks and the counter of places taken, if there is one, are cleared together."""
-        names = "mark_to = taken" if super()._counters(device) else "mark_to"
+        names = "mark_to = taken" if self.counting else "mark_to"
         return [f"{names} = torch.zeros(programs + 2, dtype=torch.int32, device={device})"]
 
     def _launches(self, maps: Sequence[str], others: Sequence[str]) -> list[str]:

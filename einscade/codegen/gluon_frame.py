@@ -295,10 +295,14 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
         """The first lines of the kernel, when its barriers are there."""
         return []
 
+    @property
+    def counting(self) -> bool:
+        """Whether the host makes what counts places taken: a list makes it with itself."""
+        return self.dynamic and not self.listed
+
     def _counters(self, device: str) -> list[str]:
-        """The lines that make what counts places taken, where a list has not made it."""
-        zero = f"torch.zeros(1, dtype=torch.int32, device={device})"
-        return [f"taken = {zero}"] if self.dynamic and not self.listed else []
+        """The lines that make it."""
+        return [f"taken = torch.zeros(1, dtype=torch.int32, device={device})"] if self.counting else []
 
     def _launches(self, maps: Sequence[str], others: Sequence[str]) -> list[str]:
         """The lines that launch the kernel. `maps`, `others`: its arguments, but for flags and options."""

@@ -25,7 +25,7 @@ from einscade.codegen.gluon_frame import IMPORTS
 from einscade.codegen.gluon_group import grouped, in_group
 from einscade.codegen.gluon_plan import GROUP_ROWS
 from einscade.codegen.gluon_resident import ResidentChain
-from einscade.codegen.gluon_rows import RowSum, row_sum, slice_sum
+from einscade.codegen.gluon_rows import RowSum, Zeros, row_sum, slice_sum
 from einscade.codegen.gluon_schedules import CACHED
 from einscade.codegen.gluon_spread import ADD_TILE, Spread, SpreadChain, spread
 from einscade.codegen.gluon_text import RUN_MAP, TILE_MAP, marked
@@ -341,7 +341,7 @@ class _Program(TritonModule):
             self.out(line)
         return True
 
-    def _clear(self, total: RowSum) -> Mapping[str, str]:
+    def _clear(self, total: RowSum) -> Zeros:
         """What the kernel of a row sum sets to zero: a sum over programs to come that has the same rows."""
         for nest, how in self.spreads.items():
             ranks = {self.cascade.tensors[how.result.tensor].ranks[i] for i in how.result.order[:-1]}

@@ -17,15 +17,18 @@ from dataclasses import dataclass
 
 import sympy
 
-from einscade.codegen.gluon_text import function, wrapped
+from einscade.codegen.gluon_text import allocated, function, wrapped
 from einscade.codegen.host import python
 from einscade.ir.cascade import Cascade, Einsum
 from einscade.ir.expr import Access, Expr, free_vars, var
 
-__all__ = ["RowSum", "SliceSum", "row_sum", "slice_sum"]
+__all__ = ["RowSum", "SliceSum", "Zeros", "row_sum", "slice_sum"]
 
 ROWS = 32
 """Rows of a program: with 16 bytes a load and four warps, two to eight loads of a thread are on their way at once."""
+
+Zeros = Mapping[str, tuple[str, str]]
+"""What is set to zero: names, with shape and dtype as the host's text has them."""
 
 WIDEST = 512
 DTYPES = ("bf16", "f16", "f32")
@@ -46,9 +49,8 @@ class RowSum:
     across: str
     width: int
 
-    def kernel(self, name: str, zeros: Mapping[str, str]) -> str:
-        """The kernel, whose rows are counted through all of their ranks. Beside what it is for it sets `zeros` to zero:
-        names, and shapes and dtypes as torch's functions take them."""
+    def kernel(self, name: str, zeros: Zeros) -> str:
+        """The kernel, whose rows are counted through all of their ranks. Beside that it sets `zeros` to zero."""
         lines = _places(self.rows, self.width)
         factors = []
         for i, (_, index) in enumerate(self.tensors):
@@ -67,30 +69,27 @@ class RowSum:
         cleared = [a for x in zeros for a in (x, f"{x}_size")]
         return function(name, [*arguments, "result", *cleared, "rows", *extents], lines, decorator)
 
-    def _clear(self, zeros: Mapping[str, str]) -> list[str]:
+    def _clear(self, zeros: Zeros) -> list[str]:
         """The lines that set a program's share of each to zero, while what it reads is on its way."""
         share = ROWS * _padded(self.width)
         step = f"gl.num_programs(0).to(gl.int64) * {share}"
         lines = ["ZEROS: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])"] if zeros else []
-        for x, what in zeros.items():
-            dtype = "gl.int32" if "int32" in what else "gl.float32"
+        for x, (_, dtype) in zeros.items():
             lines += [
                 f"for first in range(gl.program_id(0).to(gl.int64) * {share}, {x}_size, {step}):",
                 f"    place = first + gl.arange(0, {share}, ZEROS)",
-                f"    gl.store({x} + place, gl.full([{share}], 0, {dtype}, ZEROS), mask=place < {x}_size)",
+                f"    gl.store({x} + place, gl.full([{share}], 0, gl.{dtype}, ZEROS), mask=place < {x}_size)",
             ]
         return lines
 
-    def launch(
-        self, name: str, result: str, codes: Mapping[str, str], device: str, zeros: Mapping[str, str]
-    ) -> list[str]:
+    def launch(self, name: str, result: str, codes: Mapping[str, str], device: str, zeros: Zeros) -> list[str]:
         """The lines that make the result and `zeros`; `codes` are the tensors in the host's text."""
         extents = [python(n) for _, n in self.rows]
         given = [f"{codes[t]}, *{codes[t]}.stride()" for t, _ in self.tensors]
         cleared = [f"{x}, {x}.numel()" for x in zeros]
         return [
-            f"{result} = torch.empty({', '.join(extents)}, dtype=torch.float32, device={device})",
-            *(f"{x} = torch.empty({what}, device={device})" for x, what in zeros.items()),
+            allocated(result, "empty", ", ".join(extents), "float32", device),
+            *(allocated(x, "empty", *what, device) for x, what in zeros.items()),
             f"if {result}.numel():",
             f"    {name}[(-(-{result}.numel() // {ROWS}),)](",
             *wrapped(", ".join([*given, result, *cleared, f"{result}.numel()", *extents[1:], "num_warps=4"]) + ",", 8),

@@ -28,7 +28,7 @@ from einscade.codegen.gluon_form import Form, Operand, WeightedSum
 from einscade.codegen.gluon_plan import GROUP_ROWS, REGISTERS, Ring
 from einscade.codegen.gluon_points import GLUON_DTYPES
 from einscade.codegen.gluon_sum import LINE, Part
-from einscade.codegen.gluon_text import indent
+from einscade.codegen.gluon_text import allocated, indent
 from einscade.codegen.gluon_values import Printer
 from einscade.codegen.schedule import Schedule
 from einscade.codegen.source import Unsupported
@@ -404,11 +404,11 @@ class SpreadChain(Chain):
         return (self.spread.result.tensor,)
 
     @property
-    def zeros(self) -> dict[str, str]:
-        """What has to be zero when programs begin to add to it: names, and what torch's functions make them of."""
+    def zeros(self) -> dict[str, tuple[str, str]]:
+        """What has to be zero when programs begin to add to it: names, shapes and dtypes."""
         extents = tuple(map(self.shape.extent, self._rows_of_result()))
-        counter = {"taken": "1, dtype=torch.int32"} if self.dynamic and not self.listed else {}
-        return {self.total: f"{self.part.shape(extents)}, dtype=torch.float32", **counter}
+        counter = {"taken": ("1", "int32")} if self.counting else {}
+        return {self.total: (self.part.shape(extents), "float32"), **counter}
 
     def _counters(self, device: str) -> list[str]:
         return []  # among the zeros
@@ -422,7 +422,7 @@ class SpreadChain(Chain):
         result = self._seen(self.spread.result)
         extents = tuple(map(self.shape.extent, self._rows_of_result()))
         return [
-            *(f"{x} = torch.zeros({what}, device={device})" for x, what in self.zeros.items() if not self.cleared),
+            *(allocated(x, "zeros", *what, device) for x, what in self.zeros.items() if not self.cleared),
             *super().launch(device),
             *self.part.launch("rounded", self.total, result, extents),
         ]

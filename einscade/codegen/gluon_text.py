@@ -7,8 +7,8 @@ import textwrap
 from collections.abc import Iterable, Sequence
 
 __all__ = [
-    "REDUCTIONS", "RUN_MAP", "TABLE_MAP", "TILE_MAP", "TURN", "call", "function", "indent", "is_atomic",
-    "marked", "paren", "wrapped",
+    "REDUCTIONS", "RUN_MAP", "TABLE_MAP", "TILE_MAP", "TURN", "allocated", "call", "function", "indent",
+    "is_atomic", "marked", "paren", "wrapped",
 ]  # fmt: skip
 
 REDUCTIONS = {
@@ -140,6 +140,11 @@ def wrapped(text: str, depth: int) -> list[str]:
     """Arguments over as many lines as they take, `depth` spaces deep."""
     pad = " " * depth
     return textwrap.wrap(text, 112, initial_indent=pad, subsequent_indent=pad + " ", break_long_words=False)
+
+
+def allocated(name: str, how: str, shape: str, dtype: str, device: str) -> str:
+    """The host's line that makes a tensor. `how`: "empty" or "zeros"."""
+    return f"{name} = torch.{how}({shape}, dtype=torch.{dtype}, device={device})"
 
 
 def call(targets: Sequence[str], name: str, arguments: Sequence[str]) -> str:
