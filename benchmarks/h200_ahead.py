@@ -59,8 +59,8 @@ def jobs(rows: Sequence[Row], peers: Sequence[str]) -> list[tuple[str, str]]:
     end."""
     longest = sorted(rows, key=lambda row: not row.backward)
     last = sorted(longest, key=lambda row: row.module.plain)
-    orders = {"fa4": longest, "flex": last, CHECK: longest}
-    return [(row.name, what) for what in (*(p for p in PEERS if p in peers), CHECK) for row in orders[what]]
+    todo = (*(p for p in PEERS if p in peers), CHECK)
+    return [(row.name, what) for what in todo for row in (last if what == "flex" else longest)]
 
 
 def ahead(todo: Sequence[tuple[str, str]], gpus: int, seconds: float, tiny: bool = False) -> dict[str, dict[str, Any]]:

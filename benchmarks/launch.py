@@ -247,36 +247,38 @@ def sites(device: torch.device, queries: int, keys: int, training: bool) -> dict
 
 def modules(device: torch.device, queries: int, keys: int, training: bool) -> dict[str, Callable[[int], object]]:
     """The whole call of a module with one site, by what compiles the rest; the bare launches first."""
-    import einscade
-
     inputs = [x.requires_grad_(training) for x in _inputs(device, queries, keys)]
-    found: dict[str, Callable[[int], object]] = {}
-    for inner in ("inductor", "eager"):
-        torch._dynamo.reset()
-        fast = einscade.optimize(Sites(1), inner=inner, dynamic=False, progress=lambda done, total: None)
-        call = functools.partial(fast, *inputs)
-        call()
-        found |= bare(noted_launches(call)) if not found else {}
-        found[f"a module with one site, inner {inner!r}"] = repeated(call)
-        assert [s.status for s in fast.report.sites] == ["rewritten"]
+    found = _whole("a module with one site", inputs, lambda call: call)
     empty = torch.compile(Empty(), dynamic=False)
     return found | {"a module without a site, torch.compile": repeated(lambda: empty(*inputs))}
 
 
 def gradients(device: torch.device, queries: int, keys: int, training: bool) -> dict[str, Callable[[int], object]]:
     """`torch.autograd.grad` of that call's result; the bare launches first."""
+    inputs = [x.requires_grad_(training) for x in _inputs(device, queries, keys)]
+
+    def of(call: Callable[[], Tensor]) -> Callable[[], object]:
+        result = call()
+        return functools.partial(torch.autograd.grad, result, inputs, torch.ones_like(result), retain_graph=True)
+
+    return _whole("the gradients of a module with one site", inputs, of)
+
+
+def _whole(
+    name: str, inputs: list[Tensor], of: Callable[[Callable[[], Tensor]], Callable[[], object]]
+) -> dict[str, Callable[[int], object]]:
+    """What `of` makes of the module's call."""
     import einscade
 
-    inputs = [x.requires_grad_() for x in _inputs(device, queries, keys)]
     found: dict[str, Callable[[int], object]] = {}
     for inner in ("inductor", "eager"):
         torch._dynamo.reset()
         fast = einscade.optimize(Sites(1), inner=inner, dynamic=False, progress=lambda done, total: None)
-        result = fast(*inputs)
-        call = functools.partial(torch.autograd.grad, result, inputs, torch.ones_like(result), retain_graph=True)
+        call = of(functools.partial(fast, *inputs))
         call()
         found |= bare(noted_launches(call)) if not found else {}
-        found[f"the gradients of a module with one site, inner {inner!r}"] = repeated(call)
+        found[f"{name}, inner {inner!r}"] = repeated(call)
+        assert [s.status for s in fast.report.sites] == ["rewritten"]
     return found
 
 
