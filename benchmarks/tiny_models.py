@@ -90,11 +90,14 @@ _WIDTHS: Mapping[str, int] = {
     "projection_dim": 32,
     "num_mel_bins": 16,
 }
+_WIDER = {name: 8 * width for name, width in _WIDTHS.items()}
+_LONGER = {name: 4 * _COUNTS[name] for name in ("max_position_embeddings", "n_positions")}
 _ATTEMPTS: Mapping[str, Mapping[str, Any]] = {
     "narrow": {**_COUNTS, **_WIDTHS},
-    "wider": {**_COUNTS, **{name: 8 * width for name, width in _WIDTHS.items()}},
+    "wider": {**_COUNTS, **_WIDER},
     "as wide as the type's default": _COUNTS,
 }
+_WIDE_ATTEMPTS = {"wide": {**_COUNTS, **_WIDER, **_LONGER}, **_ATTEMPTS}  # heads of 64 and 128, as real models have
 
 # Choices by the dotted names of configuration fields.
 CHOICES: Mapping[str, Mapping[str, Any]] = {
@@ -149,16 +152,20 @@ class Lengths:
     source: int = 43
 
 
+LONG = Lengths(target=293, source=331)
+
+
 @dataclass(frozen=True)
 class Tiny:
-    """A model, and the inputs of the form that its forward was seen to accept."""
+    """A model, and the inputs of the form and the lengths that its forward was seen to accept."""
 
     model: nn.Module
     form: tuple[Form, ...]
+    lengths: Lengths = Lengths()
 
-    def inputs(self, lengths: Lengths = Lengths()) -> dict[str, Tensor]:
+    def inputs(self, lengths: Lengths | None = None) -> dict[str, Tensor]:
         """The same tensors for the same lengths, whenever they are asked for."""
-        return _inputs(self.model, self.form, lengths)
+        return _inputs(self.model, self.form, lengths or self.lengths)
 
 
 def has_sdpa(name: str) -> bool:
@@ -166,25 +173,27 @@ def has_sdpa(name: str) -> bool:
     return bool(_model_class(name)._supports_sdpa)
 
 
-def tiny(name: str, attention: str) -> Tiny:
-    """A tiny random model of model type `name`. Raises CannotShrink, also for a name that transformers lacks."""
+def tiny(name: str, attention: str, wide: bool = False) -> Tiny:
+    """A tiny random model of model type `name`; `wide`: with heads as wide as real ones and sequences of several
+    hundred, where that runs. Raises CannotShrink, also for a name that transformers lacks."""
     _model_class(name)
     reasons = []
-    for how, values in _ATTEMPTS.items():
+    for how, values in (_WIDE_ATTEMPTS if wide else _ATTEMPTS).items():
         try:
             model = _build(name, attention, values)
         except Exception as error:  # any library code: whatever it says becomes the reason
             reasons.append(f"{how}: {_first_line(error)}")
             continue
-        for form in _forms(model):
-            try:
-                with torch.no_grad():
-                    model(**_inputs(model, form, Lengths()))
-            except Exception as error:
-                called = ", ".join(name for name, _ in form)
-                reasons.append(f"{how}: forward({called}): {_first_line(error)}")
-            else:
-                return Tiny(model, form)
+        for lengths in (LONG, Lengths()) if how == "wide" else (Lengths(),):
+            for form in _forms(model):
+                try:
+                    with torch.no_grad():
+                        model(**_inputs(model, form, lengths))
+                except Exception as error:
+                    called = ", ".join(name for name, _ in form)
+                    reasons.append(f"{how}: forward({called}): {_first_line(error)}")
+                else:
+                    return Tiny(model, form, lengths)
     raise CannotShrink(f"no tiny {name} that runs; say how in CHOICES. Tried {'; '.join(reasons)}")
 
 

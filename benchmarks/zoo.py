@@ -3,6 +3,9 @@
     python benchmarks/zoo.py                     every family of FAMILIES, eager and sdpa attention
     python benchmarks/zoo.py llama deberta-v2    these; any other model type of transformers works too
     python benchmarks/zoo.py --dynamic           compiled for lengths that move, and compared at two lengths
+    python benchmarks/zoo.py --gradients         called for training: the gradients of all weights are compared as well
+    python benchmarks/zoo.py --wide              with heads as wide and sequences as long as kernels are made for
+    python benchmarks/zoo.py --device cuda --dtype bfloat16
     python benchmarks/zoo.py --json              the same as JSON; --markdown: the table of the README
     python benchmarks/zoo.py --write             keeps the rows in benchmarks/results/zoo.json (only of a clean commit)
 
@@ -18,12 +21,16 @@ A site elsewhere is `linear` if its module runs a linear form of attention (scor
 these are rewritten and compared as well), or else a stray: a router, a gate or an expert that should have been left
 alone.
 
+In half precision (`--dtype`) the error is relative to the norm of what the model gives in fp32 with the same weights,
+and held against the error of the original in that precision.
+
 The models have random weights (tiny_models.py). Every row is made in a process of its own, `--jobs` at a time.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import json
 import math
@@ -44,6 +51,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
+from torch.utils import _pytree as pytree
 
 import einscade
 from benchmarks import record
@@ -51,7 +59,9 @@ from benchmarks.attention_calls import softmaxes_left, watch
 from benchmarks.tiny_models import CannotShrink, Lengths, Tiny, has_sdpa, tiny
 
 MAX_ERROR = 1e-4
+MAX_RATIO = 1.5  # in half precision, over the original's error
 ATTENTION = ("eager", "sdpa")
+DTYPES = ("float32", "bfloat16", "float16")
 NO_SDPA = "transformers has no sdpa for it"
 OTHER_LENGTHS = Lengths(target=52, source=61)
 
@@ -93,6 +103,9 @@ class Row:
     scale: float | None = None
     graph_breaks: int | None = None
     compile_s: float | None = None
+    original_error: float | None = None
+    gradient_error: float | None = None
+    original_gradient_error: float | None = None
     note: str = ""
 
     @property
@@ -106,20 +119,41 @@ class Row:
             and self.true == self.found == self.rewritten
             and self.stray == 0
             and self.error is not None
-            and self.error <= MAX_ERROR
+            and math.isfinite(self.error)
+            and self.error <= _bound(self.original_error)
+            and (self.gradient_error or 0.0) <= _bound(self.original_gradient_error)
         )
+
+
+def _bound(original: float | None) -> float:
+    """On an error: in half precision, where the original's is known, by that."""
+    return MAX_ERROR if original is None else MAX_RATIO * original
+
+
+@dataclass(frozen=True)
+class How:
+    """What every row is run with: what compiles the rest of the graph, whether lengths move, whether gradients are
+    compared, where and in what the model runs, and whether
+    its heads are as wide as real ones."""
+
+    inner: str = "eager"
+    dynamic: bool = False
+    gradients: bool = False
+    device: str = "cpu"
+    dtype: str = "float32"
+    wide: bool = False
 
 
 # -- one row ----------------------------------------------------------------------------------------------------------
 
 
-def run(name: str, attention: str, inner: str, dynamic: bool = False) -> Row:
+def run(name: str, attention: str, how: How = How()) -> Row:
     """Builds, counts, optimises, compares. What fails becomes the row's note."""
     row = Row(name, attention)
     try:
         if attention == "sdpa" and not has_sdpa(name):
             return Row(name, attention, note=NO_SDPA)
-        _compare(row, tiny(name, attention), inner, dynamic)
+        _compare(row, tiny(name, attention, how.wide), how)
     except Exception as error:
         row.note = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         if os.environ.get("ZOO_TRACEBACK"):
@@ -127,24 +161,36 @@ def run(name: str, attention: str, inner: str, dynamic: bool = False) -> Row:
     return row
 
 
-def _compare(row: Row, made: Tiny, inner: str, dynamic: bool) -> None:
-    expected, calls = watch(made.model, made.inputs())
+def _compare(row: Row, made: Tiny, how: How) -> None:
+    dtype = getattr(torch, how.dtype)
+    model = made.model.to(how.device, dtype)
+
+    def inputs(lengths: Lengths | None = None) -> dict[str, Any]:
+        found = made.inputs() if lengths is None else made.inputs(lengths)
+        return pytree.tree_map_only(torch.Tensor, lambda x: _placed(x, how.device, dtype), found)
+
+    expected, calls = watch(model, inputs())
     row.true = len(calls.softmax)
 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    fast = einscade.optimize(made.model, inner=inner, dynamic=True if dynamic else None)
+    fast = einscade.optimize(model, inner=how.inner, dynamic=True if how.dynamic else None)
     with torch.no_grad():
         started = time.perf_counter()
-        actual = fast(**made.inputs())
+        actual = fast(**inputs())
         row.compile_s = time.perf_counter() - started
-        errors = [_error(_tensors(expected), _tensors(actual))]
-        if dynamic:
-            other = made.inputs(OTHER_LENGTHS)
-            errors.append(_error(_tensors(made.model(**other)), _tensors(fast(**other))))
-    row.error, row.scale = max(errors)
+        if dtype is torch.float32:
+            errors = [_error(_tensors(expected), _tensors(actual))]
+            if how.dynamic:
+                other = inputs(OTHER_LENGTHS)
+                errors.append(_error(_tensors(model(**other)), _tensors(fast(**other))))
+            row.error, row.scale = max(errors)
+        else:
+            exact = copy.deepcopy(model).float()(**_widened(inputs()))
+            row.error = _relative(_tensors(exact), _tensors(actual))
+            row.original_error = _relative(_tensors(exact), _tensors(expected))
     row.graph_breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
-    left = softmaxes_left(fast, made.inputs(), inside="einscade::cascade") - calls.other
+    left = softmaxes_left(fast, inputs(), inside="einscade::cascade") - calls.other
     sites = einscade.report(fast).sites
     unchanged = [site for site in sites if site.status != "rewritten"]
     row.rewritten = row.true - max(0, left)
@@ -153,6 +199,46 @@ def _compare(row: Row, made: Tiny, inner: str, dynamic: bool) -> None:
     row.linear = sum(_inside(path, calls.linear) for path in beyond)
     row.stray = len(beyond) - row.linear
     row.note = "; ".join(sorted({str(site.reason) for site in unchanged}))
+    if how.gradients:
+        of, actual = _gradients(model, inputs()), _gradients(fast, inputs(), weights=model)
+        if dtype is torch.float32:
+            row.gradient_error = max(_gradient_errors(of, actual))
+        else:
+            exact = _gradients(copy.deepcopy(model).float(), _widened(inputs()))
+            row.gradient_error = _mean_square(_gradient_errors(exact, actual))
+            row.original_gradient_error = _mean_square(_gradient_errors(exact, of))
+
+
+def _placed(x: torch.Tensor, device: str, dtype: torch.dtype) -> torch.Tensor:
+    return x.to(device, dtype) if x.is_floating_point() else x.to(device)
+
+
+def _widened(inputs: dict[str, Any]) -> dict[str, Any]:
+    return pytree.tree_map_only(torch.Tensor, lambda x: x.float() if x.is_floating_point() else x, inputs)
+
+
+def _gradients(model: Any, inputs: dict[str, Any], weights: torch.nn.Module | None = None) -> list[torch.Tensor | None]:
+    """Of every weight (of `weights`, where that is another module), where all results are asked for at once, each
+    against random numbers."""
+    wanted = [p for p in (weights or model).parameters() if p.requires_grad]
+    results = [x for x in _tensors(model(**inputs)) if x.requires_grad]
+    generator = torch.Generator().manual_seed(2)
+    cotangents = [torch.randn(x.shape, generator=generator).to(x) for x in results]
+    return list(torch.autograd.grad(results, wanted, cotangents, allow_unused=True))
+
+
+def _gradient_errors(expected: list[torch.Tensor | None], actual: list[torch.Tensor | None]) -> list[float]:
+    """Of every weight, relative to the norm of its gradient, or to a thousandth of the largest such norm: some
+    gradients (a key's bias, under a softmax) are nothing but rounding. NaN anywhere counts as infinite."""
+    if [g is None for g in expected] != [g is None for g in actual]:
+        raise ValueError("another set of weights has gradients")
+    pairs = [(e.double(), a.double()) for e, a in zip(expected, actual, strict=True) if e is not None and a is not None]
+    least = 1e-3 * max(float(e.norm()) for e, _ in pairs)
+    return [_finite(float((a - e).norm())) / max(float(e.norm()), least) for e, a in pairs]
+
+
+def _mean_square(errors: list[float]) -> float:
+    return math.sqrt(sum(e * e for e in errors) / len(errors))
 
 
 def _inside(path: str, modules: Iterable[str]) -> bool:
@@ -177,7 +263,18 @@ def _error(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> tuple[fl
         raise ValueError(f"the original returned {len(expected)} tensors, the optimised model {len(actual)}")
     differences = [(a.double() - b.double()).abs().max() for a, b in zip(expected, actual, strict=True)]
     worst = float(torch.stack(differences).max())  # unlike Python's max, NaN whenever there is one
-    return (float("inf") if math.isnan(worst) else worst), max(float(e.abs().max()) for e in expected)
+    return _finite(worst), max(float(e.abs().max()) for e in expected)
+
+
+def _relative(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> float:
+    """The norm of all differences over that of what is expected. NaN anywhere counts as infinite."""
+    differences = [(a.double() - e.double()).norm() for e, a in zip(expected, actual, strict=True)]
+    norm = torch.stack([e.double().norm() for e in expected]).norm()
+    return _finite(float(torch.stack(differences).norm() / norm))
+
+
+def _finite(error: float) -> float:
+    return float("inf") if math.isnan(error) else error
 
 
 # -- all rows ---------------------------------------------------------------------------------------------------------
@@ -197,9 +294,9 @@ def _import_once(names: Iterable[str]) -> None:
             has_sdpa(name)
 
 
-def run_apart(name: str, attention: str, inner: str, timeout: float, dynamic: bool = False) -> Row:
+def run_apart(name: str, attention: str, how: How, timeout: float) -> Row:
     """`run` in a forked process: a crash, a hang or a leak is this row's, not the table's."""
-    return _Apart((name, attention, inner, dynamic), timeout).row()
+    return _Apart((name, attention, how), timeout).row()
 
 
 def run_all(jobs: Iterable[tuple[Any, ...]], timeout: float, at_once: int) -> Iterator[Row]:
@@ -239,9 +336,9 @@ class _Apart:
             self.process.join()
 
 
-HEADER = ("family", "attention", "true", "found", "rewritten", "stray", "error", "breaks", "compile", "")
-_WIDTHS = (22, 9, 5, 6, 10, 6, 8, 7, 8, 5)
-_TEXT = (0, 1, 9)  # columns of words, aligned left
+HEADER = ("family", "attention", "true", "found", "rewritten", "stray", "error", "gradients", "breaks", "compile", "")
+_WIDTHS = (22, 9, 5, 6, 10, 6, 8, 9, 7, 8, 5)
+_TEXT = (0, 1, 10)  # columns of words, aligned left
 
 
 def _cells(row: Row) -> list[str]:
@@ -250,8 +347,8 @@ def _cells(row: Row) -> list[str]:
 
     numbers = (row.true, row.found, row.rewritten, row.stray)
     verdict = "" if not row.applies else "ok" if row.ok else "FAIL"
-    return [row.family, row.attention, *map(show, numbers), show(row.error, ".1e"), show(row.graph_breaks),
-            show(row.compile_s, ".1f"), verdict]  # fmt: skip
+    return [row.family, row.attention, *map(show, numbers), show(row.error, ".1e"),
+            show(row.gradient_error, ".1e"), show(row.graph_breaks), show(row.compile_s, ".1f"), verdict]  # fmt: skip
 
 
 def _line(cells: Iterable[str], note: str = "") -> str:
@@ -293,13 +390,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="keep the rows in benchmarks/results/zoo.json")
     parser.add_argument("--attention", choices=ATTENTION, help="only this implementation")
     parser.add_argument("--dynamic", action="store_true", help="compile for lengths that move; compare at two lengths")
+    parser.add_argument("--gradients", action="store_true", help="compare the gradients of all weights as well")
+    parser.add_argument("--device", default="cpu", help="where the models run (default %(default)s)")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="what they run in (default %(default)s)")
+    parser.add_argument("--wide", action="store_true", help="heads as wide as real ones, sequences of several hundred")
+    parser.add_argument("--out", type=Path, help="a file for the JSON")
+    parser.add_argument("--commit", help="the commit, where the tree has no git")
     parser.add_argument("--inner", default="eager", help="what compiles the rest of the graph; eager is the quickest")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one row")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="rows at a time; default: one for each core")
     args = parser.parse_args(argv)
     if args.write:
         record.check_clean()
-    env = record.environment()
+    how = How(args.inner, args.dynamic, args.gradients, args.device, args.dtype, args.wide)
+    env = record.environment(args.commit) if args.device == "cpu" else {}
 
     quiet = args.json or args.markdown
     if not quiet:
@@ -308,12 +412,15 @@ def main(argv: list[str] | None = None) -> int:
     jobs = [(name, kind) for name in args.names or FAMILIES for kind in kinds]
     _import_once(name for name, _ in jobs)
     rows = []
-    for row in run_all(((*job, args.inner, args.dynamic) for job in jobs), args.timeout, args.jobs):
+    for row in run_all(((*job, how) for job in jobs), args.timeout, args.jobs):
         rows.append(row)
         if not quiet:
             print(_line(_cells(row), row.note), flush=True)
     rows = [row for row in rows if row.applies]
-    figures = {"dynamic": args.dynamic, "rows": [asdict(row) | {"ok": row.ok} for row in rows]}
+    env = env or record.environment(args.commit)  # processes cannot be forked where a GPU has been used
+    figures = {**asdict(how), "rows": [asdict(row) | {"ok": row.ok} for row in rows]}
+    if args.out is not None:
+        args.out.write_text(json.dumps({"environment": env, "figures": figures}, indent=1) + "\n")
     if args.json:
         print(json.dumps({"environment": env, "figures": figures}, indent=1))
     elif args.markdown:

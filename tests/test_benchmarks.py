@@ -109,6 +109,14 @@ def test_the_table_tells_what_is_missed() -> None:
         ({"stray": 1}, False),
         ({"error": 2e-4}, False),
         ({"error": float("nan")}, False),
+        ({"gradient_error": 9e-5}, True),
+        ({"gradient_error": 2e-4}, False),
+        ({"gradient_error": float("inf")}, False),
+        ({"gradient_error": 1.4e-2, "original_gradient_error": 1e-2}, True),
+        ({"gradient_error": 1.6e-2, "original_gradient_error": 1e-2}, False),
+        ({"error": 1.4e-2, "original_error": 1e-2}, True),
+        ({"error": 1.6e-2, "original_error": 1e-2}, False),
+        ({"error": float("inf"), "original_error": float("inf")}, False),
         ({"true": 0, "found": 0, "rewritten": 0}, True),
         ({"true": None}, False),
     ],
@@ -120,12 +128,12 @@ def test_a_row_of_the_zoo_holds_only_if_all_of_it_does(change: dict[str, float |
 
 def test_a_crash_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zoo, "run", lambda *_: __import__("os")._exit(7))
-    assert "exit code 7" in zoo.run_apart("some", "eager", "eager", timeout=60).note
+    assert "exit code 7" in zoo.run_apart("some", "eager", zoo.How(), timeout=60).note
 
 
 def test_a_hang_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zoo, "run", lambda *_: __import__("time").sleep(60))
-    assert "no result" in zoo.run_apart("some", "eager", "eager", timeout=0.5).note
+    assert "no result" in zoo.run_apart("some", "eager", zoo.How(), timeout=0.5).note
 
 
 def test_nan_is_an_infinite_error() -> None:
@@ -133,8 +141,12 @@ def test_nan_is_an_infinite_error() -> None:
     good, bad = torch.ones(3), torch.tensor([1.0, float("nan"), 1.0])
     for actual in ([bad, good], [good, bad]):
         assert zoo._error([good, good], actual)[0] == float("inf")
+        assert zoo._relative([good, good], actual) == float("inf")
+        assert max(zoo._gradient_errors([good, None, good], [actual[0], None, actual[1]])) == float("inf")
     with pytest.raises(ValueError, match="returned 1 tensors"):
         zoo._error([good], [good, good])
+    with pytest.raises(ValueError, match="another set of weights"):
+        zoo._gradient_errors([good, None], [good, good])
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ QUICK = ("bert", "gpt2", "llama", "t5")
     "name", [pytest.param(n, marks=() if n in QUICK else (pytest.mark.slow,)) for n in zoo.DEVELOPED]
 )
 def test_family(name: str, attention: str, fresh_dynamo: None) -> None:
-    row = zoo.run(name, attention, inner="eager")
+    row = zoo.run(name, attention)
     if not row.applies:
         pytest.skip(row.note)
     assert row.error is not None, row.note
@@ -29,7 +29,7 @@ def test_family(name: str, attention: str, fresh_dynamo: None) -> None:
 
 @pytest.mark.parametrize("name", ["bert", pytest.param("t5", marks=pytest.mark.slow)])
 def test_lengths_that_move(name: str, fresh_dynamo: None) -> None:
-    row = zoo.run(name, "eager", inner="eager", dynamic=True)
+    row = zoo.run(name, "eager", zoo.How(dynamic=True))
     assert row.ok, row.note
 
 
@@ -76,7 +76,7 @@ def test_what_counts() -> None:
 
 
 def test_an_unknown_name_is_a_row() -> None:
-    row = zoo.run("no_such_model", "eager", inner="eager")
+    row = zoo.run("no_such_model", "eager")
     assert not row.ok
     assert "no model type 'no_such_model'" in row.note
 
