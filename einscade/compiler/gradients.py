@@ -6,18 +6,22 @@ Comes in: a program and which inputs need gradients. Goes out: a `Gradient`. The
   program also returns the small tensors that the gradient reads (a row's normaliser), and the gradient is a program
   of its own, compiled like any other: no quadratic intermediate is stored.
 * *recomputation*: where a statement has no derivative rule, backward runs the cascade's flat form again under autograd,
-  one Einsum after another, and needs the memory that the original graph needed.
+  one Einsum after another, and needs the memory that the original graph needed. So it does where the differentiated
+  cascade is out of proportion: reverse mode takes a few times what runs forward, but the gradient of a read at an index
+  that cannot be solved for its ranks compares every point with every element that may be meant.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from einscade.codegen.cost import Lengths
 from einscade.ir.cascade import Cascade
 from einscade.passes.differentiate import differentiate
 from einscade.passes.pipeline import run
@@ -26,6 +30,13 @@ from einscade.runtime.messages import first_line, warn_once
 from einscade.runtime.program import DTYPES, Derivation, MemoryOrder, Program
 
 __all__ = ["Gradient", "gradient", "scan_free"]
+
+MOST_ELEMENTS = 16
+"""No tensor of a gradient has more than so many times the elements of the largest one that runs forward: a table for
+relative positions in three dimensions has eight entries for every position, each with a sum for every row."""
+
+MOST_POINTS = 256
+"""No statement of a gradient goes through more than so many times the points that all of those do that run forward."""
 
 DIFFERENTIATED, RECOMPUTED = "differentiated cascade", "recomputation of the flat form"
 
@@ -113,6 +124,8 @@ def gradient(program: Program, needed: Sequence[bool]) -> Gradient:
         stop = f"internal error, {first_line(error)}"
         warn_once(f"a gradient is recomputed: {stop}")
         return replace(recomputed, reason=stop)
+    if (excess := _out_of_proportion(base, reverse.cascade)) is not None:
+        return replace(recomputed, reason=excess)
     forward = reverse.forward
     order = _renamed_order(program, base)
     index = {name: i for i, name in enumerate(forward.outputs)}
@@ -131,6 +144,32 @@ def gradient(program: Program, needed: Sequence[bool]) -> Gradient:
         symbols=cascade.symbols,
         forward_symbols=forward.symbols,
     )
+
+
+def _out_of_proportion(forward: Cascade, backward: Cascade) -> str | None:
+    """Which statement of a gradient makes, or goes through, far more than anything that runs forward; None where none
+    does."""
+    made, visited = _elements(forward), _points(forward)
+    most, work = max(made.values()), sum(visited.values())
+    for name, elements in _elements(backward).items():
+        if elements > MOST_ELEMENTS * most:
+            return f"{name} of its gradient has {elements // most} times the elements of any tensor that runs forward"
+    for name, points in _points(backward).items():
+        if points > MOST_POINTS * work:
+            return f"{name} of its gradient has {points // work} times the points of all that runs forward"
+    return None
+
+
+def _elements(cascade: Cascade) -> dict[str, int]:
+    """Of every tensor; a length that is a symbol counts as a long one."""
+    lengths = Lengths(cascade, {})
+    return {name: prod(map(lengths.rank, tensor.ranks)) for name, tensor in cascade.tensors.items()}
+
+
+def _points(cascade: Cascade) -> dict[str, int]:
+    """Of every statement, those that it reduces included."""
+    lengths = Lengths(cascade, {})
+    return {e.name: prod(map(lengths.rank, e.ranks)) for e in cascade.body}
 
 
 def _renamed_order(program: Program, base: Cascade) -> MemoryOrder:

@@ -116,6 +116,41 @@ def test_without_a_derivative_the_flat_form_is_recomputed(monkeypatch: pytest.Mo
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+SHIFTED = Program(
+    "exact",
+    parse_cascade("""
+cascade shifted(Q[b,p,e], K[b,m,e], R[n,e], I[p,m]: i64, A[k], V[b,m,f]) -> O
+  where b < B, p < 24, m < 24, n < 25, e < 8, f < 8, k < 50
+  S[b,p,m] = sum(e) Q[b,p,e] * K[b,m,e]
+  D[b,p,n] = sum(e) Q[b,p,e] * R[n,e]
+  T[b,p,m] = S[b,p,m] + D[b,(24*p + m + 24) // 25,(24*p + m + 24) % 25] + A[I[p,m]]
+  G[b,p] = max(m) T[b,p,m]
+  W[b,p,m] = exp(T[b,p,m] - G[b,p])
+  Z[b,p] = sum(m) W[b,p,m]
+  O[b,p,f] = sum(m) W[b,p,m] * V[b,m,f] / Z[b,p]
+"""),
+).text
+
+
+@pytest.mark.parametrize(("shifted", "strategy"), [(True, gradients.RECOMPUTED), (False, gradients.DIFFERENTIATED)])
+def test_what_a_gradient_would_take_out_of_proportion_is_recomputed(shifted: bool, strategy: str) -> None:
+    """A shift written as a reshape: which scores an element of D reaches, the gradient would find out by comparing all
+    pairs. The entries of a table (A) are few, and their gradient is a cascade."""
+    shapes = ((3, 24, 8), (3, 24, 8), (25, 8), (50,), (3, 24, 8))
+    needed = (shifted, True, shifted, True, True)
+    q, k, r, a, v = [torch.randn(s, requires_grad=n) for s, n in zip(shapes, needed, strict=True)]
+    i = torch.randint(50, (24, 24))
+    (out,) = cascade([q, k, r, i, a, v], [3], SHIFTED)
+    d = (q @ r.mT).reshape(3, -1)[:, 24:].reshape(3, 24, 24)
+    expected = (q @ k.mT + d + a[i]).softmax(-1) @ v
+    wanted, grad = [x for x in (q, k, r, a, v) if x.requires_grad], torch.randn_like(out)
+    found = zip(*(torch.autograd.grad(o, wanted, grad) for o in (out, expected)), strict=True)
+    for ours, theirs in found:
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    plan = gradient_of(SHIFTED, (*needed[:3], False, *needed[3:]))
+    assert plan.strategy == strategy, plan.reason
+
+
 def test_under_aot_autograd() -> None:
     inputs, sizes = _inputs(grad=True)
     compiled = torch.compile(lambda *xs: cascade(list(xs), sizes, TEXT)[0].sin(), backend="aot_eager", fullgraph=True)
