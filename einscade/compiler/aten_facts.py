@@ -21,8 +21,10 @@ from einscade.ir.expr import Expr, FloorDiv, Mod, const, var
 __all__ = [
     "Unraisable",
     "arguments",
+    "device_of",
     "dtype_name",
     "extent",
+    "is_cpu_number",
     "is_nonnegative",
     "is_tensor",
     "op_name",
@@ -75,6 +77,15 @@ def is_tensor(value: Any) -> TypeGuard[Node]:
 
 def torch_dtype(node: Node) -> torch.dtype:
     return node.meta["val"].dtype
+
+
+def device_of(node: Node) -> torch.device:
+    return node.meta["val"].device
+
+
+def is_cpu_number(node: Node) -> bool:
+    """Whether it is a tensor of one number that PyTorch takes beside tensors of any device."""
+    return device_of(node).type == "cpu" and not node.meta["val"].dim()
 
 
 def dtype_name(node: Node) -> str:

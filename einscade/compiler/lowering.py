@@ -23,6 +23,7 @@ import torch
 from torch import fx
 
 from einscade.compiler import operators
+from einscade.compiler.aten_facts import device_of, is_cpu_number
 from einscade.compiler.capture import operations_of
 from einscade.compiler.regions import Output, Region
 from einscade.passes.statements import without_unused
@@ -74,6 +75,7 @@ def lower(
     try:
         with gm.graph.inserting_before(before):
             symbols = [sizes.of(region.sizes[s]) for s in region.cascade.symbols]
+            region = replace(region, inputs=tuple(_moved(gm, n, region.device, made) for n in region.inputs))
             values = None if written is None else _written_in(before, region, symbols, written, made)
             if values is None:
                 inputs = [_itself(n) for n in region.inputs]
@@ -109,10 +111,11 @@ def _memory_order(region: Region) -> MemoryOrder:
 def check(region: Region) -> None:
     """Raises Unlowerable where no kernel can be made for a region that has a cascade."""
     assert region.cascade is not None
-    devices = {n.meta["val"].device for n in region.inputs}
-    if len(devices) != 1:
-        raise Unlowerable(f"its inputs are on different devices: {', '.join(sorted(map(str, devices)))}")
-    if not machine.supported(device := devices.pop()):
+    device = region.device
+    used = [o.node for o in region.outputs] + [n for n in region.inputs if not is_cpu_number(n)]
+    if len(devices := {device, *map(device_of, used)}) != 1:
+        raise Unlowerable(f"its inputs and results are on different devices: {', '.join(sorted(map(str, devices)))}")
+    if not machine.supported(device):
         raise Unlowerable(f"no kernels are generated for {device.type} devices, only for cpu and cuda")
     for output in region.outputs:
         if not (dtype := output.node.meta["val"].dtype).is_floating_point:
@@ -210,6 +213,18 @@ def _itself(node: fx.Node) -> fx.Node:
     while node.target in (aten.expand.default, aten.view.default) and layout(node) == layout(node.args[0]):  # type: ignore[arg-type]
         node = node.args[0]  # type: ignore[assignment]
     return node
+
+
+def _moved(gm: fx.GraphModule, node: fx.Node, device: torch.device, made: list[fx.Node]) -> fx.Node:
+    """The node on a device: PyTorch takes a number that lies on the CPU anywhere, a kernel takes its inputs' device."""
+    if device_of(node) == device:
+        return node
+    to: Any = {"device": device}
+    moved = gm.graph.call_function(aten._to_copy.default, (node,), to)
+    with node.meta["val"].fake_mode, torch.no_grad():
+        moved.meta["val"] = aten._to_copy.default(node.meta["val"], **to)
+    made.append(moved)
+    return moved
 
 
 def _earlier(node: fx.Node) -> fx.Node | None:

@@ -23,7 +23,9 @@ from torch.fx import Node
 
 from einscade.compiler.aten_facts import (
     Unraisable,
+    device_of,
     dtype_name,
+    is_cpu_number,
     is_tensor,
     op_name,
     readers,
@@ -68,7 +70,8 @@ class _Step:
 class Raiser:
     """One raising. `core` are the region's own nodes, `products` those of them whose operands are cut like a
     contraction's, `constants` the values known of graph inputs, `splits` which variables to make in parts, `scores` the
-    contractions that make the intermediate, `owned` the nodes of all regions."""
+    contractions that make the intermediate, `owned` the nodes of all regions, `device` where the region computes: what
+    is on another one is read behind its move."""
 
     core: Collection[Node]
     products: Collection[Node]
@@ -76,6 +79,7 @@ class Raiser:
     splits: Mapping[Key, Expr]
     scores: Collection[Node] = ()
     owned: Collection[Node] = ()
+    device: torch.device | None = None
     extents: dict[str, Expr] = field(default_factory=dict)
     keys: dict[str, Key] = field(default_factory=dict)
     body: list[Einsum] = field(default_factory=list)
@@ -192,6 +196,8 @@ class Raiser:
             return None
         if (scaled := _scaled(at.node)) is not None:
             tensor, apply = scaled
+            if not self.reaches(tensor):
+                return None
             return _Step(tensor, at.index, apply(at.factor, self), copied=True)
         try:
             if (block := gathered(self, at.node, at.index)) is not None:
@@ -199,7 +205,7 @@ class Raiser:
             moved = view(at.node, at.index, self.extents)
         except Unraisable:
             return None
-        if moved is None:
+        if moved is None or not self.reaches(moved[0]):
             return None
         copied = op_name(at.node) in _COPYING and shape(moved[0]) != shape(at.node)
         return _Step(*moved, at.factor, copied)
@@ -303,6 +309,8 @@ class Raiser:
         if (known := self.constant(node, index)) is not None:
             return known
         self.touched.add(node)
+        if not self.reaches(node):
+            raise Unraisable(f"{node.name} is on {device_of(node)}, not on {self.device}")
         dtype_name(node)
         sizes = shape(node)
         index = tuple(self._plain(i, n) for i, n in zip(index, sizes, strict=True))
@@ -310,6 +318,10 @@ class Raiser:
             self._wants(index)
         self.leaves.setdefault(leaf_name(node), node)
         return Access(leaf_name(node), *index)
+
+    def reaches(self, node: Node) -> bool:
+        """Whether a tensor can be read where the region computes; a single number is moved there."""
+        return self.device in (None, device_of(node)) or is_cpu_number(node)
 
     def _plain(self, index: Expr, size: Expr) -> Expr:
         """The index with variables of extent 1 gone, unless it is one into a dimension of 1."""

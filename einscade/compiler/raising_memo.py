@@ -122,7 +122,7 @@ def _pair(x: Any, y: Any, touched: Collection[Node], stack: list[tuple[Node, Nod
 def _same_value(x: Node, y: Node) -> bool:
     one, two = x.meta.get("val"), y.meta.get("val")
     if isinstance(one, TorchTensor) and isinstance(two, TorchTensor):
-        return one.dtype == two.dtype and _shape(one) == _shape(two)
+        return one.dtype == two.dtype and one.device == two.device and _shape(one) == _shape(two)
     return type(one) is type(two) and (str(one) == str(two) or isinstance(one, tuple | list))
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor as TorchTensor
 from torch.fx import Node
 
-from einscade.compiler.aten_facts import Unraisable, dtype_name, shape
+from einscade.compiler.aten_facts import Unraisable, device_of, dtype_name, shape
 from einscade.compiler.raising import Key, Raiser
 from einscade.compiler.raising_index import Index, is_one
 from einscade.compiler.raising_memo import Correspondence, Memo, Request
@@ -85,7 +85,8 @@ def _raised(request: Request, constants: Mapping[str, TorchTensor]) -> tuple[Rai
     """Raise, again with the variables split that the inputs need in parts, until none is."""
     splits: dict[Key, Expr] = {}
     for _ in range(_ROUNDS):
-        r = Raiser(request.core, request.products, constants, splits, request.scores, request.owned)
+        r = Raiser(request.core, request.products, constants, splits, request.scores, request.owned,
+                   device_of(request.roots[0]))  # fmt: skip
         roots = [_root(r, k, node) for k, node in enumerate(request.roots)]
         if not r.wanted:
             if len({statement for statement, _ in roots}) != len(roots):

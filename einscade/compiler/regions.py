@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from einscade.compiler.aten_facts import Unraisable, is_tensor, op_name, readers
+from einscade.compiler.aten_facts import Unraisable, device_of, is_tensor, op_name, readers
 from einscade.compiler.aten_pointwise import NUMERIC
 from einscade.compiler.aten_views import VIEWS, is_copy
 from einscade.compiler.raising_memo import Memo, Request
@@ -52,6 +52,11 @@ class Region:
     known: frozenset[Node] = frozenset()
     detached: bool = False
     widths: frozenset[str] = frozenset()
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes: that of its result."""
+        return device_of(self.outputs[0].node)
 
 
 def find(gm: GraphModule, constants: Mapping[str, torch.Tensor] | None = None,
@@ -229,6 +234,8 @@ class _Finder:
         while len(readers(node)) == 1:
             user = readers(node)[0]
             if user.op != "call_function" or not is_tensor(user) or not (is_copy(user) or op_name(user) in _RESHAPES):
+                break
+            if device_of(user) != device_of(node):
                 break
             core.add(user)
             node = user

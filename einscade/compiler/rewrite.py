@@ -164,7 +164,7 @@ def _site(
         return Site(*where, UNCHANGED, region.reason, frame=frame)
     program = remember(program_of(region, recipe))
     sizes = tuple((s, _hint(region.sizes[s])) for s in region.cascade.symbols)
-    device = region.inputs[0].meta["val"].device
+    device = region.device
     needed = tuple(n in differentiable for n in region.inputs)
     site = Site(*where, REWRITTEN, _open(region), program, device, sizes, needed, frame)
     try:
