@@ -4,19 +4,29 @@ Comes in: a `TileLoop`. Goes out: an equal one in which `exp(S - G)` is `Exp2(S*
 `exp(x) = 2**(x log2 e)` together with `max(u x) = u max(x)` for u > 0: values that meet only in maxima and in
 exponents (scores, their running maximum) are kept in the unit in which they come out of the contraction, so that the
 scale of the scores costs no operation of its own: it joins `log2 e` in the multiply-add of the exponent.
+
+Scores to which something of every point is added may be as low as a dtype goes (a mask that adds its least number).
+In another unit such a number is -inf: a row of nothing else would lose all its keys. And `S*c - G*c` of two such
+numbers is what rounding leaves, not 0. There the exponent stays `exp(S - G)`, which is multiplied by `log2 e` behind
+the difference, and scores stay in their own unit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import sympy
+from sympy.logic.boolalg import Boolean
 
 from einscade.codegen.tiles import Finite, State, Statement, TileLoop
-from einscade.ir.expr import Access, Expr
+from einscade.ir.expr import Access, Expr, Where, free_vars
 
 __all__ = ["Exp2", "base2", "logistic_exponent"]
+
+
+HUGE = 1e30
+"""Numbers from here on are taken for the least or the greatest of a dtype."""
 
 
 class Exp2(sympy.Function):
@@ -27,7 +37,10 @@ class Exp2(sympy.Function):
 
 
 def base2(loop: TileLoop, unit: Expr | None = None) -> TileLoop:
-    """The loop with every exponential in base 2, scores and maxima in the unit of their contraction, or in `unit`."""
+    """The loop with every exponential in base 2, scores and maxima in the unit of their contraction, or in `unit`; the
+    loop as it is where an exponent may have numbers that another unit has no room for."""
+    if _huge(loop):
+        return loop
     chain = _chain(loop)
     unit = unit or _unit(loop, chain)
 
@@ -62,6 +75,43 @@ def logistic_exponent(expr: Expr) -> Expr | None:
     if numerator == 1:
         return -power.args[0]
     return power.args[0] if numerator == power else None
+
+
+def _huge(loop: TileLoop) -> bool:
+    """Whether something of every point, or a number that is huge itself, is added in an exponent, or in the values of
+    the loop that an exponent reads. What an exponent subtracts (the maximum, or the logarithm of a sum, as gradients
+    read them) is no more than what it is subtracted from."""
+    made = _definitions(loop)
+    found = [
+        (t, s)
+        for s in loop.statements
+        for e in s.expr.atoms(sympy.exp)
+        for t in sympy.Add.make_args(sympy.expand_mul(e.args[0]))
+        if not isinstance(-t, Access)
+    ]
+    seen: set[str] = set()
+    while found:
+        expr, s = found.pop()
+        for x in _summed(expr):
+            if isinstance(x, sympy.Number):
+                if x.is_finite and abs(x) >= HUGE:
+                    return True
+            elif x.tensor not in made:
+                if free_vars(x) & {*s.iterated}:
+                    return True
+            elif x.tensor not in seen:
+                seen.add(x.tensor)
+                found += [(d.expr, d) for d in made[x.tensor] if d.monoid != "sum"]
+    return False
+
+
+def _summed(expr: sympy.Basic) -> Iterator[sympy.Number | Access]:
+    """The reads and numbers of an expression, without those of conditions and indices."""
+    if isinstance(expr, (sympy.Number, Access)):
+        yield expr
+    elif not isinstance(expr, Boolean):
+        for x in expr.args[1:] if isinstance(expr, Where) else expr.args:
+            yield from _summed(x)
 
 
 def _reads(s: Statement) -> set[str]:

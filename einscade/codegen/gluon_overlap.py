@@ -360,7 +360,8 @@ class Overlapped(Frame):
 
     def _loop(self, count: str = "end - 1 - first", edges: Sequence[str] | None = None) -> list[str]:
         """The tiles after the first, so many of a range."""
-        last, second = ("i == count - 1" if self.listed else "tile == first"), ("begun + 1" if self._own_stop else "1")
+        last = "turn == count - 1" if self.listed else "tile == first"
+        second = "begun + 1" if self._own_stop else "1"
         return [*self._walk(count, second), *indent(self._advanced(last, edges or self._edges()))]
 
     def _walk(self, count: str = "end - 1 - first", second: str = "1") -> list[str]:
@@ -370,9 +371,9 @@ class Overlapped(Frame):
             return [f"for _ in range({count}):", "    tile -= 1"]
         return [
             f"following = gl.load(visits + gl.minimum({second}, count - 1))",
-            f"for i in range({second}, count):",
+            f"for turn in range({second}, count):",
             "    visit = following",
-            "    following = gl.load(visits + gl.minimum(i + 1, count - 1))",
+            "    following = gl.load(visits + gl.minimum(turn + 1, count - 1))",
             "    tile = visit // 2",
         ]
 

@@ -178,11 +178,15 @@ class Writer:
         left, right = self.left(c), self.right(c)
         if s.mask_operand:
             keep = self.mask(s.keep)
-            side = next((v for v in (left, right) if set(keep.ranks) <= set(v.ranks)), None)
-            if side is None:  # neither operand has all of the mask's ranks: their product does
+            fit = [set(keep.ranks) <= set(v.ranks) for v in (left, right)]
+            if not any(fit):  # neither operand has all of the mask's ranks: their product does
                 return self.reduced(self.masked(value(s.expr, self.scope), s.keep, sympy.Integer(0)), s)
-            masked = self.masked(side, s.keep, sympy.Integer(0))
-            left, right = (masked, right) if side is left else (left, masked)
+            # What was computed may be undefined at missing points, and 0 times that is no 0.
+            exprs = (c.left_expr, c.right_expr)
+            computed = [ok and not isinstance(e, Access) for ok, e in zip(fit, exprs, strict=True)]
+            on_left, on_right = computed if any(computed) else (fit[0], not fit[0])
+            left = self.masked(left, s.keep, sympy.Integer(0)) if on_left else left
+            right = self.masked(right, s.keep, sympy.Integer(0)) if on_right else right
         result = c.product(c.as_left(left).tight(), c.as_right(right).tight(), self.scope, self.length)
         return self.scaled(result, c.outer)
 

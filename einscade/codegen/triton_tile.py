@@ -10,6 +10,7 @@ import re
 import textwrap
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import TypeGuard
 
 import sympy
 from sympy.logic.boolalg import Boolean
@@ -80,10 +81,7 @@ class TileWriter(LoadWriter):
         """Operands in one dtype of the matrix unit; what was computed is rounded to that of what it meets."""
         left, right = (self.operand(e) for e in (c.left_expr, c.right_expr))
         if s.mask_operand:
-            if set(self.scope.dims(free_vars(s.keep))) & {*c.rows}:
-                left = self.masked_terms(left, s)
-            else:
-                right = self.masked_terms(right, s)
+            left, right = self.masked_operands(left, right, c, s)
         left, right = self.together(left, right)
         a = self.turned(left, (*c.rows, *c.reduced))
         b = self.turned(right, (*c.reduced, *c.columns))
@@ -114,9 +112,21 @@ class TileWriter(LoadWriter):
                 f"a float32 product over {wide[0]}, {self.widths[wide[0]]} wide: it would not stay on chip"
             )
 
-    def masked_terms(self, v: Value, s: Statement) -> Value:
+    def masked_operands(self, left: Value, right: Value, c: Contraction, s: Statement) -> tuple[Value, Value]:
+        """Both operands where missing points add nothing. What was computed may be undefined there, and 0 times that is
+        no 0: where conditions allow it, each computed operand is masked, and one in any case."""
+        dims = {*self.scope.dims(free_vars(s.keep))}
+        by_row, by_column = bool(dims & {*c.rows}), bool(dims & {*c.columns})
+        computed = [not self.is_read(e) for e in (c.left_expr, c.right_expr)]
+        if by_row or (computed[0] and not by_column):
+            left = self.masked_terms(left, s, "terms")
+        if not by_row and (computed[1] or by_column or not computed[0]):
+            right = self.masked_terms(right, s, "others")
+        return left, right
+
+    def masked_terms(self, v: Value, s: Statement, suffix: str) -> Value:
         """An operand as a variable that is 0 where a point is missing."""
-        name = f"{s.name}_terms"
+        name = f"{s.name}_{suffix}"
         self.here(f"{name} = {v.code}")
         self.here("if MASKED:" if self.in_step else "if True:")
         self.here.depth += 1
@@ -129,9 +139,10 @@ class TileWriter(LoadWriter):
 
     def operand(self, expr: Expr) -> Value:
         """A bare read keeps its storage dtype."""
-        if isinstance(expr, Access) and expr.tensor not in self.scope.locals:
-            return self.load(expr)
-        return value(expr, self.scope)
+        return self.load(expr) if self.is_read(expr) else value(expr, self.scope)
+
+    def is_read(self, expr: Expr) -> TypeGuard[Access]:
+        return isinstance(expr, Access) and expr.tensor not in self.scope.locals
 
     def together(self, a: Value, b: Value) -> tuple[Value, Value]:
         floats = [v.dtype for v in (a, b) if v.kind == "f" and v.dtype not in (None, "float32")]

@@ -7,16 +7,19 @@ process of its own, with TRITON_INTERPRET=1.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from einscade.codegen.cost import tile_symbols
 from einscade.codegen.loops import plan
 from einscade.codegen.schedule import Schedule
 from einscade.codegen.triton_emit import emit
+from einscade.ir import Cascade
 from einscade.ir.interpret import interpret
 from einscade.ir.text import parse_cascade
 from einscade.passes.differentiate import differentiate
@@ -30,7 +33,7 @@ from tests.codegen.tables import TABLES, values
 from tests.codegen.tables import forward as table_bias
 from tests.codegen.tables import gradient as gradient_of
 from tests.codegen.test_gradients import CASES as GRADIENTS
-from tests.codegen.test_gradients import values_of
+from tests.codegen.test_gradients import scored, values_of
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -120,3 +123,63 @@ def test_rows_without_keys_are_zero_and_every_element_is_written() -> None:
     (out,) = run_poisoned(emit(plan(rewritten), schedule), x, sizes)
     assert bool(out.isfinite().all())
     assert bool((out[:, :, 9] == 0).all())
+
+
+LEAST = torch.finfo(torch.float32).min
+MASKS = {
+    "added": ("C[b,h,p,m] = S[b,h,p,m] + A[p,m]", ", A[p,m]: f32"),
+    "added by keys": ("C[b,h,p,m] = S[b,h,p,m] + A[0,m]", ", A[p,m]: f32"),
+    "chosen": (f"C[b,h,p,m] = Where(A[p,m] < 0, {LEAST!r}, S[b,h,p,m])", ", A[p,m]: f32"),
+    "multiplied": (f"C[b,h,p,m] = S[b,h,p,m] + Where(A[p,m] < 0, 1, 0) * {LEAST!r}", ", A[p,m]: f32"),
+}
+
+
+def masked_forward(name: str) -> Cascade:
+    score, more = MASKS[name]
+    return parse_cascade(scored("0", more).replace("C[b,h,p,m]: f64 = 0", score).replace("f64", "f32"))
+
+
+def mask(name: str, p: int, m: int) -> Tensor:
+    """Half of the keys, and all keys of every fifth row, with a dtype's least number."""
+    gone = torch.rand(p, m, generator=torch.Generator().manual_seed(3)) < 0.5
+    gone[::5] = True
+    return torch.where(gone if name != "added by keys" else gone[:1].expand(p, m), LEAST, 0.0)
+
+
+def gradients_hold(
+    forward: Cascade, of: Sequence[str], given: dict[str, Tensor], sizes: dict[str, int], tile: int = 32
+) -> None:
+    """The kernels of the gradients of some inputs, and of the forward pass for it, on memory that is NaN before."""
+    gradient = differentiate(forward, of)
+    saved, generator = interpret(gradient.forward, given), torch.Generator().manual_seed(0)
+    assert all(bool(v.isfinite().all()) for v in saved.values())
+    x = given | {n: v.float() for n, v in saved.items()}
+    x |= {c: torch.randn(saved[o].shape, generator=generator) for o, c in gradient.cotangents.items()}
+    for plain in (gradient.forward, gradient.cascade):
+        own = {t.name: x[t.name] for t in plain.inputs}
+        program = plan(run(plain, "exact").cascade)
+        tiles = {**dict.fromkeys(tile_symbols(program), tile), "p": tile, "m": tile}
+        source = emit(program, Schedule(tuple(tiles.items()), target="cuda:90", descriptors=True))
+        expected = interpret(plain, own, {})
+        for output, value in zip(plain.outputs, run_poisoned(source, own, sizes), strict=True):
+            assert bool(value.isfinite().all()), output
+            assert relative_error(value, expected[output]) <= 4 * BOUND["f32"], output
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_rows_of_nothing_but_the_least_number(name: str) -> None:
+    """All keys weigh the same there, in the gradient too; nothing is -inf on the way."""
+    forward, sizes = masked_forward(name), {"B": 2, "P": 35, "M": 67}
+    values = values_of(forward, sizes, torch.Generator().manual_seed(0))
+    given = {n: v.float() for n, v in values.items()} | {"A": mask(name, 35, 67)}
+    gradients_hold(forward, ["Q", "K", "V"], given, sizes)
+
+
+def test_what_is_undefined_at_missing_points_adds_nothing() -> None:
+    """Rows beyond the last divide by what nothing was loaded of: with weights among the results, the normaliser."""
+    text = scored("S[b,h,p,m] + A[p,m]", ", A[p,m]: f64")
+    text = text.replace("-> O[b,h,p,f]: f64", "-> O[b,h,p,f]: f64, R[b,h,p,m]: f64")
+    text = text.replace("p < P, m < M", "p < 37, m < 21")
+    forward = parse_cascade(text.replace("f64", "f32") + "  R[b,h,p,m]: f32 = W[b,h,p,m] / Z[b,h,p]\n")
+    values = values_of(forward, {"B": 2}, torch.Generator().manual_seed(0))
+    gradients_hold(forward, ["K", "V"], {n: v.float() for n, v in values.items()}, {"B": 2}, 16)
