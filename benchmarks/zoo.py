@@ -39,6 +39,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -90,7 +91,8 @@ FAMILIES = DEVELOPED + HELD_OUT
 
 @dataclass
 class Row:
-    """One family with one attention implementation. `error` is the largest absolute one; None where nothing ran."""
+    """One family with one attention implementation. `error` is the largest absolute one; None where nothing ran.
+    `failed`: what einscade warned of, a kernel or a pass that broke."""
 
     family: str
     attention: str
@@ -106,6 +108,7 @@ class Row:
     original_error: float | None = None
     gradient_error: float | None = None
     original_gradient_error: float | None = None
+    failed: str = ""
     note: str = ""
 
     @property
@@ -115,7 +118,8 @@ class Row:
     @property
     def ok(self) -> bool:
         return not self.applies or (
-            self.true is not None
+            not self.failed
+            and self.true is not None
             and self.true == self.found == self.rewritten
             and self.stray == 0
             and self.error is not None
@@ -153,7 +157,14 @@ def run(name: str, attention: str, how: How = How()) -> Row:
     try:
         if attention == "sdpa" and not has_sdpa(name):
             return Row(name, attention, note=NO_SDPA)
-        _compare(row, tiny(name, attention, how.wide), how)
+        made = tiny(name, attention, how.wide)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            try:
+                _compare(row, made, how)
+            finally:
+                said = (str(w.message) for w in told if w.category is RuntimeWarning)
+                row.failed = "; ".join(dict.fromkeys(x for x in said if x.startswith("einscade")))
     except Exception as error:
         row.note = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         if os.environ.get("ZOO_TRACEBACK"):
@@ -282,6 +293,7 @@ def _finite(error: float) -> float:
 
 def _child(connection: Any, *job: Any) -> None:
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # convolutions behind an attention would make its rounding visible
     connection.send(run(*job))
 
 
@@ -415,7 +427,7 @@ def main(argv: list[str] | None = None) -> int:
     for row in run_all(((*job, how) for job in jobs), args.timeout, args.jobs):
         rows.append(row)
         if not quiet:
-            print(_line(_cells(row), row.note), flush=True)
+            print(_line(_cells(row), "; ".join(filter(None, (row.note, row.failed)))), flush=True)
     rows = [row for row in rows if row.applies]
     env = env or record.environment(args.commit)  # processes cannot be forked where a GPU has been used
     figures = {**asdict(how), "rows": [asdict(row) | {"ok": row.ok} for row in rows]}

@@ -109,6 +109,7 @@ def test_the_table_tells_what_is_missed() -> None:
         ({"stray": 1}, False),
         ({"error": 2e-4}, False),
         ({"error": float("nan")}, False),
+        ({"failed": "einscade: attention: the triton kernel failed"}, False),
         ({"gradient_error": 9e-5}, True),
         ({"gradient_error": 2e-4}, False),
         ({"gradient_error": float("inf")}, False),
