@@ -1,7 +1,8 @@
 """Text generation by a pretrained decoder: the tokens and logits of eager, with growing and with static caches.
 
-By the first of its layers only, which compile in a fraction of the time; all thirty generate in `test_demo`. What they
-say means little, so that equal tokens alone would prove little: the logits of every step are compared too.
+By the first of its layers only, which compile in a fraction of the time; all thirty are compared in `test_pretrained`,
+and generate in `make demo`. What they say means little, so that equal tokens alone would prove little: the logits of
+every step are compared too.
 """
 
 from __future__ import annotations
