@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -138,29 +138,25 @@ def test_a_directory_that_is_deleted_is_made_again(cache: DiskCache) -> None:
     assert cache.get(address) == ENTRY
 
 
-_WRITER = """
-import sys
-from einscade.runtime.cache import DiskCache
-cache, me = DiskCache(sys.argv[1]), sys.argv[2]
-address = "ab" * 32  # no key: another process may see other sources while somebody works on them
-sys.stdin.readline()  # all writers start at once
-for i in range(150):
-    assert cache.put(address, {"source": me * (2000 + 37 * i), "by": me, "size": 2000 + 37 * i})
-    seen = cache.get(address)
-    assert seen is not None and seen["source"] == seen["by"] * seen["size"]
-"""
+def _write(directory: Path, me: str, start: Any) -> None:
+    cache, address = DiskCache(directory), "ab" * 32
+    start.wait()
+    for i in range(150):
+        assert cache.put(address, {"source": me * (2000 + 37 * i), "by": me, "size": 2000 + 37 * i})
+        seen = cache.get(address)
+        assert seen is not None
+        assert seen["source"] == seen["by"] * seen["size"]
 
 
 def test_processes_that_race_see_whole_entries_only(cache: DiskCache) -> None:
-    writers = [
-        subprocess.Popen([sys.executable, "-c", _WRITER, str(cache.directory), name], stdin=subprocess.PIPE)
-        for name in "abcd"
-    ]
+    processes = multiprocessing.get_context("fork")  # they import nothing
+    start = processes.Barrier(4)
+    writers = [processes.Process(target=_write, args=(cache.directory, name, start), daemon=True) for name in "abcd"]
     for writer in writers:
-        assert writer.stdin is not None
-        writer.stdin.write(b"\n")
-        writer.stdin.close()
-    assert [writer.wait(timeout=120) for writer in writers] == [0, 0, 0, 0]
+        writer.start()
+    for writer in writers:
+        writer.join(timeout=120)
+    assert [writer.exitcode for writer in writers] == [0, 0, 0, 0]
     entry = cache.get("ab" * 32)
     assert entry is not None
     assert entry["size"] == 2000 + 37 * 149
