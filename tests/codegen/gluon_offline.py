@@ -43,6 +43,10 @@ class _Recorder:
         return launch
 
 
+_COMPILED: dict[tuple[Any, ...], Compiled] = {}
+"""By all that a kernel is made of: the lists and the sums of rows are the same for many schedules."""
+
+
 def compiled(made: ModuleType, given: list[Tensor], sizes: dict[str, int]) -> dict[str, Compiled]:
     """A module's kernels, compiled as its `run` would launch them for these inputs. Products that the assembler left
     out are an error, and so are registers that it reads before they are defined."""
@@ -54,10 +58,24 @@ def compiled(made: ModuleType, given: list[Tensor], sizes: dict[str, int]) -> di
         made.run(*given, **sizes)
     finally:
         vars(made).update(kernels)
-    return {name: _compiled(kernel, recorders[name]) for name, kernel in kernels.items()}
+    return {name: _compiled(kernel, recorders[name], _text(made, name)) for name, kernel in kernels.items()}
 
 
-def _compiled(kernel: Any, launched: _Recorder) -> Compiled:
+def _text(made: ModuleType, name: str) -> tuple[tuple[str, str], ...]:
+    """Of a kernel: its text, and that of the functions and constants of its module that it reaches by name."""
+    found: dict[str, str] = {}
+    work = [name]
+    while work:
+        name = work.pop()
+        value = vars(made).get(name)
+        if name not in found and value is not None and not isinstance(value, ModuleType):
+            text = getattr(value, "src", None) or (inspect.getsource(value) if inspect.isfunction(value) else None)
+            found[name] = text or repr(value)
+            work += re.findall(r"[A-Za-z_]\w*", text or "")
+    return tuple(sorted(found.items()))
+
+
+def _compiled(kernel: Any, launched: _Recorder, text: tuple[tuple[str, str], ...]) -> Compiled:
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -78,6 +96,9 @@ def _compiled(kernel: Any, launched: _Recorder) -> Compiled:
             signature[name] = f"tensordesc<{names[x.base.dtype]}{list(x.block_shape)},{x.layout!r}>"
         else:
             signature[name] = f"*{names[x.dtype]}" if isinstance(x, Tensor) else "i32"
+    key = (text, tuple(sorted(signature.items())), repr(sorted(constants.items())), tuple(sorted(free)))
+    if key in _COMPILED:
+        return _COMPILED[key]
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = GluonASTSource(kernel, {n: signature[n] for n in kernel.arg_names}, values)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -95,7 +116,8 @@ def _compiled(kernel: Any, launched: _Recorder) -> Compiled:
         assembly = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert _products(assembly) == result.asm["ptx"].count("wgmma.mma_async"), "the assembler dropped products"
     assert not undefined(assembly), "the assembler reads registers that nothing has defined"
-    return Compiled(result.metadata.shared, report.getvalue(), assembly)
+    _COMPILED[key] = Compiled(result.metadata.shared, report.getvalue(), assembly)
+    return _COMPILED[key]
 
 
 def _products(assembly: str) -> int:

@@ -75,6 +75,7 @@ def worked(
     return given, interpret(gradient.cascade, named, {n: s for n, s in sizes if n in gradient.cascade.symbols})
 
 
+@functools.cache
 def of_kind(loops: LoopProgram, kind: str) -> list[Schedule]:
     """The schedules whose nests are loops of their own ("ordered"), or which add up a sum of programs: one iteration
     after the other, or with the next scores ahead."""
