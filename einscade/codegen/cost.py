@@ -328,7 +328,8 @@ def fits(cascade: Cascade, nest: SerialNest, schedule: Schedule, device: Device,
             ranks = _box(cascade, index)
             kept = elements(tuple(r for r in ranks if r in nest.grid or not is_long(cascade, r)))
             shared += kept * _bytes(cascade.tensors[tensor].dtype)
-    if shared > device.shared:
+    whole = max((elements(e.output.ranks) for e in nest.epilogue), default=0)  # what loops leave changes its layout
+    if max(shared, 4 * whole) > device.shared:
         return False
     least = max(tiles.values(), default=1)  # what a row statistic has, which no matrix unit reads
     scans = sum(elements(e.output.ranks) for e in nest.scans)

@@ -29,6 +29,7 @@ from tests.codegen.cascades import CASES, cascade
 from tests.codegen.tables import forward as table_bias
 from tests.codegen.tables import gradient as gradient_of
 from tests.codegen.test_gluon_operands import HALVES
+from tests.codegen.test_gradients import scored
 
 GOLDEN = Path(__file__).parent / "golden"
 CAUSAL = next(c for c in CASES if c.name == "causal")
@@ -101,6 +102,18 @@ def test_gradients_of_short_static_lengths_fit(name: str, width: int, target: st
     assert {"p", "m"} <= {r for r, n in schedule.tiles if n > 1}
     for found in compile_offline(loops, schedule, target, target == "cuda:90"):
         assert found.shared <= SHARED_LIMITS[target]
+
+
+def test_weights_among_the_results_fit() -> None:
+    """A program holds a tile of rows of weights whole, and changes its layout to store it: under every schedule."""
+    text = scored("S[b,h,p,m] + A[p,m]", ", A[p,m]: f64").replace("-> O[b,h,p,f]", "-> R[b,h,p,m]: f64, O[b,h,p,f]")
+    text = text.replace("m < M", "m < 600").replace("e < 8, f < 6", "e < 32, f < 32").replace("f64", "bf16")
+    loops = plan(run(parse_cascade(text + "  R[b,h,p,m]: bf16 = W[b,h,p,m] / Z[b,h,p]\n"), "exact").cascade)
+    tried = candidates(loops, H200, SIZES)
+    rows = loops.cascade.tensors[loops.cascade.outputs[0]].ranks[2]
+    assert all(dict(s.tiles).get(rows, 1) * 1024 * 4 <= SHARED_LIMITS["cuda:90"] for s in tried)
+    for found in compile_offline(loops, tried[0], "cuda:90", True):
+        assert found.shared <= SHARED_LIMITS["cuda:90"]
 
 
 @pytest.mark.parametrize(
