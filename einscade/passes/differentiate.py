@@ -17,7 +17,7 @@ Maxima that only shift what they normalise have no gradient: `invariance` shows 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import sympy
@@ -69,6 +69,9 @@ class _Part:
     expr: Expr
     reduce: Reduction | None
     domain: Boolean
+
+
+_Solution = tuple[dict[sympy.Symbol, Expr], tuple[Boolean, ...]]
 
 
 class _Reverse:
@@ -314,6 +317,7 @@ class _Reverse:
         given: dict[sympy.Symbol, Expr] = {}  # the statement's variables, by those of the tensor
         conditions: list[Boolean] = []
         fresh = {r: f"{r}\0" for r in target.ranks}  # the tensor's own variables, kept apart until all are known
+        whole: dict[Expr, Expr] = {}
         grouped: dict[str, tuple[str, int]] = {}
         for rank, index in zip(target.ranks, access.index, strict=True):
             own = sympy.Symbol(fresh[rank], integer=True, nonnegative=True)
@@ -326,8 +330,12 @@ class _Reverse:
                 if self.forward.extent(rank) != 1:
                     conditions.append(sympy.Eq(index, own, evaluate=False))
             else:
-                given |= solved
-                for v, value in solved.items():
+                values, needed = solved
+                given |= values
+                conditions += needed
+                if len(values) > 1:  # others are read at the same index, and need not take it apart to put it together
+                    whole[index] = own
+                for v, value in values.items():
                     if value != own or self.forward.extent(v.name) != self.forward.extent(rank):
                         conditions += self._inside(v, value)
         left = [r for r in s.ranks if var(r) not in given]
@@ -335,7 +343,7 @@ class _Reverse:
         plain = {sympy.Symbol(f, integer=True, nonnegative=True): var(r) for r, f in fresh.items()}
 
         def moved(e: Expr) -> Expr:
-            return e.xreplace(given).xreplace(renames).xreplace(plain)
+            return e.xreplace(whole).xreplace(given).xreplace(renames).xreplace(plain)
 
         reduce = Reduction("sum", tuple(renames[var(r)].name for r in left)) if left else None
         part = _Part(moved(expr), reduce, conjoin(moved(c) for c in (*conjuncts(domain), *conditions)))
@@ -354,21 +362,32 @@ class _Reverse:
         self.made[rows.name] = Einsum(rows, part.expr, Reduction("sum", along), part.domain)
         return _Part(rows(), Reduction("sum", rest), sympy.true)
 
-    def _solve(self, index: Expr, own: Expr, unknown: list[sympy.Symbol]) -> dict[sympy.Symbol, Expr] | None:
-        """Values of the unknown variables for which the index is `own`, if the index determines them."""
-        if index.has(FloorDiv) or index.has(Mod) or index.has(Access):
+    def _solve(self, index: Expr, own: Expr, unknown: Sequence[sympy.Symbol]) -> _Solution | None:
+        """Values of the unknown variables for which the index is `own`, if the index determines them, and what has to
+        hold for there to be any (beside their ranges)."""
+        if not unknown or index.has(FloorDiv) or index.has(Mod) or index.has(Access):
             return None
-        if len(unknown) == 1:
-            slope = index.coeff(unknown[0])
+        if len(unknown) == 1 and (slope := index.coeff(unknown[0])) in (1, -1):
             rest = sympy.expand(index - slope * unknown[0])
-            return {unknown[0]: slope * (own - rest)} if slope in (1, -1) and not rest.has(unknown[0]) else None
-        if len(unknown) == 2:
-            start, index = index.as_coeff_Add()
-            for outer, inner in (unknown, unknown[::-1]):
-                size = self.forward.extent(inner.name)
-                if sympy.expand(index - outer * size - inner) == 0:
-                    return {outer: FloorDiv(own - start, size), inner: Mod(own - start, size)}
-        return None
+            return None if rest.has(unknown[0]) else ({unknown[0]: slope * (own - rest)}, ())
+        start, index = index.as_coeff_Add()
+        return self._digits(index, own - start, unknown)
+
+    def _digits(self, index: Expr, own: Expr, unknown: Sequence[sympy.Symbol]) -> _Solution | None:
+        """`_solve` of an index that counts through all points of its variables, the innermost one fastest, in steps of
+        any size."""
+        found: dict[sympy.Symbol, Expr] = {}
+        stride: Expr = min((c for v in unknown if (c := index.coeff(v)).is_Integer and c > 0), default=sympy.Integer(1))
+        between = () if stride == 1 else (sympy.Eq(Mod(own, stride), 0, evaluate=False),)
+        while len(found) < len(unknown):
+            inner = next((v for v in unknown if v not in found and sympy.expand(index.coeff(v) - stride) == 0), None)
+            if inner is None:
+                return None
+            index = sympy.expand(index - stride * inner)
+            rest, size = FloorDiv(own, stride), self.forward.extent(inner.name)
+            found[inner] = Mod(rest, size) if len(found) < len(unknown) - 1 else rest
+            stride = sympy.expand(stride * size)
+        return (found, between) if index == 0 else None
 
     def _inside(self, v: sympy.Symbol, value: Expr) -> list[Boolean]:
         bounds = [sympy.Ge(value, 0), sympy.Lt(value, self.forward.extent(v.name))]
