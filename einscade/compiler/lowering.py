@@ -30,7 +30,7 @@ from einscade.passes.statements import without_unused
 from einscade.runtime import device as machine
 from einscade.runtime.program import DTYPES, MemoryOrder, Program
 
-__all__ = ["Unlowerable", "check", "lower", "program_of", "still_read"]
+__all__ = ["Unlowerable", "check", "lower", "program_of", "reading", "still_read"]
 
 aten = torch.ops.aten
 
@@ -45,21 +45,33 @@ def program_of(region: Region, recipe: str) -> Program:
     return Program(recipe, region.cascade, _memory_order(region))
 
 
-def still_read(region: Region) -> Region:
+def still_read(region: Region) -> Region | None:
     """The region with only the results that something reads: another region, put back before, may have given those
-    that both have."""
+    that both have. None where it was a step of that one, or where a single product is what is left."""
     kept = tuple(o for o in region.outputs if o.node.users)
     if region.cascade is None or kept == region.outputs:
         return region
     names = zip(region.cascade.outputs, region.outputs, strict=True)
-    cascade = region.cascade.replace(outputs=tuple(name for name, o in names if o in kept))
-    return replace(region, cascade=without_unused(cascade), outputs=kept)
+    cascade = without_unused(region.cascade.replace(outputs=tuple(name for name, o in names if o in kept)))
+    if sum(e.reduce is not None for e in cascade.body) < 2:
+        return None
+    read = {a.tensor for e in cascade.body for a in e.reads}
+    used = [(n, t) for n, t in zip(region.inputs, cascade.inputs, strict=True) if t.name in read]
+    cascade = without_unused(cascade.replace(inputs=tuple(t for _, t in used)))
+    return replace(region, cascade=cascade, outputs=kept, inputs=tuple(n for n, _ in used))
+
+
+def reading(region: Region, replaced: Mapping[fx.Node, fx.Node]) -> Region:
+    """The region with what stands for the results of others, put back before, where it reads those."""
+    inputs = tuple(replaced.get(n, n) for n in region.inputs)
+    sizes = {s: replaced.get(n, n) if isinstance(n, fx.Node) else n for s, n in region.sizes.items()}
+    return replace(region, inputs=inputs, sizes=sizes)
 
 
 def lower(
     gm: fx.GraphModule, region: Region, program: Program, written: Callable[..., Any] | None = None
-) -> list[fx.Node]:
-    """Puts the operator for `region` into the graph and takes the region out; the nodes that stand for its outputs.
+) -> dict[fx.Node, fx.Node]:
+    """Puts the operator for `region` into the graph and takes the region out; what stands for each of its outputs.
 
     written: the `run` of a generated module in torch operations, to be written into the graph instead of the operator
         where its operations do not depend on sizes.
@@ -94,7 +106,7 @@ def lower(
     for n in sorted(inside & position.keys(), key=position.__getitem__, reverse=True):
         if not n.users:
             gm.graph.erase_node(n)
-    return values
+    return dict(zip((o.node for o in region.outputs), results, strict=True))
 
 
 def _memory_order(region: Region) -> MemoryOrder:

@@ -47,6 +47,7 @@ Key = tuple[Any, ...]
 Build = Callable[[Index], tuple[Expr, Reduction | None]]
 
 _LONGEST = 64  # operations of a mask or bias that are done again for every element
+_DEEPEST = 100  # operations between a value and what it is made of (a loop that was unrolled): Python's stack ends
 _HINT = 4096  # what a length that is not known counts for when sizes are compared
 
 
@@ -91,6 +92,7 @@ class Raiser:
     width: Expr | None = None
     first: dict[Node, Index] = field(default_factory=dict)
     _memo: dict[tuple[Node, Index, str], Expr] = field(default_factory=dict)
+    _depth: int = 0
     _cut: dict[Node, bool] = field(default_factory=dict)
     _far: set[str] = field(default_factory=set)
 
@@ -163,7 +165,13 @@ class Raiser:
         self.touched.add(node)
         key = (node, index, mode)
         if key not in self._memo:
-            self._memo[key] = getattr(self, f"_{mode}")(node, index)
+            if self._depth == _DEEPEST:
+                raise Unraisable(f"it is made by more than {_DEEPEST} operations in a row, back to {node.name}")
+            self._depth += 1
+            try:
+                self._memo[key] = getattr(self, f"_{mode}")(node, index)
+            finally:
+                self._depth -= 1
         return self._memo[key]
 
     def _core(self, node: Node, index: Index) -> Expr:

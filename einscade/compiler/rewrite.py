@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from einscade.compiler.capture import nested_graphs
-from einscade.compiler.lowering import Unlowerable, check, lower, program_of, still_read
+from einscade.compiler.lowering import Unlowerable, check, lower, program_of, reading, still_read
 from einscade.compiler.regions import Region, find, is_weight
 from einscade.compiler.report import REWRITTEN, UNCHANGED, Site
 from einscade.compiler.settling import open_because, settle, settle_signs, symbols_of
@@ -56,17 +56,17 @@ def rewrite(
     found = _found(gm, constants, weights, settled)
     relied_on = {n.target for graph, region in found for n in region.known if graph is gm}
     sites: list[Site] = []
-    placed: set[fx.Node] = set()
+    placed: dict[fx.Node, fx.Node] = {}
     for done, (graph, region) in enumerate(found):
         progress.step(done, len(found), region.module_path)
-        if region.outputs and not any(o.node.users for o in region.outputs):
-            continue  # a step of a region that was put back before
-        region = still_read(region)
+        if (left := still_read(region)) is None:
+            continue
+        region = reading(left, placed)
         sites.append(_site(graph, region, recipe, needed[graph], within, placed))
     if found:
         progress.step(len(found), len(found), "")
     for graph in graphs:
-        _without_stride_assumptions(graph, placed)
+        _without_stride_assumptions(graph, set(placed.values()))
         graph.graph.eliminate_dead_code()
         graph.graph.lint()
         graph.recompile()
@@ -155,9 +155,9 @@ def _site(
     recipe: str,
     differentiable: Collection[fx.Node],
     within: str,
-    placed: set[fx.Node],
+    placed: dict[fx.Node, fx.Node],
 ) -> Site:
-    """The site of a region, which is lowered; `placed` gets the nodes that stand for its outputs."""
+    """The site of a region, which is lowered; `placed` gets what stands for its outputs."""
     where = (".".join(filter(None, (within, region.module_path))), region.source)
     frame = _frame()
     if region.cascade is None:

@@ -77,6 +77,21 @@ def test_scores_carried_to_the_next_layer_are_returned_and_read() -> None:
     assert set(first.nodes).isdisjoint(second.nodes)
 
 
+def test_scores_through_many_operations_are_left() -> None:
+    """A loop that was unrolled: an expression of it would have no end, and Python's stack has one."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.mT
+        for _ in range(300):
+            scores = scores.sin()
+        return scores.softmax(-1) @ v
+
+    region = only(find(trace(function, qkv())))
+    assert region.cascade is None
+    assert region.reason is not None
+    assert "operations in a row" in region.reason
+
+
 def test_two_softmaxes_of_the_same_scores_are_two_regions() -> None:
     def function(q: Tensor, k: Tensor, v: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         s = q @ k.mT
