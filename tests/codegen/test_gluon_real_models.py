@@ -22,7 +22,7 @@ from tests.codegen.gluon_simulator import Simulator
 WINDOWS = """cascade windows(
     Q[{ranks},p,e]: bf16, K[{ranks},m,e]: bf16, V[{ranks},m,f]: bf16{more}
   ) -> O[{ranks},p,f]: bf16
-  where x < 2, y < 3, z < 2, p < P, m < M, e < 64, f < 64
+  where x < 1, y < 2, z < 3, p < P, m < M, e < 64, f < 64
   S[{ranks},p,m] = sum(e) 0.125 * Q[{ranks},p,e] * K[{ranks},m,e] {domain}
   C[{ranks},p,m] = {score}
   G[{ranks},p] = max(m) C[{ranks},p,m]
