@@ -139,6 +139,8 @@ def form(program: LoopProgram) -> Form:
     """The program's one nest as the kernel sees it. Raises `Unsupported` with the construct that does not fit."""
     if len(program.nests) != 1 or not isinstance(program.nests[0], SerialNest):
         raise Unsupported("the Hopper kernel runs one serial nest, and nothing before or after it")
+    if program.views:
+        raise Unsupported(f"{', '.join(program.views)} with ranks that are one of the result")
     return nest_form(program.cascade, program.nests[0])
 
 

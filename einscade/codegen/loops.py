@@ -14,7 +14,7 @@ materialised; everything else lives inside a nest, a tile at a time.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import networkx as nx
@@ -26,6 +26,7 @@ from einscade.ir.expr import Access, accesses, free_vars, var
 from einscade.passes.existence import existence
 from einscade.passes.fusion import is_long
 from einscade.passes.terms import conjuncts
+from einscade.passes.views import Views, output_views
 
 __all__ = ["FlatNest", "LoopProgram", "Nest", "SerialNest", "plan"]
 
@@ -67,10 +68,12 @@ Nest = SerialNest | FlatNest
 
 @dataclass(frozen=True)
 class LoopProgram:
-    """`cascade` (with the copies that materialise a loop's last values, if any were needed) and its nests in order."""
+    """`cascade` (with the copies that materialise a loop's last values, if any were needed) and its nests in order.
+    `views`: the outputs of which several ranks are one of the result."""
 
     cascade: Cascade
     nests: tuple[Nest, ...]
+    views: Views = field(default_factory=dict, compare=False)
 
     @cached_property
     def serial_nests(self) -> tuple[SerialNest, ...]:
@@ -79,6 +82,7 @@ class LoopProgram:
 
 def plan(cascade: Cascade) -> LoopProgram:
     """Arrange a cascade into nests. Never fails on a verified cascade."""
+    cascade, views = output_views(cascade)
     cascade = _materialise_last(_materialise_existence(cascade))
     loops = _loops(cascade)
     owner: dict[str, list[int]] = {}
@@ -89,7 +93,7 @@ def plan(cascade: Cascade) -> LoopProgram:
         for e in nest.einsums:
             owner.setdefault(e.name, []).append(len(nests))
         nests.append(nest)
-    return LoopProgram(cascade, _order(cascade, _stored_once(cascade, nests), owner))
+    return LoopProgram(cascade, _order(cascade, _stored_once(cascade, nests), owner), views)
 
 
 def _stored_once(cascade: Cascade, nests: list[SerialNest]) -> list[SerialNest]:

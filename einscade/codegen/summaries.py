@@ -47,7 +47,7 @@ def summarised(program: LoopProgram, schedule: Schedule) -> LoopProgram:
                     nests.append(FlatNest(made, tuple(reads), tuple(e.name for e in made)))
                 nest = replace(nest, inputs=(*nest.inputs, *names))
         nests.append(nest)
-    return LoopProgram(cascade, tuple(nests))
+    return replace(program, cascade=cascade, nests=tuple(nests))
 
 
 def _with_summaries(cascade: Cascade, nest: SerialNest, schedule: Schedule) -> tuple[Cascade, list[str]]:

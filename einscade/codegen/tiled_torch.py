@@ -50,7 +50,7 @@ class TorchModule:
     """One module's text. Ranks read in groups are split first, and the program planned again on the split cascade."""
 
     def __init__(self, program: LoopProgram, schedule: Schedule, in_place: bool, grouped: bool = True) -> None:
-        self.original = program.cascade
+        self.original, self.views = program.cascade, program.views
         split, self.groups = split_groups(program.cascade) if grouped else (program.cascade, ())
         flat_plan = not program.serial_nests
         self.program = program if not self.groups else flat(split) if flat_plan else plan(split)
@@ -133,6 +133,10 @@ class TorchModule:
         for dim, r in enumerate(ranks):  # joined from the left, so that each pair is at its final place
             if self.group(r) is not None:
                 code += f".flatten({dim}, {dim + 1})"
+        for joined in self.views.get(output, {}).values():
+            first = ranks.index(joined[0])
+            ranks = (*ranks[:first], joined[0], *ranks[first + len(joined) :])
+            code += f".flatten({first}, {first + len(joined) - 1})"
         return code
 
     def nest(self, nest: SerialNest | FlatNest) -> None:

@@ -373,7 +373,7 @@ def read(access: Access, scope: Scope) -> Value:
     if name.declared:
         at = dict(zip(name.declared, access.index, strict=True))
         access = access.at(*(at[r] for r in name.ranks))
-    name, access = _unmerged(name, access, scope)
+    name, access = _merged(*_unmerged(name, access, scope), scope)
     simple: list[str | None] = []  # the rank of a dimension that is sliced
     taken: set[str] = set()
     for dim, i in enumerate(access.index):
@@ -425,6 +425,39 @@ def _unmerged(name: Name, access: Access, scope: Scope) -> tuple[Name, Access]:
         ranks = (*name.ranks[:dim], outer.name, inner.name, *name.ranks[dim + 1 :])
         name = replace(name, code=f"{name.code}.unflatten({dim}, ({rows}, {columns}))", ranks=ranks, extents=extents)
         return _unmerged(name, access.at(*access.index[:dim], outer, inner, *access.index[dim + 1 :]), scope)
+    return name, access
+
+
+def _merged(name: Name, access: Access, scope: Scope) -> tuple[Name, Access]:
+    """Two stored dimensions read at `x // size` and `x % size`, all of them, as one: a view, or a copy, no gather."""
+    if not name.stored or not name.extents:
+        return name, access
+    for inner, i in enumerate(access.index):
+        if not isinstance(i, Mod) or name.extents[inner] != str(i.args[1]):
+            continue
+        x, size = i.args
+        whole = scope.ranges.get(x.name) if isinstance(x, sympy.Symbol) else None
+        for outer, o in enumerate(access.index):
+            if not name.extents[outer].isdigit():
+                continue
+            length = int(name.extents[outer]) * int(size)
+            if o == FloorDiv(x, size) and whole == Range(str(length)):
+                index = x
+            elif o == Mod(FloorDiv(x, size), int(name.extents[outer])):
+                index = Mod(x, length)
+            else:
+                continue
+            order = [d for d in range(len(access.index)) if d != inner]
+            at = order.index(outer)
+            order.insert(at + 1, inner)
+            permuted = "" if order == sorted(order) else f".permute({', '.join(map(str, order))})"
+            rest = order[:at], order[at + 2 :]
+            ranks, extents, places = (
+                (*(values[d] for d in rest[0]), joined, *(values[d] for d in rest[1]))
+                for values, joined in ((name.ranks, str(x)), (name.extents, str(length)), (access.index, index))
+            )
+            name = replace(name, code=f"{name.code}{permuted}.flatten({at}, {at + 1})", ranks=ranks, extents=extents)
+            return _merged(name, access.at(*places), scope)
     return name, access
 
 

@@ -78,14 +78,24 @@ def _deferred(s: Einsum, names: Names, over: dict[str, frozenset[str]], points: 
 
 
 def _terms(expr: Expr, waits: Callable[[Expr], bool]) -> tuple[Expr, ...]:
-    """The expression as terms of a sum, multiplied out only where that frees a factor for which it waits."""
+    """The expression as terms of a sum, multiplied out only where that frees a factor for which it waits: what has none
+    stays one term, a product that emitters can contract."""
     if isinstance(expr, sympy.Add):
         return tuple(t for a in expr.args for t in _terms(a, waits))
-    for factor in sympy.Mul.make_args(expr):
+    factors = sympy.Mul.make_args(expr)
+    for factor in factors:
         if isinstance(factor, sympy.Add) and any(waits(f) for t in factor.args for f in sympy.Mul.make_args(t)):
-            rest = sympy.Mul(*(f for f in sympy.Mul.make_args(expr) if f is not factor))
-            return tuple(t for a in factor.args for t in _terms(a * rest, waits))
+            rest = sympy.Mul(*(f for f in factors if f is not factor))
+            freed = [t for t in factor.args if _frees(t, waits)]
+            kept = sympy.Add(*(t for t in factor.args if t not in freed))
+            return tuple(t for a in (kept, *freed) if a != 0 for t in _terms(a * rest, waits))
     return (expr,)
+
+
+def _frees(expr: Expr, waits: Callable[[Expr], bool]) -> bool:
+    """Whether a factor for which the sum waits is one of the expression, or of a term in a sum that is one."""
+    factors = sympy.Mul.make_args(expr)
+    return any(waits(f) or (isinstance(f, sympy.Add) and any(_frees(t, waits) for t in f.args)) for f in factors)
 
 
 def guards(factor: Expr) -> list[Boolean]:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 import sympy
 from sympy.logic.boolalg import Boolean
 
-from einscade.ir import Access, Cascade, Einsum, Expr, FloorDiv, Mod, Rank, Reduction, Tensor, Where, var
+from einscade.ir import Access, Cascade, Einsum, Expr, FloorDiv, Mod, Rank, Reduction, Tensor, Where, ceil_div, var
 from einscade.passes.invariance import is_felt
 from einscade.passes.pieces import apart, together
 from einscade.passes.rewrite import NotApplicable
@@ -72,6 +72,15 @@ class _Part:
 
 
 _Solution = tuple[dict[sympy.Symbol, Expr], tuple[Boolean, ...]]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Which ranks of a tensor are the quotient and the remainder of a variable by `size`, where it is read at those."""
+
+    size: Expr
+    quotient: str | None = None
+    remainder: str | None = None
 
 
 class _Reverse:
@@ -318,14 +327,13 @@ class _Reverse:
         conditions: list[Boolean] = []
         fresh = {r: f"{r}\0" for r in target.ranks}  # the tensor's own variables, kept apart until all are known
         whole: dict[Expr, Expr] = {}
-        grouped: dict[str, tuple[str, int]] = {}
+        groups: dict[sympy.Symbol, _Group] = {}
         for rank, index in zip(target.ranks, access.index, strict=True):
             own = sympy.Symbol(fresh[rank], integer=True, nonnegative=True)
             unknown = [var(r) for r in s.ranks if var(r) not in given and depends(index, (r,))]
             solved = self._solve(index, own, unknown)
-            if solved is None and isinstance(index, FloorDiv) and index.args[0] in unknown and index.args[1].is_Integer:
-                grouped[rank] = (str(index.args[0]), int(index.args[1]))
-                given[index.args[0]] = own
+            if solved is None and self._in_group(index, rank, unknown, groups):
+                given.setdefault(index.args[0], own)
             elif solved is None:
                 if self.forward.extent(rank) != 1:
                     conditions.append(sympy.Eq(index, own, evaluate=False))
@@ -335,6 +343,10 @@ class _Reverse:
                 conditions += needed
                 if len(values) > 1:  # others are read at the same index, and need not take it apart to put it together
                     whole[index] = own
+                more = sympy.Mul(*(self.forward.extent(v.name) for v in values)) - self.forward.extent(rank)
+                start, _ = index.as_coeff_Add()
+                if len(values) > 1 and not needed and start == 0 and sympy.expand(more) == 0:
+                    continue  # every place of the dimension is one point of these variables
                 for v, value in values.items():
                     if value != own or self.forward.extent(v.name) != self.forward.extent(rank):
                         conditions += self._inside(v, value)
@@ -347,8 +359,7 @@ class _Reverse:
 
         reduce = Reduction("sum", tuple(renames[var(r)].name for r in left)) if left else None
         part = _Part(moved(expr), reduce, conjoin(moved(c) for c in (*conjuncts(domain), *conditions)))
-        part = self._by_rows(part, target)
-        return self._grouped(part, target, grouped) if grouped else part
+        return self._grouped(part, target, groups) if groups else self._by_rows(part, target)
 
     def _by_rows(self, part: _Part, target: Tensor) -> _Part:
         """A sum over everything that has two long ranks goes row by row: first over those that rows reduce, as in the
@@ -404,27 +415,53 @@ class _Reverse:
         self.ranks.append(Rank(name, extent))
         return name
 
-    def _grouped(self, part: _Part, target: Tensor, grouped: Mapping[str, tuple[str, int]]) -> _Part:
-        """A tensor read at `h // 4` gets the sum of a group: first for every h, then over each group."""
-        wide = {rank: self._renamed(h, target) for rank, (h, _) in grouped.items()}
-        to_wide = {var(rank): var(name) for rank, name in wide.items()}
-        ranks = tuple(wide.get(r, r) for r in target.ranks)
-        each = Tensor(self.names(f"d{target.name}e"), ranks, self.wide)
-        self.made[each.name] = Einsum(each, part.expr.xreplace(to_wide), part.reduce, part.domain.xreplace(to_wide))
+    def _in_group(
+        self, index: Expr, rank: str, unknown: list[sympy.Symbol], groups: dict[sympy.Symbol, _Group]
+    ) -> bool:
+        """Whether an index is the quotient of a variable or the remainder; `groups` then has what its rank is."""
+        if not isinstance(index, (FloorDiv, Mod)) or not index.args[1].is_Integer:
+            return False
+        variable, size = index.args
+        if variable not in unknown and variable not in groups:
+            return False
+        group = groups.get(variable, _Group(size))
+        part = "quotient" if isinstance(index, FloorDiv) else "remainder"
+        counted = part == "quotient" or self.forward.extent(str(variable)).is_Integer
+        if group.size != size or getattr(group, part) is not None or not counted:
+            return False
+        groups[variable] = replace(group, **{part: rank})
+        return True
+
+    def _grouped(self, part: _Part, target: Tensor, groups: Mapping[sympy.Symbol, _Group]) -> _Part:
+        """A tensor read at `h // 4` gets the sum of a group, one read at `h % 4` that of every fourth: first for every
+        h, then over each group. One read at both has a place for every h."""
+        wide: dict[str, str] = {}  # by the rank that stands for h till now
+        places: dict[str, Expr] = {}
         inner: list[str] = []
-        index: list[Expr] = []
         conditions: list[Boolean] = []
-        for rank in target.ranks:
-            if rank not in grouped:
-                index.append(var(rank))
-                continue
-            size = grouped[rank][1]
-            member = self._new_rank(grouped[rank][0], sympy.Integer(size))
-            inner.append(member)
-            index.append(var(rank) * size + var(member))
-            if sympy.expand(self.forward.extent(rank) * size - self.forward.extent(grouped[rank][0])) != 0:
-                conditions.append(sympy.Lt(index[-1], self.forward.extent(grouped[rank][0])))
-        return _Part(each(*index), Reduction("sum", tuple(inner)), conjoin(conditions))
+        for variable, group in groups.items():
+            extent = self.forward.extent(str(variable))
+            first, *others = (r for r in target.ranks if r in (group.quotient, group.remainder))
+            wide[first] = self._renamed(str(variable), target)
+            count = ceil_div(extent, group.size) if group.quotient is None else self.forward.extent(group.quotient)
+            sizes = {group.quotient: count, group.remainder: group.size}
+            if None in sizes:
+                inner.append(self._new_rank(str(variable), sizes[None]))
+            at = [var(r or inner[-1]) for r in sizes]
+            places |= {first: at[0] * group.size + at[1]} | dict.fromkeys(others)
+            if sympy.expand(count * group.size - extent) != 0:
+                conditions.append(sympy.Lt(places[first], extent))
+            if group.remainder is not None and self.forward.extent(group.remainder) != group.size:
+                conditions.append(sympy.Lt(at[1], group.size))
+        to_wide = {var(rank): var(name) for rank, name in wide.items()}
+        left = [r for r in target.ranks if places.get(r, r) is not None]
+        ranks = tuple(wide.get(r, r) for r in left)
+        part = _Part(part.expr.xreplace(to_wide), part.reduce, part.domain.xreplace(to_wide))
+        part = self._by_rows(part, replace(target, ranks=ranks))
+        each = Tensor(self.names(f"d{target.name}e"), ranks, self.wide)
+        self.made[each.name] = Einsum(each, part.expr, part.reduce, part.domain)
+        expr = each(*(places.get(r, var(r)) for r in left))
+        return _Part(expr, Reduction("sum", tuple(inner)) if inner else None, conjoin(conditions))
 
 
 def _summaries(cascade: Cascade) -> frozenset[str]:

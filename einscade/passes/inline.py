@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import sympy
 from sympy.logic.boolalg import Boolean
 
-from einscade.ir import DENSE, Access, Cascade, Einsum, Expr, Rank, Tensor, Where, accesses, var
+from einscade.ir import DENSE, Access, Cascade, Einsum, Expr, FloorDiv, Mod, Rank, Tensor, Where, accesses, var
 from einscade.ir.intervals import rank_ranges, simplify
 from einscade.passes.fusion import is_long
 from einscade.passes.normalise import normal, predicate
@@ -55,7 +55,7 @@ def _written_out(s: Einsum, written: Mapping[str, Einsum], cascade: Cascade) -> 
     for a in accesses(s.expr):
         if (v := value(a)) is not None:
             values[a] = v
-    expr = normal(s.expr.xreplace(values) if values else s.expr)
+    expr = normal(_put_together(s.expr.xreplace(values), cascade) if values else s.expr)
     domain += _lost(s.expr, values)
     in_domain = {}
     for a in accesses(s.domain):
@@ -64,6 +64,17 @@ def _written_out(s: Einsum, written: Mapping[str, Einsum], cascade: Cascade) -> 
             domain.extend(c.xreplace(at(made, a)) for c in conjuncts(made.domain))
     parts = [p for c in domain for p in conjuncts(predicate(c.xreplace(in_domain)))]
     return s.replace(expr=expr, domain=conjoin(parts))
+
+
+def _put_together(expr: Expr, cascade: Cascade) -> Expr:
+    """The expression with indices `b * (x // b) + x % b`, which what is written out takes apart, as x."""
+    table = {}
+    for a in accesses(expr):
+        apart = [i for i in a.index if isinstance(i, sympy.Add) and i.has(Mod) and i.has(FloorDiv)]
+        if apart:
+            ranges = rank_ranges(cascade)
+            table[a] = a.at(*(simplify(i, ranges) if i in apart else i for i in a.index))
+    return expr.xreplace(table) if table else expr
 
 
 def _lost(expr: Expr, values: Mapping[Access, Expr]) -> list[Boolean]:

@@ -15,6 +15,7 @@ from einscade.ir import Access, Cascade, Einsum, Rank, Reduction, Scan, Tensor, 
 from einscade.passes.fusion import inner_ranks
 from einscade.passes.statements import RESERVED
 from einscade.passes.terms import variables
+from einscade.passes.views import output_views
 
 __all__ = ["named"]
 
@@ -74,10 +75,11 @@ def _fresh(prefix: str, taken: set[str]) -> str:
 def _rank_names(cascade: Cascade) -> dict[str, str]:
     """Every rank's name, in the order of the table."""
     reduced = {r for s in cascade.body if s.reduce for r in s.reduce.ranks}
-    first = [r for o in cascade.outputs for r in cascade.tensors[o].ranks]
+    results = output_views(cascade)[0].tensors
+    first = [r for o in cascade.outputs for r in results[o].ranks]
     seen = dict.fromkeys([*first, *_walk(cascade), *(r.name for r in cascade.ranks)])
     contracted = inner_ranks(cascade)
-    main = cascade.tensors[cascade.outputs[0]].ranks
+    main = results[cascade.outputs[0]].ranks
     inner = [r for r in seen if r in contracted]
     tiles = [t for s in cascade.body if (t := set(s.output.ranks)) & (reduced - contracted)]
     rows = [r for r in main if r not in contracted and (not tiles or any(r in t for t in tiles))]

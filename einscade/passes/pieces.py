@@ -1,12 +1,17 @@
-"""Pieces of an input as tensors of their own, and back.
+"""Pieces and views of an input as tensors of their own, and back.
 
 Comes in: a cascade. Goes out: `apart`, the same cascade with a copy for every piece of an input that is read (keys and
-values packed into one tensor, a cache read up to a length), and `together`, which reads the inputs themselves again.
+values packed into one tensor, a cache read up to a length), and for every view in which one of its dimensions is
+several (heads as groups and members); and `together`, which reads the inputs themselves again.
 
     O[p] = sum(f) X[p,f + 8] * Y[f]                              with f < 6 and X[p,t], t < 14
     X1[p,f] = X[p,f + 8],   O[p] = sum(f) X1[p,f] * Y[f]         apart
 
-What is made over such a piece, its gradient, then has the piece's ranks and no points beyond its ends.
+    S[h,i,m] = sum(e) X[3*h + i,e] * Y[i,m,e]                    with h < 2, i < 3 and X[g,e], g < 6
+    X1[h,i,e] = X[3*h + i,e],   S[h,i,m] = sum(e) X1[h,i,e] * Y[i,m,e]
+
+What is made over such a tensor, its gradient, then has the ranks that its readers have, and no points beyond the ends
+of a piece.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import sympy
 from einscade.ir import Access, Cascade, Einsum, Expr, Tensor, var
 from einscade.passes.statements import Names, redirect, without_unused
 from einscade.passes.terms import depends, ordered
+from einscade.passes.views import digits
 
 __all__ = ["apart", "together"]
 
@@ -25,19 +31,22 @@ __all__ = ["apart", "together"]
 def apart(cascade: Cascade) -> tuple[Cascade, tuple[Einsum, ...]]:
     """The cascade in which pieces are copied before they are read, and the statements that copy them."""
     names = Names(cascade)
-    copies: dict[tuple[str, tuple[tuple[str, Expr], ...]], Einsum] = {}
+    copies: dict[tuple[str, tuple[_Dim, ...]], Einsum] = {}
     body = []
     for s in cascade.body:
 
         def read(access: Access, s: Einsum = s) -> Expr:
-            dims = _piece(cascade, s, access)
+            dims = _apart(cascade, s, access)
             if dims is None:
                 return access
             if (access.tensor, dims) not in copies:
-                ranks = tuple(rank for rank, _ in dims)
+                ranks = tuple(r for ranks, _ in dims for r in ranks)
                 output = Tensor(names(access.tensor), ranks, cascade.tensors[access.tensor].dtype)
-                copies[access.tensor, dims] = Einsum(output, access.at(*(var(r) + shift for r, shift in dims)))
-            return copies[access.tensor, dims].output(*(i - d[1] for i, d in zip(access.index, dims, strict=True)))
+                copies[access.tensor, dims] = Einsum(output, access.at(*(place for _, place in dims)))
+            index: list[Expr] = []
+            for i, (ranks, place) in zip(access.index, dims, strict=True):
+                index += [i - (place - var(ranks[0]))] if len(ranks) == 1 else map(var, ranks)
+            return copies[access.tensor, dims].output(*index)
 
         body.append(redirect(s, read))
     made = tuple(copies.values())
@@ -60,19 +69,31 @@ def together(cascade: Cascade, copies: Iterable[Einsum]) -> Cascade:
     return without_unused(cascade.replace(body=body))
 
 
-def _piece(cascade: Cascade, s: Einsum, access: Access) -> tuple[tuple[str, Expr], ...] | None:
-    """The rank and the offset at which each dimension of an input is read; None where all of it is, or where ranks do
-    not say which part."""
+_Dim = tuple[tuple[str, ...], Expr]
+"""The ranks that a copy has for a dimension, and the index at which it reads that."""
+
+
+def _apart(cascade: Cascade, s: Einsum, access: Access) -> tuple[_Dim, ...] | None:
+    """How each dimension of an input is copied; None where all of it is as it stands, or where ranks do not say which
+    part."""
     if access.tensor in cascade.definitions:
         return None
-    dims = []
-    for rank, index in zip(cascade.tensors[access.tensor].ranks, access.index, strict=True):
-        along = [r for r in s.ranks if depends(index, (r,))]
-        shift = index - var(along[0]) if len(along) == 1 else None
-        moves = shift is not None and not shift.has(Access) and not depends(shift, s.ranks)
-        part = moves and cascade.extent(along[0]) != cascade.extent(rank) and cascade.extent(rank) != 1
-        dims.append((along[0], shift) if part else (rank, sympy.Integer(0)))
-    ranks = [r for r, _ in dims]
-    if ranks == list(cascade.tensors[access.tensor].ranks) or len(set(ranks)) < len(ranks):
-        return None
-    return tuple(dims)
+    own = cascade.tensors[access.tensor].ranks
+    dims = tuple(_dim(cascade, s, rank, index) for rank, index in zip(own, access.index, strict=True))
+    ranks = [r for ranks, _ in dims for r in ranks]
+    return None if ranks == list(own) or len(set(ranks)) < len(ranks) else dims
+
+
+def _dim(cascade: Cascade, s: Einsum, rank: str, index: Expr) -> _Dim:
+    extent = cascade.extent(rank)
+    along = [r for r in s.ranks if depends(index, (r,))]
+    if len(along) == 1:
+        shift = index - var(along[0])
+        moves = not shift.has(Access) and not depends(shift, s.ranks)
+        if moves and cascade.extent(along[0]) != extent and extent != 1:
+            return (along[0],), index
+    elif not {*along}.isdisjoint(s.output.ranks):  # what is only summed together may stay one rank
+        found = digits(index, {r: cascade.extent(r) for r in along})
+        if found and sympy.expand(sympy.Mul(*map(cascade.extent, found)) - extent) == 0:
+            return found, index
+    return (rank,), var(rank)

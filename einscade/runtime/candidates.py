@@ -179,6 +179,7 @@ def _generated(
     else:
         from einscade.codegen.tiled_torch import emit
     found = []
+    orders = tuple((o, tuple(x for r in ranks for x in loops.views.get(o, {}).get(r, (r,)))) for o, ranks in orders)
     try:
         tried = (schedules if kind == "gluon" else schedules_for)(loops, device, sizes)
         for schedule in tried[: MOST_SCHEDULES[kind]]:

@@ -390,6 +390,40 @@ def test_a_sum_over_programs_is_rounded_in_any_shape(old: str, new: str) -> None
         assert relative_error(value, expected[output]) <= 3 * 2**-9, output
 
 
+HEADS = """cascade c(Q[b,g,p,e]: bf16, K[b,i,m,e]: bf16, V[b,i,m,f]: bf16) -> O[b,h,i,p,f]: bf16
+  where b < 2, h < 2, i < 2, g < 4, p < 150, m < 77, e < 64, f < 64
+  S[b,h,i,p,m] = sum(e) Q[b,2*h + i,p,e] * K[b,i,m,e] * 0.125   if m <= p
+  G[b,h,i,p] = max(m) S[b,h,i,p,m]
+  W[b,h,i,p,m] = exp(S[b,h,i,p,m] - G[b,h,i,p])
+  Z[b,h,i,p] = sum(m) W[b,h,i,p,m]
+  N[b,h,i,p,f] = sum(m) W[b,h,i,p,m] * V[b,i,m,f]
+  O[b,h,i,p,f]: bf16 = N[b,h,i,p,f] / Z[b,h,i,p]  if Z[b,h,i,p] != 0
+"""
+
+
+@pytest.mark.parametrize("unordered", [True, False])
+@pytest.mark.parametrize("view", [True, False])
+def test_heads_that_are_groups_and_members(view: bool, unordered: bool) -> None:
+    """The kernel writes the gradient of queries over both, of which the result is a view where they are one rank."""
+    spelled = HEADS if view else HEADS.replace("b,g,p", "b,h,i,p").replace("2*h + i", "h,i").replace(" g < 4,", "")
+    gradient = differentiate(scan_free(parse_cascade(spelled), "exact"))
+    loops = plan(run(gradient.cascade, "exact").cascade)
+    torch.manual_seed(0)
+    extents = {r.name: int(r.extent) for r in gradient.forward.ranks}
+    values = {t.name: torch.randn([extents[r] for r in t.ranks]).bfloat16() for t in gradient.forward.inputs}
+    made = interpret(gradient.forward, values, {})
+    values |= {n: made[n].to(DTYPES[gradient.forward.tensors[n].dtype]) for n in gradient.saved}
+    values |= {gradient.cotangents["O"]: torch.randn(made["O"].shape).bfloat16()}
+    given = {t.name: values[t.name] for t in gradient.cascade.inputs}
+    source = emit(loops, next(s for s in schedules(loops) if s.unordered == unordered)).text
+    assert (".flatten(1, 2)" in source.splitlines()[-1]) == view
+    found = Simulator(0).load(source).run(*given.values())
+    expected = interpret(gradient.cascade, given, {})
+    for output, value in zip(gradient.cascade.outputs, found, strict=True):
+        assert value.shape == expected[output].shape
+        assert relative_error(value, expected[output]) <= 3 * 2**-9, output
+
+
 @pytest.mark.parametrize("old", ["p,e]", "m,e]", "m,f]"])
 def test_what_the_copy_engine_cannot_write_has_no_kernel(old: str) -> None:
     """It would write to a copy: rows of a tile are runs in memory."""

@@ -5,14 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from einscade.codegen.loops import plan
+from einscade.codegen.cost import tile_symbols
+from einscade.codegen.loops import FlatNest, plan
 from einscade.codegen.schedule import Schedule
 from einscade.codegen.tiled_torch import emit
+from einscade.codegen.triton_emit import emit as emit_kernels
 from einscade.ir import Cascade
 from einscade.ir.interpret import interpret
 from einscade.ir.text import parse_cascade
 from einscade.passes.differentiate import differentiate
+from einscade.passes.fusion import is_long
 from einscade.passes.online import Loops, Online
+from einscade.passes.pipeline import run
 
 HEAD = """cascade c(Q[b,h,p,e]: f64, K[b,g,m,e]: f64, V[b,g,m,f]: f64{more}) -> O[b,h,p,f]: f64
   where b < B, h < 4, g < 2, p < P, m < M, e < 8, f < 6
@@ -57,6 +61,38 @@ CASES = {
     .replace("V[b,h // 2,m,f]", "K[b,h // 2,m,f + 8]"),
 }
 
+# Heads that the forward pass reads as groups, through an index that is several ranks or a part of one.
+PARTS = """cascade c(Q[b,g,p,e]: f64, K[b,i,m,e]: f64, V[b,i,m,f]: f64) -> O[b,h,i,p,f]: f64{more}
+  where b < B, h < 2, i < 3, g < 6, p < P, m < M, e < 8, f < 6
+  S[b,h,i,p,m]: f64 = sum(e) Q[b,3*h + i,p,e] * K[b,i,m,e] * 0.7
+  G[b,h,i,p]: f64 = max(m) S[b,h,i,p,m]
+  W[b,h,i,p,m]: f64 = exp(S[b,h,i,p,m] - G[b,h,i,p])
+  Z[b,h,i,p]: f64 = sum(m) W[b,h,i,p,m]
+  N[b,h,i,p,f]: f64 = sum(m) W[b,h,i,p,m] * V[b,i,m,f]
+  O[b,h,i,p,f]: f64 = N[b,h,i,p,f] / Z[b,h,i,p]  if Z[b,h,i,p] != 0
+"""
+WEIGHTS = ", A[b,h,i,p,m]: f64", "  A[b,h,i,p,m]: f64 = W[b,h,i,p,m] / Z[b,h,i,p]\n"
+SQUARES = ", Y[b,g,p]: f64", "  Y[b,g,p]: f64 = sum(e) Q[b,g,p,e] * Q[b,g,p,e]\n"
+VIEW = "heads as groups"
+VIEWS = {
+    VIEW: PARTS.format(more=""),
+    f"{VIEW}, causal": PARTS.format(more="").replace("* 0.7", "* 0.7  if m <= p"),
+    f"{VIEW}, whose weights are an output": PARTS.format(more=WEIGHTS[0]) + WEIGHTS[1],
+    f"{VIEW}, and as they are": PARTS.format(more=SQUARES[0]) + SQUARES[1],
+    f"{VIEW} of groups": PARTS.format(more="")
+    .replace("h < 2", "a < 2, h < 2")
+    .replace("g < 6", "g < 12")
+    .replace("3*h", "6*a + 3*h")
+    .replace("b,h,i", "b,a,h,i"),
+    "heads of keys repeated one after the other": CASES["causal"],
+    "heads of keys repeated all together": CASES["causal"].replace("h // 2", "h % 2"),
+    "heads of keys that are groups and members": CASES["causal"]
+    .replace("[b,g,m", "[b,g,i,m")
+    .replace("h // 2", "h // 2,h % 2")
+    .replace("g < 2", "g < 2, i < 2"),
+}
+CASES |= VIEWS
+
 
 def compiled(cascade: Cascade, tile: int):  # type: ignore[no-untyped-def]
     tiles = {s: tile for s in cascade.symbols if s not in ("B", "P", "M")} | {"p": tile + 3, "m": tile - 3}
@@ -97,6 +133,26 @@ def test_gradients_in_loops_match_the_interpreter(name: str, lengths: tuple[int,
         assert value.shape == reference.shape
         scale = reference.norm() + 0.1 * values["dO"].norm()  # a gradient that cancels to 0 keeps its terms' rounding
         assert (value - reference).norm() <= 1e-13 * scale, output
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_heads_in_parts_are_summed_in_loops(name: str) -> None:
+    """Nothing of both lengths goes to memory."""
+    program = plan(run(differentiate(parse_cascade(VIEWS[name])).cascade, "exact").cascade)
+    lengths = {r for r in program.cascade.rank_table if is_long(program.cascade, r)} - {"b"}
+    for e in (e for nest in program.nests if isinstance(nest, FlatNest) for e in nest.einsums):
+        assert len(lengths & {*e.ranks}) < 2, e
+
+
+@pytest.mark.parametrize(("name", "result"), [(VIEW, "flatten(1, 2)"), (f"{VIEW} of groups", "flatten(1, 3)")])
+def test_a_gradient_over_groups_and_members_is_a_view_of_what_a_kernel_wrote(name: str, result: str) -> None:
+    program = plan(run(differentiate(parse_cascade(VIEWS[name].replace("f64", "f32"))).cascade, "exact").cascade)
+    tiles = {**dict.fromkeys(tile_symbols(program), 16), "p": 16, "m": 16}
+    code = emit_kernels(program, Schedule(tuple(tiles.items()), target="cuda:90")).text
+    assert ".clamp(" not in code
+    (output,) = program.views
+    assert f"{output}.{result}" in code.splitlines()[-1]
+    assert any(output in nest.outputs for nest in program.serial_nests)
 
 
 def test_the_forward_pass_saves_what_the_gradient_reads() -> None:

@@ -33,7 +33,7 @@ from tests.codegen.tables import TABLES, values
 from tests.codegen.tables import forward as table_bias
 from tests.codegen.tables import gradient as gradient_of
 from tests.codegen.test_gradients import CASES as GRADIENTS
-from tests.codegen.test_gradients import scored, values_of
+from tests.codegen.test_gradients import VIEWS, scored, values_of
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -71,9 +71,10 @@ def test_any_length_group_width(
     assert error(case, {"B": 1, "P": p, "M": m}, tiles, h=heads[0], g=heads[1], e=width, f=width + 3) <= BOUND["f32"]
 
 
-@pytest.mark.parametrize("name", [n for n in GRADIENTS if "bias" in n])
+@pytest.mark.parametrize("name", [n for n in GRADIENTS if "bias" in n or n in VIEWS])
 def test_gradients(name: str) -> None:
-    """The gradient of a bias has tiles of two grid ranks: one step at a time along what it sums, or without a loop."""
+    """The gradient of a bias has tiles of two grid ranks: one step at a time along what it sums, or without a loop. One
+    of heads that are groups and members is written over those."""
     forward = parse_cascade(GRADIENTS[name].replace("f64", "f32"))
     gradient = differentiate(forward)
     program = plan(Loops().apply(gradient.cascade))

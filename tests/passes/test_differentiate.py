@@ -49,6 +49,20 @@ CASES = {
     "softcap": attention(scores="  C[b,h,p,m] = 2.0 * tanh(S[b,h,p,m] / 2.0)\n", s="C[b,h,p,m]"),
     "rectified scores": attention(scores="  C[b,h,p,m] = Max(S[b,h,p,m], 0.1)\n", s="C[b,h,p,m]"),
     "alibi slopes": attention(more=", A[h]", scores="  C[b,h,p,m] = S[b,h,p,m] + A[h] * (m - p)\n", s="C[b,h,p,m]"),
+    "slopes that heads share": attention(
+        more=", A[g]", scores="  C[b,h,p,m] = S[b,h,p,m] + A[h // 2] * (m - p)\n", s="C[b,h,p,m]"
+    ),
+    "keys repeated all together": attention().replace("h // 2", "h % 2"),
+    "keys of which heads are two ranks": attention()
+    .replace("h // 2", "h // 2,h % 2")
+    .replace("[b,g,", "[b,g,i,")
+    .replace("g < 2", "g < 2, i < 2"),
+    "some of the keys repeated": attention().replace("h // 2", "h % 3").replace("h < 4, g < 2", "h < 5, g < 4"),
+    "queries of which heads are two ranks": attention(ranks=", i < 2, j < 2")
+    .replace("b,h,p", "b,i,j,p")
+    .replace("Q[b,i,j,p,e], K", "Q[b,h,p,e], K")
+    .replace("Q[b,i,j,p,e] *", "Q[b,2*i + j,p,e] *")
+    .replace("h // 2", "j"),
     "relative table": attention(
         more=", A[h,n]", ranks=", n < 10", scores="  C[b,h,p,m] = S[b,h,p,m] + A[h,m - p + 4]\n", s="C[b,h,p,m]"
     ),
@@ -90,6 +104,9 @@ CASES = {
     "  where b < 2, h < 3, r < 2, p < 2, e < 2, t < 12, s < 37, n < 4\n"
     "  S[b,h,r,p] = sum(e) Q[2*h + 6*b + r,p,e] * K[2*h + 6*b + r,p,e]\n"
     "  O[b,h,r,p] = S[b,h,r,p] * A[6*h + 18*b + 3*r + 2,p] * B[h,r,3*p] * B[h,r,2]\n",
+    "digits": "cascade c(X[n], Y[k,l], U[n], V[i,g]) -> O[p,q]\n"
+    "  where n < 24, k < 2, l < 4, p < 3, q < 8, s < 3, g < 5, i < 5\n"
+    "  O[p,q] = sum(s) X[8*s + q] * U[s + 3*q] * U[4*s + q] * Y[q // 4,q % 4] * V[q % 4,q // 2] * Y[s // 2,s]\n",
     "the greatest weight alone": "cascade c(X[p,m], V[m,f]) -> O[p,f]\n  where p < 3, m < 5, f < 2, t < 1\n"
     "  I[p,t]: i64 = topk(m -> t) X[p,m]\n  G[p] = max(m) X[p,m]\n  W[p,m] = exp(X[p,m] - G[p])\n"
     "  Z[p] = sum(m) W[p,m]\n  R[p] = max(m) W[p,m] / Z[p]\n"

@@ -667,6 +667,19 @@ def grouped_tiled(q, k, v):
     return (q @ k.repeat(1, H // G, 1, 1).mT * SCALE).softmax(-1) @ v.repeat(1, H // G, 1, 1)
 
 
+@spelling("q kg vg")
+def grouped_concatenated(q, k, v):
+    k, v = (torch.cat([x] * (H // G), 1) for x in (k, v))
+    return (q @ k.mT * SCALE).softmax(-1) @ v
+
+
+@spelling("q kg vg")
+def grouped_members(q, k, v):
+    b, h, p, e = q.shape
+    s = torch.einsum("brgpe,bgme->brgpm", q.view(b, h // G, G, p, e), k) * SCALE
+    return torch.einsum("brgpm,bgmf->brgpf", s.softmax(-1), v)
+
+
 @spelling("q k1 v1")
 def multi_query_broadcast(q, k, v):
     return (q @ k.mT * SCALE).softmax(-1) @ v

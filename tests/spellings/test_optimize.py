@@ -32,3 +32,15 @@ def test_optimized_spelling(case: Case) -> None:
     assert [site.status for site in fast.report.sites] == ["rewritten"] * case.sites
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name.startswith("grouped")], ids=lambda c: c.name)
+def test_gradients_of_heads_in_groups(case: Case) -> None:
+    args = [x.requires_grad_() for x in inputs(case)]
+    torch._dynamo.reset()
+    fast = einscade.optimize(Calls(case.function), inner="eager")
+    expected = case.function(*args)
+    cotangent = torch.randn(expected.shape)
+    got = torch.autograd.grad(fast(*args), args, cotangent)
+    for a, b in zip(got, torch.autograd.grad(expected, args, cotangent), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
