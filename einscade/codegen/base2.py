@@ -5,28 +5,24 @@ Comes in: a `TileLoop`. Goes out: an equal one in which `exp(S - G)` is `Exp2(S*
 exponents (scores, their running maximum) are kept in the unit in which they come out of the contraction, so that the
 scale of the scores costs no operation of its own: it joins `log2 e` in the multiply-add of the exponent.
 
-Scores to which something of every point is added may be as low as a dtype goes (a mask that adds its least number).
-In another unit such a number is -inf: a row of nothing else would lose all its keys. And `S*c - G*c` of two such
-numbers is what rounding leaves, not 0. There the exponent stays `exp(S - G)`, which is multiplied by `log2 e` behind
-the difference, and scores stay in their own unit.
+Scores to which a tensor or a fill is added may be as low as a dtype goes (a mask that adds its least number). In
+another unit such a number is -inf: a row of nothing else would lose all its keys. And `S*c - G*c` of two large numbers
+is what rounding leaves, not 0. There the exponent stays `exp(S - G)`, which is multiplied by `log2 e` behind the
+difference, and scores stay in their own unit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 
 import sympy
-from sympy.logic.boolalg import Boolean
 
 from einscade.codegen.tiles import Finite, State, Statement, TileLoop
-from einscade.ir.expr import Access, Expr, Where, free_vars
+from einscade.ir.analysis import is_moderate
+from einscade.ir.expr import Access, Expr
 
 __all__ = ["Exp2", "base2", "logistic_exponent"]
-
-
-HUGE = 1e30
-"""Numbers from here on are taken for the least or the greatest of a dtype."""
 
 
 class Exp2(sympy.Function):
@@ -38,8 +34,8 @@ class Exp2(sympy.Function):
 
 def base2(loop: TileLoop, unit: Expr | None = None) -> TileLoop:
     """The loop with every exponential in base 2, scores and maxima in the unit of their contraction, or in `unit`; the
-    loop as it is where an exponent may have numbers that another unit has no room for."""
-    if _huge(loop):
+    loop as it is where an exponent may have large numbers."""
+    if not _moderate(loop):
         return loop
     chain = _chain(loop)
     unit = unit or _unit(loop, chain)
@@ -77,41 +73,19 @@ def logistic_exponent(expr: Expr) -> Expr | None:
     return power.args[0] if numerator == power else None
 
 
-def _huge(loop: TileLoop) -> bool:
-    """Whether something of every point, or a number that is huge itself, is added in an exponent, or in the values of
-    the loop that an exponent reads. What an exponent subtracts (the maximum, or the logarithm of a sum, as gradients
-    read them) is no more than what it is subtracted from."""
-    made = _definitions(loop)
-    found = [
-        (t, s)
+def _moderate(loop: TileLoop) -> bool:
+    """Whether no exponent has fills or tensors of every point in it. What is subtracted there (the maximum, or the
+    logarithm of a sum, as gradients read them) is no more than what it is subtracted from."""
+    states = {x for v in loop.states for x in (v.name, v.new)}
+    made = {s.name: s.expr if s.monoid is None and s.name not in states else sympy.Integer(0) for s in loop.statements}
+    made |= dict.fromkeys(states, sympy.Integer(0))
+    return all(
+        is_moderate(t, made.get)
         for s in loop.statements
         for e in s.expr.atoms(sympy.exp)
         for t in sympy.Add.make_args(sympy.expand_mul(e.args[0]))
         if not isinstance(-t, Access)
-    ]
-    seen: set[str] = set()
-    while found:
-        expr, s = found.pop()
-        for x in _summed(expr):
-            if isinstance(x, sympy.Number):
-                if x.is_finite and abs(x) >= HUGE:
-                    return True
-            elif x.tensor not in made:
-                if free_vars(x) & {*s.iterated}:
-                    return True
-            elif x.tensor not in seen:
-                seen.add(x.tensor)
-                found += [(d.expr, d) for d in made[x.tensor] if d.monoid != "sum"]
-    return False
-
-
-def _summed(expr: sympy.Basic) -> Iterator[sympy.Number | Access]:
-    """The reads and numbers of an expression, without those of conditions and indices."""
-    if isinstance(expr, (sympy.Number, Access)):
-        yield expr
-    elif not isinstance(expr, Boolean):
-        for x in expr.args[1:] if isinstance(expr, Where) else expr.args:
-            yield from _summed(x)
+    )
 
 
 def _reads(s: Statement) -> set[str]:

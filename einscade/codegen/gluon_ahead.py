@@ -83,7 +83,7 @@ class AheadChain(SpreadChain):
     def _complete(self, it: Iteration) -> list[str]:
         """What is multiplied behind the last sum; everything is waited for in the order in which it was issued."""
         *sums, last = self.order[0]
-        following = Iteration(it.flying, stage="next_stage", phase="next_phase", there="turn + 1 < count")
+        following = Iteration(it.flying, stage="next_stage", phase="next_phase", there="iteration + 1 < count")
         return [
             *(line for x in sums for line in self._await_sum(x, it)),
             *self._multiply_part(it),

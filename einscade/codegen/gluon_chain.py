@@ -321,13 +321,13 @@ class Chain(Frame):
 
     def _walk(self, iterations: str = "") -> list[str]:
         """The head of a loop over the tiles that are visited, from the last to the first, or over a range of them."""
-        head = f"for turn in range({iterations or self._count()}):"
+        head = f"for iteration in range({iterations or self._count()}):"
         if self.listed:
-            return [head, "    visit = gl.load(visits + turn)", "    tile = visit // 2"]
+            return [head, "    visit = gl.load(visits + iteration)", "    tile = visit // 2"]
         if (x := self.shape.members) is not None:
-            member = f"    {x.rank} = {x.group} * {x.count} + turn % {x.count}"
-            return [head, f"    tile = end - 1 - turn // {x.count}", member]
-        return [head, "    tile = end - 1 - turn"]
+            member = f"    {x.rank} = {x.group} * {x.count} + iteration % {x.count}"
+            return [head, f"    tile = end - 1 - iteration // {x.count}", member]
+        return [head, "    tile = end - 1 - iteration"]
 
     def _loop(self, masked: str, iterations: str = "") -> list[str]:
         """The loop, or a range of its iterations; `masked` says which of them are."""

@@ -360,7 +360,7 @@ class Overlapped(Frame):
 
     def _loop(self, count: str = "end - 1 - first", edges: Sequence[str] | None = None) -> list[str]:
         """The tiles after the first, so many of a range."""
-        last = "turn == count - 1" if self.listed else "tile == first"
+        last = "iteration == count - 1" if self.listed else "tile == first"
         second = "begun + 1" if self._own_stop else "1"
         return [*self._walk(count, second), *indent(self._advanced(last, edges or self._edges()))]
 
@@ -371,9 +371,9 @@ class Overlapped(Frame):
             return [f"for _ in range({count}):", "    tile -= 1"]
         return [
             f"following = gl.load(visits + gl.minimum({second}, count - 1))",
-            f"for turn in range({second}, count):",
+            f"for iteration in range({second}, count):",
             "    visit = following",
-            "    following = gl.load(visits + gl.minimum(turn + 1, count - 1))",
+            "    following = gl.load(visits + gl.minimum(iteration + 1, count - 1))",
             "    tile = visit // 2",
         ]
 

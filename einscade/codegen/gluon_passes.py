@@ -139,7 +139,7 @@ class Passes(Overlapped):
     def _tiles_after(self, step: list[str]) -> list[str]:
         """A loop over the tiles after the first."""
         if self.listed:
-            return ["for turn in range(1, count):", *indent(["visit = gl.load(visits + turn)", *step])]
+            return ["for iteration in range(1, count):", *indent(["visit = gl.load(visits + iteration)", *step])]
         return ["for _ in range(end - 1 - first):", *indent(step)]
 
     def _load(self) -> str:

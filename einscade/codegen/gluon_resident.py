@@ -109,7 +109,7 @@ class ResidentChain(SpreadChain):
 
     def _send(self, back: int) -> list[str]:
         sent = f"add_tile({self.total}_map, [line, 0], part_tile.index(group))"
-        return [FENCE, "gl.thread_barrier()", "if turn > 0:", f"    {sent}"]
+        return [FENCE, "gl.thread_barrier()", "if iteration > 0:", f"    {sent}"]
 
     def _place_before(self, group: int) -> str:
         return f"slot_before * GROUPS + {group}"
@@ -149,8 +149,8 @@ class ResidentChain(SpreadChain):
         for x in brought:
             free, _, *rest = self._copy_still(x)
             stills += [free, *(line.replace(f"{x.name}_full", f"{ring.name}_full.index(stage)") for line in rest)]
-        first = ["if turn == 0:", f"    {expect.removesuffix(')')}{more})", "else:", f"    {expect}"]
-        return [wait, *first, *copies, "if turn == 0:", *indent(stills)]
+        first = ["if iteration == 0:", f"    {expect.removesuffix(')')}{more})", "else:", f"    {expect}"]
+        return [wait, *first, *copies, "if iteration == 0:", *indent(stills)]
 
     # -- the warpgroups --
 
@@ -163,8 +163,8 @@ class ResidentChain(SpreadChain):
         return [*given, "line", "slot_before", "still_phase", f"{self.kept.name}_empty"]
 
     def _given(self, arguments: Sequence[str]) -> list[str]:
-        """An iteration's `turn` counts those of all tiles of rows."""
-        return ["past + turn" if x == "turn" else x for x in arguments]
+        """`iteration` counts those of all tiles of rows."""
+        return ["past + iteration" if x == "iteration" else x for x in arguments]
 
     def _pass_arguments(self) -> list[str]:
         own = {*self._running(), *self._context(), "tile", "zero", *(f"{x.name}_rows" for x in self.stills)}
@@ -181,7 +181,7 @@ class ResidentChain(SpreadChain):
             *(f"mbarrier.wait({r.name}_full.index(stage), phase)" for r in self.rings),
             self._await(it, "part"),
             *self._store_part(),
-            f"others.index(turn % 2 * GROUPS + group).store({zeros})",
+            f"others.index(iteration % 2 * GROUPS + group).store({zeros})",
             *self._send(1),
             ARRIVE,
             *(f"mbarrier.arrive({r.name}_empty.index(stage))" for r in self.rings),
@@ -226,7 +226,7 @@ class ResidentChain(SpreadChain):
             *(f"{x} = 0" for x in ("stage", "phase", "still_phase", "slot_phase", "past", "line")),
             "slot_before = 1",
             *self._each_place(place),
-            "turn = past",
+            "iteration = past",
             *part,
             *super()._store_part(),
             *self._send(1),

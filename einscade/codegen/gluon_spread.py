@@ -46,7 +46,7 @@ def add_tile(target, at, tile, _semantic=None):
     _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, target.handle, at, tile.handle)
 '''
 
-ARRIVE = "mbarrier.arrive(others_full.index(turn % 2))"
+ARRIVE = "mbarrier.arrive(others_full.index(iteration % 2))"
 """The weights of an iteration are made, and its part of those before is multiplied."""
 
 FENCE = "fence_async_shared()"
@@ -214,7 +214,7 @@ class SpreadChain(Chain):
 
     def _step_arguments(self) -> list[str]:
         listed = ["visits"] if self.listed else []
-        return [*super()._step_arguments(), "turn", *listed, *self._shared_by_groups()]
+        return [*super()._step_arguments(), "iteration", *listed, *self._shared_by_groups()]
 
     def _step_constants(self) -> list[str]:
         return ["group"]
@@ -305,12 +305,13 @@ class SpreadChain(Chain):
     def _tile_before(self, back: int) -> str:
         """The tile of an iteration that many before this one."""
         if (x := self.shape.members) is not None:
-            return f"tile + {back} - (turn % {x.count} + {back * (x.count - 1)}) // {x.count}"
-        return f"gl.load(visits + (turn - {back})) // 2" if self.listed else f"tile + {back}"
+            return f"tile + {back} - (iteration % {x.count} + {back * (x.count - 1)}) // {x.count}"
+        return f"gl.load(visits + (iteration - {back})) // 2" if self.listed else f"tile + {back}"
 
     def _await_others(self) -> list[str]:
         """Until all weights of the iteration before are made; those before them nobody reads any more."""
-        return ["before = (turn + 1) % 2", "mbarrier.wait(others_full.index(before), ((turn + 1) // 2 + 1) % 2)"]
+        phase = "((iteration + 1) // 2 + 1) % 2"
+        return ["before = (iteration + 1) % 2", f"mbarrier.wait(others_full.index(before), {phase})"]
 
     def _multiply_part(self, it: Iteration) -> list[str]:
         """This warpgroup's part of the product of all weights of the iteration before."""
@@ -340,12 +341,12 @@ class SpreadChain(Chain):
         result = self.spread.result
         sent: list[str] = []
         if (x := self.shape.members) is not None:
-            sent.append(f"{x.rank}_before = {x.group} * {x.count} + (turn + {back * (x.count - 1)}) % {x.count}")
+            sent.append(f"{x.rank}_before = {x.group} * {x.count} + (iteration + {back * (x.count - 1)}) % {x.count}")
             before = {var(x.rank): var(f"{x.rank}_before")}
             result = replace(result, batch=tuple((at, index.xreplace(before)) for at, index in result.batch))
         sent.append(f"at = {self._coordinates(result, self.part.first_line(self._tile_before(back)))}")
         sent.append(f"add_tile({self.total}_map, at, part_tile.index(group))")
-        return [FENCE, "gl.thread_barrier()", f"if turn > {back - 1}:", *indent(sent)]
+        return [FENCE, "gl.thread_barrier()", f"if iteration > {back - 1}:", *indent(sent)]
 
     def _issue_sum(self, x: WeightedSum, printer: Printer, it: Iteration) -> list[str]:
         late = self.late if x == self.order[0][0] else ()
@@ -366,7 +367,7 @@ class SpreadChain(Chain):
         value, weights = printer.names[x.weights].atom(), self.weight_names[x.weights]
         return [
             f"{weights} = {value}.to({GLUON_DTYPES[self.shape.dtype]})",
-            f"others.index(turn % 2 * GROUPS + group).store({weights})",
+            f"others.index(iteration % 2 * GROUPS + group).store({weights})",
             f"{weights} = gl.convert_layout({weights}, WEIGHTS)",
         ]
 
@@ -375,7 +376,7 @@ class SpreadChain(Chain):
         leave."""
         it = Iteration()
         return [
-            f"turn = {self._count()}",
+            f"iteration = {self._count()}",
             *([] if self.listed else ["tile = first - 1"]),
             *self._unsent(),
             *self._await_others(),

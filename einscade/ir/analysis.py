@@ -7,7 +7,7 @@ traversed, whatever the schedule. Parts of a partitioned rank count as the rank 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from math import prod
@@ -20,7 +20,7 @@ from sympy.logic.boolalg import And, BooleanFalse, BooleanTrue, Or
 
 from einscade.ir.cascade import Cascade, Einsum
 from einscade.ir.device import Device
-from einscade.ir.expr import FUNCTIONS, Access, Expr, accesses, free_vars, var
+from einscade.ir.expr import FUNCTIONS, Access, Expr, Where, accesses, free_vars, var
 from einscade.ir.interpret import OPERATIONS, extents
 from einscade.ir.intervals import decide
 
@@ -353,3 +353,23 @@ def analyse(cascade: Cascade) -> Analysis:
     return Analysis(
         passes(cascade), serial_rank(cascade), operations(cascade).total, traffic(cascade), footprint(cascade)
     )
+
+
+_LARGE = 1000
+
+
+def is_moderate(expr: Expr, defined: Callable[[str], Expr | None]) -> bool:
+    """Whether scores are of the size of a contraction: no finite fill in them, no tensor added that could hold one.
+    What is infinite is no point that a row's maximum is taken at. `defined` gives what the values of a tensor are made
+    of, a number for a reduction, None for an input."""
+    if expr.is_number:
+        return bool(expr.is_infinite or abs(expr) <= _LARGE)
+    if isinstance(expr, Access):
+        made = defined(expr.tensor)
+        return made is not None and is_moderate(made, defined)
+    if isinstance(expr, sympy.Mul):
+        numbers = [x for x in expr.args if x.is_number]
+        factors = [x for x in expr.args if not x.is_number]  # a slope times a distance, scores times a temperature
+        return all(is_moderate(x, defined) for x in numbers) and any(is_moderate(x, defined) for x in factors)
+    branches = expr.args[1:] if isinstance(expr, Where) else expr.args
+    return all(is_moderate(x, defined) for x in branches)

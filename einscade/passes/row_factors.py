@@ -15,11 +15,13 @@ out: an equal cascade whose contractions read inputs themselves:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 import sympy
 
 from einscade.ir import Access, Cascade, Einsum, Expr, Tensor, Where, accesses, var
+from einscade.ir.analysis import is_moderate
 from einscade.passes.statements import Names, inlined, redirect
 from einscade.passes.terms import depends, variables
 
@@ -173,7 +175,7 @@ def _joined(cascade: Cascade, s: Einsum, row: Einsum, positive: frozenset[str], 
     argument = s.expr.args[0]
     own = [t for t in sympy.Add.make_args(argument) if variables(t) <= set(row.output.ranks)]
     made: tuple[Einsum, ...] = (s.replace(expr=s.expr * row.output()),)
-    if _is_moderate(sympy.Add(argument, *(-t for t in own)), cascade):
+    if is_moderate(sympy.Add(argument, *(-t for t in own)), functools.partial(_defined, cascade)):
         level = Einsum(
             Tensor(names("L"), row.output.ranks, row.output.dtype),
             Where(there, sympy.log(inverse) - sympy.Add(*own), sympy.oo),
@@ -188,20 +190,6 @@ def _joined(cascade: Cascade, s: Einsum, row: Einsum, positive: frozenset[str], 
     return cascade.replace(body=tuple(body))
 
 
-_LARGE = 1000
-
-
-def _is_moderate(expr: Expr, cascade: Cascade) -> bool:
-    """Whether scores are of the size of a contraction: no finite fill in them, no tensor added that could hold one.
-    What is infinite is no point that a row's maximum is taken at."""
-    if expr.is_number:
-        return bool(expr.is_infinite or abs(expr) <= _LARGE)
-    if isinstance(expr, Access):
-        made = cascade.definitions.get(expr.tensor)
-        return made is not None and (made.reduce is not None or _is_moderate(made.expr, cascade))
-    if isinstance(expr, sympy.Mul):
-        numbers = [x for x in expr.args if x.is_number]
-        factors = [x for x in expr.args if not x.is_number]  # a slope times a distance, scores times a temperature
-        return all(_is_moderate(x, cascade) for x in numbers) and any(_is_moderate(x, cascade) for x in factors)
-    branches = expr.args[1:] if isinstance(expr, Where) else expr.args
-    return all(_is_moderate(x, cascade) for x in branches)
+def _defined(cascade: Cascade, name: str) -> Expr | None:
+    made = cascade.definitions.get(name)
+    return None if made is None else made.expr if made.reduce is None else sympy.Integer(0)
