@@ -244,7 +244,7 @@ def test_whole_tiles_have_a_loop_without_masks(heads: int) -> None:
     text, members = emit(loops, next(s for s in schedules(loops) if s.unordered)).text, heads // 2
     text = text[text.index("    edge = ") :]
     edge, inside = (re.findall(rf"^    {x} = (.*)$", text, re.MULTILINE)[0] for x in ("edge", "inside"))
-    ranges = re.findall(r"^        for i in range\((.*)\):$", text, re.MULTILINE)
+    ranges = re.findall(r"^        for iteration in range\((.*)\):$", text, re.MULTILINE)
     assert re.findall(r"\b(True|False),\s+group\)", text) == ["True", "False"]
     for first, tiles, row, rows in itertools.product((0, 2), range(1, 6), (0, 128), (128, 200, 256)):
         known: dict[str, Any] = {"first": first, "end": first + tiles, "row": torch.tensor(row), "M": rows, "gl": torch}
