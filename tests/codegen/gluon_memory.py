@@ -160,6 +160,10 @@ class Shared:
     def shape(self) -> list[int]:
         return list(self.data.shape)
 
+    def begins(self) -> int:
+        """Where the view begins in its allocation, in bytes; allocations begin where the copy engine needs it."""
+        return self.data.storage_offset() * self.data.element_size()
+
     def view(self, data: Tensor, new: Layout | None = None) -> Shared:
         return Shared(self.simulator, data, new or self.layout, self.unfenced)
 

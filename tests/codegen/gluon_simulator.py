@@ -261,6 +261,7 @@ class Simulator:
     def _copy_in(self, source: TensorDescriptor, at: Sequence[Any], barrier: Barrier, to: Shared) -> None:
         self._touch()
         check(to.shape == source.block_shape and to.layout == source.layout, f"a copy into a tile of {to.shape}")
+        check(to.begins() % 128 == 0, f"a copy to byte {to.begins()} of an allocation")
         address, inside = source.places(at)
         to.data.fill_(poison(to.data.dtype))
 
@@ -274,6 +275,7 @@ class Simulator:
     def _copy_out(self, target: TensorDescriptor, at: Sequence[Any], source: Shared) -> None:
         self._touch()
         check(source.shape == target.block_shape and source.layout == target.layout, f"a copy out of {source.shape}")
+        check(source.begins() % 128 == 0, f"a copy from byte {source.begins()} of an allocation")
         address, inside = target.places(at)
         source.seen()  # a fence that comes later is too late, even if the copy begins later still
 
@@ -285,6 +287,7 @@ class Simulator:
     def _copy_added(self, target: TensorDescriptor, at: Sequence[Any], source: Shared) -> None:
         self._touch()
         check(source.shape == target.block_shape and source.layout == target.layout, f"a copy out of {source.shape}")
+        check(source.begins() % 128 == 0, f"a copy from byte {source.begins()} of an allocation")
         address, inside = target.places(at)
         source.seen()
 

@@ -41,7 +41,8 @@ def given(cascade: Cascade, sizes: dict[str, int]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     extents = {r.name: sizes.get(str(r.extent)) or int(r.extent) for r in cascade.ranks}
     shapes = {t: [extents[r] for r in t.ranks] for t in cascade.inputs}
-    return {t.name: torch.randn(shape, generator=generator).to(DTYPES[t.dtype]) for t, shape in shapes.items()}
+    dtypes = {**DTYPES, "bool": torch.bool}
+    return {t.name: torch.randn(shape, generator=generator).to(dtypes[t.dtype]) for t, shape in shapes.items()}
 
 
 def gradients(forward: Cascade, x: dict[str, Tensor]) -> tuple[Cascade, dict[str, Tensor]]:
@@ -57,11 +58,14 @@ def gradients(forward: Cascade, x: dict[str, Tensor]) -> tuple[Cascade, dict[str
     return gradient.cascade, {t.name: (x | kept | cotangents)[t.name] for t in gradient.cascade.inputs}
 
 
-def assert_right(plain: Cascade, x: dict[str, Tensor], sizes: dict[str, int]) -> None:
-    """Under every schedule that may be tried: at most three times the rounding of the exact results."""
+def assert_right(plain: Cascade, x: dict[str, Tensor], sizes: dict[str, int], keys: int | None = None) -> None:
+    """Under every schedule that may be tried, or those with so many keys in a tile: at most three times the rounding of
+    the exact results."""
     loops: LoopProgram = plan(run(plain, "exact").cascade)
     exact = interpret(plain, x)
-    for schedule in dict.fromkeys(schedules(loops)[: 2 * MOST_SCHEDULES["gluon"]]):
+    tried = [s for s in schedules(loops) if keys in (None, dict(s.tiles).get("M0"))]
+    assert tried
+    for schedule in dict.fromkeys(tried[: 2 * MOST_SCHEDULES["gluon"]]):
         text = emit(loops, schedule).text
         found = Simulator(1).load(text).run(*x.values(), **{n: sizes[n] for n in loops.cascade.symbols if n in sizes})
         for name, value in zip(plain.outputs, found, strict=True):
@@ -77,6 +81,15 @@ def test_ranks_of_a_batch_are_no_names_of_the_text(domain: str) -> None:
     assert_right(forward, x, sizes)
     gradient, values = gradients(forward, x)
     assert_right(gradient, values, sizes)
+
+
+@pytest.mark.parametrize("keys", [64, 128])
+def test_a_boolean_for_each_key_is_a_value(keys: int) -> None:
+    """As many bytes as a tile has keys: fewer than the copy engine can put side by side are read by address."""
+    sizes = {"P": 150, "M": 200}
+    forward = windows("x,y", "S[{ranks},p,m] + Where(A[x,m], 0, -30000)", ", A[x,m]: bool")
+    x = given(forward, sizes)
+    assert_right(forward, x | {"A": (torch.arange(200) % 3 > 0)[None]}, sizes, keys)
 
 
 @pytest.mark.parametrize("index", ["p,m", "0,m"])
