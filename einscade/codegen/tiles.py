@@ -15,7 +15,7 @@ Comes in: a `SerialNest`. Goes out: a `TileLoop`, in which
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -132,33 +132,40 @@ def whole_scans(cascade: Cascade) -> Existence:
 # -- missing points ----------------------------------------------------------------------------------------------------
 
 
-def missing_value(expr: Expr, missing: Mapping[str, Expr]) -> Expr | None:
+def missing_value(expr: Expr, missing: Mapping[str, Expr], undefined: Collection[str] = ()) -> Expr | None:
     """The expression's value where the tensors in `missing` are at the given constants, if it is one whatever the
-    other (finite) values are."""
+    other values are: finite ones, but for those of the tensors in `undefined`."""
     if isinstance(expr, Access):
         return missing.get(expr.tensor)
     if expr.is_number:
         return expr
     if isinstance(expr, sympy.exp):
-        inner = missing_value(expr.args[0], missing)
+        inner = missing_value(expr.args[0], missing, undefined)
         return None if inner is None else sympy.exp(inner)
     if isinstance(expr, sympy.Add):
-        parts = [missing_value(a, missing) for a in expr.args]
+        parts = [missing_value(a, missing, undefined) for a in expr.args]
         if any(p is not None and p.is_infinite for p in parts):
             infinite = {p for p in parts if p is not None and p.is_infinite}
             return infinite.pop() if len(infinite) == 1 else None
         return sympy.Add(*(p for p in parts if p is not None)) if None not in parts else None
     if isinstance(expr, sympy.Mul):
-        parts = [missing_value(a, missing) for a in expr.args]
+        parts = [missing_value(a, missing, undefined) for a in expr.args]
         if any(p == 0 for p in parts):  # what divides may itself be 0 there, and a power may have overflowed
-            divided = any(isinstance(a, sympy.Pow) and a.exp.is_negative and a.has(Access) for a in expr.args)
             others = [a for a, p in zip(expr.args, parts, strict=True) if p is None]
-            return None if divided or any(map(_may_overflow, others)) else sympy.Integer(0)
+            divided = any(isinstance(a, sympy.Pow) and a.exp.is_negative and a.has(Access) for a in expr.args)
+            wild = divided or any(_may_overflow(a) or _reads_any(a, undefined) for a in others)
+            return None if wild else sympy.Integer(0)
         return sympy.Mul(*(p for p in parts if p is not None)) if None not in parts else None
     if isinstance(expr, sympy.Pow) and expr.exp.is_positive:
-        base = missing_value(expr.base, missing)
+        base = missing_value(expr.base, missing, undefined)
         return None if base is None else base**expr.exp
     return None
+
+
+def _may_be_undefined(expr: Expr, undefined: Collection[str]) -> bool:
+    """Whether reads of 0, as missing points have them, may give what is no number: what divides, a logarithm."""
+    divides = any(x.exp.is_negative and x.base.has(Access) for x in expr.atoms(sympy.Pow))
+    return divides or any(x.has(Access) for x in expr.atoms(sympy.log)) or _reads_any(expr, undefined)
 
 
 def _may_overflow(expr: Expr) -> bool:
@@ -438,6 +445,7 @@ def with_fills(statements: list[Statement]) -> list[Statement]:
     reduction's operand (`mask_operand`, where `keep` fails). A reduction needs no mask where each condition of its
     own is one of a tensor that it reads, whose fill makes the operand the identity."""
     missing: dict[str, dict[Boolean, Expr]] = {}  # by tensor: its value where a condition of its points fails
+    undefined: set[str] = set()  # what may be no number at missing points
     result: list[Statement] = []
     for i, s in enumerate(statements):
         rows = conjuncts(s.row)
@@ -445,7 +453,7 @@ def with_fills(statements: list[Statement]) -> list[Statement]:
             t.name for t in result if all(a.index == tuple(map(var, t.ranks)) for a in s.reads if a.tensor == t.name)
         }
         known = {
-            c: missing_value(s.expr, {n: v[c] for n, v in missing.items() if c in v and n in aligned})
+            c: missing_value(s.expr, {n: v[c] for n, v in missing.items() if c in v and n in aligned}, undefined)
             for c in conjuncts(s.keep)
         }
         values = {c: v for c in rows if s.monoid is None and (v := known.get(c)) is not None}
@@ -456,6 +464,8 @@ def with_fills(statements: list[Statement]) -> list[Statement]:
             if wanted is not None and any(values.get(c) != wanted for c in rows):
                 s, values = replace(s, fill=wanted), dict.fromkeys(rows, wanted)
         missing[s.name] = values
+        if s.monoid is None and s.fill is None and _may_be_undefined(s.expr, undefined):
+            undefined.add(s.name)
         result.append(s)
     return result
 

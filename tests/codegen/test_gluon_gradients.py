@@ -390,7 +390,7 @@ def test_a_sum_over_programs_is_rounded_in_any_shape(old: str, new: str) -> None
         assert relative_error(value, expected[output]) <= 3 * 2**-9, output
 
 
-HEADS = """cascade c(Q[b,g,p,e]: bf16, K[b,i,m,e]: bf16, V[b,i,m,f]: bf16) -> O[b,h,i,p,f]: bf16
+VIEWED = """cascade c(Q[b,g,p,e]: bf16, K[b,i,m,e]: bf16, V[b,i,m,f]: bf16) -> O[b,h,i,p,f]: bf16
   where b < 2, h < 2, i < 2, g < 4, p < 150, m < 77, e < 64, f < 64
   S[b,h,i,p,m] = sum(e) Q[b,2*h + i,p,e] * K[b,i,m,e] * 0.125   if m <= p
   G[b,h,i,p] = max(m) S[b,h,i,p,m]
@@ -405,7 +405,7 @@ HEADS = """cascade c(Q[b,g,p,e]: bf16, K[b,i,m,e]: bf16, V[b,i,m,f]: bf16) -> O[
 @pytest.mark.parametrize("view", [True, False])
 def test_heads_that_are_groups_and_members(view: bool, unordered: bool) -> None:
     """The kernel writes the gradient of queries over both, of which the result is a view where they are one rank."""
-    spelled = HEADS if view else HEADS.replace("b,g,p", "b,h,i,p").replace("2*h + i", "h,i").replace(" g < 4,", "")
+    spelled = VIEWED if view else VIEWED.replace("b,g,p", "b,h,i,p").replace("2*h + i", "h,i").replace(" g < 4,", "")
     gradient = differentiate(scan_free(parse_cascade(spelled), "exact"))
     loops = plan(run(gradient.cascade, "exact").cascade)
     torch.manual_seed(0)

@@ -176,11 +176,38 @@ def test_rows_of_nothing_but_the_least_number(name: str) -> None:
     gradients_hold(forward, ["Q", "K", "V"], given, sizes)
 
 
-def test_what_is_undefined_at_missing_points_adds_nothing() -> None:
-    """Rows beyond the last divide by what nothing was loaded of: with weights among the results, the normaliser."""
-    text = scored("S[b,h,p,m] + A[p,m]", ", A[p,m]: f64")
-    text = text.replace("-> O[b,h,p,f]: f64", "-> O[b,h,p,f]: f64, R[b,h,p,m]: f64")
-    text = text.replace("p < P, m < M", "p < 37, m < 21")
-    forward = parse_cascade(text.replace("f64", "f32") + "  R[b,h,p,m]: f32 = W[b,h,p,m] / Z[b,h,p]\n")
+WITH_WEIGHTS = {
+    "heads of groups": """cascade c(
+      Q[b,h,p,e]: f32, K[b,g,m,e]: f32, V[b,g,m,f]: f32, A[p,m]: f32
+    ) -> O[b,h,p,f]: f32, R[b,h,p,m]: f32
+      where b < B, h < 4, g < 2, p < 37, m < 21, e < 8, f < 6
+      C[b,h,p,m] = sum(e) 0.7 * Q[b,h,p,e] * K[b,h // 2,m,e]
+      S[b,h,p,m] = C[b,h,p,m] + A[p,m]
+      G[b,h,p] = max(m) S[b,h,p,m]
+      W[b,h,p,m] = exp(S[b,h,p,m] - G[b,h,p])
+      Z[b,h,p] = sum(m) W[b,h,p,m]
+      N[b,h,p,f] = sum(m) W[b,h,p,m] * V[b,h // 2,m,f]
+      O[b,h,p,f]: f32 = N[b,h,p,f] / Z[b,h,p]  if Z[b,h,p] != 0
+      R[b,h,p,m]: f32 = W[b,h,p,m] / Z[b,h,p]""",
+    "members and groups": """cascade c(
+      Q[b,g,p,e]: f32, K[b,i,m,e]: f32, V[b,i,m,f]: f32, A[p,m]: f32
+    ) -> O[b,h,i,p,f]: f32, R[b,h,i,p,m]: f32
+      where b < B, g < 4, h < 2, i < 2, p < 37, m < 37, e < 128, f < 128
+      C[b,h,i,p,m] = sum(e) 0.09 * Q[b,2*h + i,p,e] * K[b,i,m,e]
+      S[b,h,i,p,m] = C[b,h,i,p,m] + A[p,m]
+      G[b,h,i,p] = max(m) S[b,h,i,p,m]
+      W[b,h,i,p,m] = exp(S[b,h,i,p,m] - G[b,h,i,p])
+      Z[b,h,i,p] = sum(m) W[b,h,i,p,m]
+      N[b,h,i,p,f] = sum(m) W[b,h,i,p,m] * V[b,i,m,f]
+      O[b,h,i,p,f]: f32 = N[b,h,i,p,f] / Z[b,h,i,p]  if Z[b,h,i,p] != 0
+      R[b,h,i,p,m]: f32 = W[b,h,i,p,m] / Z[b,h,i,p]""",
+}
+
+
+@pytest.mark.parametrize("name", WITH_WEIGHTS)
+def test_what_is_undefined_at_missing_points_adds_nothing(name: str) -> None:
+    """Rows beyond the last divide by what nothing was loaded of (with weights among the results, the normaliser), in
+    the sum's own terms or in a statement in front of it."""
+    forward = parse_cascade(WITH_WEIGHTS[name])
     values = values_of(forward, {"B": 2}, torch.Generator().manual_seed(0))
     gradients_hold(forward, ["K", "V"], {n: v.float() for n, v in values.items()}, {"B": 2}, 16)
