@@ -32,9 +32,7 @@ def inlined(cascade: Cascade) -> Cascade:
         s = _written_out(s, written, cascade)
         if s.reduce is None and s.scan is None and _may_inline(s, cascade):
             written[s.name] = s
-            if s.name not in cascade.outputs:
-                continue
-        body.append(s)
+        body.append(s)  # whoever reads it under a condition may not have written it out
     return without_unused(cascade.replace(body=tuple(body)))
 
 

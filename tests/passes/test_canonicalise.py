@@ -141,6 +141,18 @@ def test_conjuncts_stay_apart_and_tensors_join_them() -> None:
     assert_equal(cascade(head + "  " + domain), after, {"B": 2, "P": 5, "M": 5})
 
 
+def test_what_is_read_under_a_condition_of_its_own_is_still_made() -> None:
+    """Keys and values in one tensor, as its gradient has them: each is there only where the condition holds."""
+    before = cascade("""
+cascade c(X[m,e]: f32, Y[m,e]: f32) -> O
+  where v < 2, m < 3, e < 4, w < 4
+  A[v,m,e] = X[m,e] * Y[m,e]  if 0 == v
+  C[v,m,e] = X[m,e] + Y[m,e]  if 1 == v
+  O[v,m,w] = Where(0 == v, A[v,m,w], 0) + Where(1 == v & X[m,w] > 0, C[v,m,w], 0)
+""")
+    assert_equal(before, canonical(before), {})
+
+
 def test_the_lowest_float_stays_one() -> None:
     """A fill that is kept (each row may be masked whole by a tensor, twice) is not rounded out of float32."""
     lowest = torch.finfo(torch.float32).min
