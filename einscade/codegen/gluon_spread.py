@@ -75,13 +75,15 @@ def spread(other: Form, form: Form) -> Spread | None:
     if len(other.sums) != 1 or other.states or len(other.epilogue) != 1 or len(other.written) != 1 or other.addressed:
         return None
     (total,), (after,) = other.sums, other.epilogue
+    if total.weights in other.scores:  # a product with nothing after it, which could mask points beyond the last row
+        return None
     if total.rescale is not None or after.expr != Access(total.state.name, *map(var, total.state.ranks)):
         return None
     if other.results != (other.written[0].tensor,) or total.values not in form.stills:
         return None
     wanted = _value(other, total.weights)
     for x in form.sums:
-        found = _value(form, x.weights)
+        found = None if x.weights in form.scores else _value(form, x.weights)
         if wanted is None or found is None or _domain(other, total.weights) != _domain(form, x.weights):
             continue
         (number, rest), (own, same) = wanted.as_coeff_Mul(), found.as_coeff_Mul()

@@ -347,6 +347,22 @@ def test_what_has_other_points_or_values_is_no_sum_of_programs() -> None:
     assert float(found.number) == 2
 
 
+LINEAR = """cascade c(Q[b,p,e]: bf16, K[b,m,e]: bf16, V[b,m,f]: bf16) -> O[b,p,f]: bf16
+  where b < 64, p < 1024, m < 1024, e < 64, f < 64
+  S[b,p,m] = sum(e) Q[b,p,e] * K[b,m,e]  if m <= p
+  O[b,p,f]: bf16 = sum(m) S[b,p,m] * V[b,m,f]
+"""
+
+
+def test_products_that_are_weights_as_they_are_have_loops_of_their_own() -> None:
+    """Their points beyond the last row would have to be masked by a statement after them."""
+    loops = plan(run(differentiate(parse_cascade(LINEAR)).cascade, "exact").cascade)
+    queries, keys, _ = (nest_form(loops.cascade, nest) for nest in loops.serial_nests)
+    assert queries.sums[0].weights in queries.scores
+    assert spread(queries, keys) is None
+    assert len(schedules(loops, H200, {})) > 0
+
+
 def test_a_row_beyond_the_last_adds_nothing() -> None:
     """Its scores are those of a key of zeros, whose weight overflows where all scores are far below 0."""
     gradient, loops = program("full", tuple(WIDE.items()))
