@@ -92,7 +92,7 @@ FAMILIES = DEVELOPED + HELD_OUT
 @dataclass
 class Row:
     """One family with one attention implementation. `error` is the largest absolute one; None where nothing ran.
-    `failed`: what einscade warned of, a kernel or a pass that broke."""
+    `failed`: what was raised, and what einscade warned of: a kernel or a pass that broke."""
 
     family: str
     attention: str
@@ -167,6 +167,7 @@ def run(name: str, attention: str, how: How = How()) -> Row:
                 row.failed = "; ".join(dict.fromkeys(x for x in said if x.startswith("einscade")))
     except Exception as error:
         row.note = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        row.failed = "; ".join(filter(None, (row.note, row.failed)))
         if os.environ.get("ZOO_TRACEBACK"):
             traceback.print_exc()
     return row
@@ -427,7 +428,7 @@ def main(argv: list[str] | None = None) -> int:
     for row in run_all(((*job, how) for job in jobs), args.timeout, args.jobs):
         rows.append(row)
         if not quiet:
-            print(_line(_cells(row), "; ".join(filter(None, (row.note, row.failed)))), flush=True)
+            print(_line(_cells(row), row.failed or row.note), flush=True)
     rows = [row for row in rows if row.applies]
     env = env or record.environment(args.commit)  # processes cannot be forked where a GPU has been used
     figures = {**asdict(how), "rows": [asdict(row) | {"ok": row.ok} for row in rows]}
