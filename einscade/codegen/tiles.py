@@ -164,8 +164,15 @@ def missing_value(expr: Expr, missing: Mapping[str, Expr], undefined: Collection
 
 def _may_be_undefined(expr: Expr, undefined: Collection[str]) -> bool:
     """Whether reads of 0, as missing points have them, may give what is no number: what divides, a logarithm."""
-    divides = any(x.exp.is_negative and x.base.has(Access) for x in expr.atoms(sympy.Pow))
+    divides = any(x.exp.is_negative and x.base.has(Access) and not _positive(x.base) for x in expr.atoms(sympy.Pow))
     return divides or any(x.has(Access) for x in expr.atoms(sympy.log)) or _reads_any(expr, undefined)
+
+
+def _positive(expr: Expr) -> bool:
+    """Whether the expression is more than 0 whatever the tensors are: a logistic function's divisor."""
+    if isinstance(expr, sympy.Add):
+        return any(x.is_number and x.is_positive for x in expr.args) and all(map(_positive, expr.args))
+    return bool(expr.is_number and expr.is_positive) or isinstance(expr, sympy.exp)
 
 
 def _may_overflow(expr: Expr) -> bool:

@@ -433,8 +433,8 @@ def _merged(name: Name, access: Access, scope: Scope) -> tuple[Name, Access]:
     if not name.stored or not name.extents:
         return name, access
     for inner, i in enumerate(access.index):
-        if not isinstance(i, Mod) or name.extents[inner] != str(i.args[1]):
-            continue
+        if not isinstance(i, Mod) or not i.args[1].is_Integer or name.extents[inner] != str(i.args[1]):
+            continue  # pages of a size that is known at run time only are gathered
         x, size = i.args
         whole = scope.ranges.get(x.name) if isinstance(x, sympy.Symbol) else None
         for outer, o in enumerate(access.index):
