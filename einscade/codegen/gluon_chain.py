@@ -20,7 +20,7 @@ import sympy
 from einscade.codegen.gluon_factors import joined, shared
 from einscade.codegen.gluon_form import Operand, WeightedSum
 from einscade.codegen.gluon_frame import Frame
-from einscade.codegen.gluon_plan import ALIGNED, GROUP_ROWS, REGISTERS, SHARED, Load, Ring, Table
+from einscade.codegen.gluon_plan import ALIGNED, GROUP_ROWS, REGISTERS, RUN_BYTES, SHARED, Load, Ring, Table
 from einscade.codegen.gluon_points import GLUON_DTYPES
 from einscade.codegen.gluon_text import call, function, indent, paren, wrapped
 from einscade.codegen.gluon_values import Printer, Value
@@ -148,9 +148,8 @@ class Chain(Frame):
             *others, last = x.access.index
             t = self.cascade.tensors[x.access.tensor]
             plain = last == var(m) and not any(m in free_vars(i) for i in others)
-            size = 2 if t.dtype in ("bf16", "f16") else 4
-            whole = size * self.columns % ALIGNED == 0
-            if plain and whole and t.dtype in RUNS and len(x.access.index) <= 5:
+            size = RUN_BYTES[t.dtype] if t.dtype in RUNS else 0
+            if plain and size and size * self.columns % ALIGNED == 0 and len(x.access.index) <= 5:
                 operand = Operand(t.name, len(others), len(others), 0, self.columns, tuple(enumerate(others)))
                 found.append(Table(self.name(t.name), x.access, operand, size))
         names = [t.name for t in found]

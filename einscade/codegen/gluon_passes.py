@@ -102,7 +102,7 @@ class Passes(Overlapped):
         tiles = self.stages * self.columns * sum(r.width for r in self.buffers) * 2
         tiles += self.rows * (sum(r.width for r in self.stills) * 2 + self.f * 4 * len(self.kept))
         tiles += self.rows * self.f * 2 * (len(self.shape.written) - len(self.shares))
-        tiles += self.stages * sum(max(128, self.columns * c.size) for c in self.copied_columns)
+        tiles += self.stages * sum(self.columns * c.size for c in self.copied_columns)
         if tiles + 1024 > SHARED:
             raise Unsupported(f"{tiles} bytes of tiles do not fit in {SHARED} bytes of shared memory")
         sums, products = len(first.shape.sums), len(first.shape.products)

@@ -213,7 +213,7 @@ class Plan:
         tiles += self.slots * self.rows * sum(r.width for r in self.stills) * 2
         tiles += self.rows * self.f * 2 * (len(self.shape.written) - len(self.shares))
         tiles += self.stages * self.rows * self.columns * sum(t.size for t in self.tables)
-        tiles += self.stages * sum(max(128, self.columns * c.size) for c in self.copied_columns)
+        tiles += self.stages * sum(self.columns * c.size for c in self.copied_columns)
         if tiles + 1024 > SHARED:
             raise Unsupported(f"{tiles} bytes of tiles do not fit in {SHARED} bytes of shared memory")
         registers = len(self.shape.sums) * self.f // 2 + len(self.shape.products) * self.columns * 3 // 4 + 32
