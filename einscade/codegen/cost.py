@@ -313,8 +313,11 @@ def _efficiency(nest: SerialNest, schedule: Schedule, device: Device) -> float:
 
 
 def fits(cascade: Cascade, nest: SerialNest, schedule: Schedule, device: Device, lengths: Lengths) -> bool:
-    """Shared memory for the pipelined tiles, registers for running values and the scores of one tile."""
+    """Shared memory for the pipelined tiles, registers for running values and the scores of one tile; and no product
+    that warpgroups would cut too narrow."""
     tiles = _tiles_of(cascade, nest, schedule)
+    if device.kind == "cuda" and device.capability[0] == 9 and _has_slivers(cascade, nest, schedule, lengths):
+        return False
 
     def elements(ranks: tuple[str, ...]) -> int:
         return _elements(nest, ranks, tiles, lengths)
@@ -335,7 +338,8 @@ def fits(cascade: Cascade, nest: SerialNest, schedule: Schedule, device: Device,
     scans = sum(elements(e.output.ranks) for e in nest.scans)
     columns = {nest.tile, *crossed(cascade, nest)[1:]}
     scores = max((elements(e.output.ranks) for e in nest.body if columns & {*e.output.ranks}), default=0)
-    wide = sum(1 for e in contractions(nest) if columns & {*e.output.ranks})
+    made = [e.output.ranks for e in contractions(nest)]
+    wide = sum(1 for ranks in made if columns & {*ranks} and elements(ranks) > _power(least))
     ranks_of = {(t, i): _box(cascade, i) for t, i in moving}
     multiplied = {a.tensor for e in contractions(nest) for a in e.reads}
     single = [
@@ -353,6 +357,22 @@ def fits(cascade: Cascade, nest: SerialNest, schedule: Schedule, device: Device,
     if any(is_data_dependent(e.domain) for e in nest.body):  # bounds that are data are computed and kept
         registers *= 0.8
     return (scans + scores * max(1, wide) * 1.75) / threads <= registers
+
+
+def _has_slivers(cascade: Cascade, nest: SerialNest, schedule: Schedule, lengths: Lengths) -> bool:
+    """Whether a warpgroup would have 8 columns of a product. Warpgroups beyond one for 64 rows divide the columns among
+    themselves; an instruction for 8 of them reads shared memory that is not its own, or by a descriptor that the
+    assembler has lost (triton-lang/triton issues 7830 and 10629; ptxas of CUDA 12.8)."""
+    tiles = _tiles_of(cascade, nest, schedule)
+    grid = row_ranks(cascade, nest, tiles)  # one dimension, of as many ranks as it has
+    for e in nest.einsums:
+        if e.reduce and e.reduce.monoid == "sum":
+            ranks = e.output.ranks
+            dimensions = [tuple(r for r in ranks if r in grid), *((r,) for r in ranks if r not in grid)]
+            sides = sorted(n for d in dimensions if (n := _elements(nest, d, tiles, lengths)) > 1)
+            if len(sides) == 2 and sides[1] >= 64 and max(16, sides[0]) < schedule.warps * 256 // sides[1]:
+                return True
+    return False
 
 
 _REGISTERS: Mapping[tuple[str, int], float] = {("hip", 9): 472, ("cuda", 8): 160}

@@ -6,9 +6,11 @@ import pytest
 
 from einscade.codegen.cost import Lengths, few_rows, heads_in_groups, narrow_steps, row_ranks, tiled_ranks
 from einscade.codegen.loops import LoopProgram, plan
+from einscade.codegen.offline import compile_offline
+from einscade.codegen.schedule import Schedule
 from einscade.codegen.space import candidates
 from einscade.codegen.triton_emit import emit
-from einscade.ir.device import H200
+from einscade.ir.device import A100, H200, Device
 from einscade.ir.text import parse_cascade
 from einscade.passes.differentiate import differentiate
 from einscade.passes.pipeline import run
@@ -94,3 +96,27 @@ cascade masked(Q[{queries}]: bf16, K[b,h,m,e]: bf16, V[b,h,m,f]: bf16, A[{mask}]
     source = emit(found, schedule).text
     assert dict(schedule.tiles)["M0"] > 1
     assert source.count("tl.dot(") == 2
+
+
+SLIVERS = """
+cascade recurrence(Q[b,p,e]: {0}, K[b,m,e]: {0}, X[b,m,p]: {0}, V[b,m,f]: {0}) -> O
+  where b < 64, p < 128, m < 128, e < 64, f < {1}
+  S[b,p,m] = sum(e) K[b,m,e] * Q[b,p,e]
+  O[b,p,f]: {0} = sum(m) (X[b,m,p] + S[b,p,m]) * V[b,m,f]
+"""
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("f32", 64), ("bf16", 16)])
+def test_no_warpgroup_has_8_columns_of_a_product(dtype: str, width: int) -> None:
+    """Hopper's instructions for 8 columns are not to be trusted; on other machines no warps work in groups."""
+    found = plan(run(parse_cascade(SLIVERS.format(dtype, width)), "exact").cascade)
+
+    def slivers(device: Device) -> list[Schedule]:
+        tiles = [(s, dict(s.tiles)) for s in candidates(found, device, {})]
+        return [s for s, t in tiles if s.warps == 8 and t["p"] == 64 and 16 in (t["M0"], width)]
+
+    assert slivers(A100)
+    assert not slivers(H200)
+    for schedule in candidates(found, H200, {})[:2]:
+        for kernel in compile_offline(found, schedule, "cuda:90"):
+            assert "m64n8k" not in kernel.assembly

@@ -34,6 +34,7 @@ from tests.codegen.tables import forward as table_bias
 from tests.codegen.tables import gradient as gradient_of
 from tests.codegen.test_gradients import CASES as GRADIENTS
 from tests.codegen.test_gradients import VIEWS, scored, values_of
+from tests.codegen.triton_addresses import addresses_checked  # noqa: F401
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -21,6 +21,7 @@ from einscade.ir.interpret import interpret
 from tests.codegen.cascades import relative_error
 from tests.codegen.generated import run_poisoned
 from tests.codegen.ragged import CASES, Case, inputs, program, schedule, textbook
+from tests.codegen.triton_addresses import addresses_checked  # noqa: F401
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -43,8 +43,8 @@ def undefined(assembly: str) -> list[str]:
 
 
 def _following(i: int, line: str, predicate: str | None, name: str, given: str, labels: dict[str, int]) -> list[int]:
-    jumps = [labels[x] for x in re.findall(r"\.L_x_\d+", line)]
     kind = name.split(".")[0]
+    jumps = [labels[x] for x in re.findall(r"\.L_x_\d+", line)] if kind != "BSSY" else []  # says where threads meet
     if kind == "BRX":
         assert jumps, "a jump without targets"
         return jumps
