@@ -24,7 +24,7 @@ from einscade.compiler.aten_facts import (
     tensor_inputs,
     torch_dtype,
 )
-from einscade.compiler.raising_index import Extents, Index, quotient_and_rest, reshape_index
+from einscade.compiler.raising_index import Extents, Index, quotient_and_rest, reshape_index, solved_digits
 from einscade.ir.expr import Expr
 
 __all__ = ["VIEWS", "is_copy", "slice_start", "view"]
@@ -202,11 +202,7 @@ def _as_strided(node: Node, bound: SimpleNamespace, index: Index, extents: Exten
     address = scalar(bound.storage_offset or 0)
     for i, stride in zip(index, bound.stride, strict=True):
         address = sympy.expand(address + i * scalar(stride))
-    digits: list[Expr] = []
-    for n in reversed(shape(bound.self)[1:]):
-        address, digit = quotient_and_rest(address, n, extents)
-        digits.append(digit)
-    return (address, *reversed(digits))
+    return solved_digits(address, shape(bound.self), extents)
 
 
 def _same(node: Node, bound: SimpleNamespace, index: Index, extents: Extents) -> Index:

@@ -37,8 +37,9 @@ from einscade.compiler.aten_facts import (
 from einscade.compiler.aten_rules import evaluate, gathered
 from einscade.compiler.aten_views import VIEWS, is_copy, view
 from einscade.compiler.raising_constants import least_is_nonnegative, recognise
-from einscade.compiler.raising_index import Index, exact_quotient, is_one, one, product, quotient_and_rest, same
+from einscade.compiler.raising_index import Index, exact_quotient, is_one, one, product, same, solved_digits
 from einscade.ir.cascade import Einsum, Reduction, Tensor
+from einscade.ir.digits import counted, number
 from einscade.ir.expr import Access, Expr, FloorDiv, Mod, accesses, var
 
 __all__ = ["Key", "Raiser", "leaf_name"]
@@ -348,7 +349,7 @@ class Raiser:
             raise Unraisable(f"{node.target} outside the region")
         if key not in self.defined:
             dims = self._dims(key, index, sizes)
-            own = tuple(self._joined(names) for names in dims)
+            own = tuple(number([*map(var, names)], [self.extents[n] for n in names]) for names in dims)
             expr, reduce = build(own)
             name = f"%{len(self.body)}"
             if reduce is not None and reduce.slot is not None:
@@ -359,21 +360,11 @@ class Raiser:
         return self._access(*self.defined[key], index)
 
     def _access(self, name: str, dims: tuple[tuple[str, ...], ...], index: Index) -> Expr:
-        digits: list[Expr] = []
+        places: list[Expr] = []
         for names, at in zip(dims, index, strict=True):
-            parts: list[Expr] = []
-            for inner in reversed(names[1:]):
-                at, digit = quotient_and_rest(at, self.extents[inner], self.extents)
-                parts.append(digit)
-            digits += [at, *reversed(parts)] if names else []
-        self._wants(digits)
-        return Access(name, *digits)
-
-    def _joined(self, names: tuple[str, ...]) -> Expr:
-        index: Expr = sympy.Integer(0)
-        for name in names:
-            index = index * self.extents[name] + var(name)
-        return sympy.expand(index)
+            places += solved_digits(at, [self.extents[n] for n in names], self.extents)
+        self._wants(places)
+        return Access(name, *places)
 
     def _dims(self, key: Key, index: Index, sizes: Index) -> tuple[tuple[str, ...], ...]:
         """Per dimension the names of the ranks that make it up: those of the index where they cover it exactly."""
@@ -394,28 +385,8 @@ class Raiser:
 
     def digits(self, at: Expr, size: Expr) -> tuple[str, ...] | None:
         """The variables `v1, v2, …` with `at == (v1 * n2 + v2) * n3 + …` and `n1 * n2 * … == size`, if there are."""
-        if at.is_Symbol and at.name in self.extents:
-            return (at.name,) if same(self.size_of(at.name), size) else None
-        if at == 0 and size == 1:
-            return ()
-        if not at.is_Add:
-            return None
-        terms: dict[str, Expr] = {}
-        for term in at.args:
-            variables = [f for f in sympy.Mul.make_args(term) if f.is_Symbol and f.name in self.extents]
-            if len(variables) != 1 or variables[0].name in terms:
-                return None
-            terms[variables[0].name] = exact_quotient(term, variables[0]) or sympy.Integer(0)
-        names: list[str] = []
-        stride: Expr = sympy.Integer(1)
-        while terms:
-            name = next((n for n, s in terms.items() if same(s, stride)), None)
-            if name is None:
-                return None
-            del terms[name]
-            names.insert(0, name)
-            stride = product((stride, self.size_of(name)))
-        return tuple(names) if same(stride, size) else None
+        extents = {s.name: self.size_of(s.name) for s in sorted(at.free_symbols, key=str) if s.name in self.extents}
+        return counted(at, extents) if same(product(extents.values()), size) else None
 
     def body_of(self, name: str) -> Einsum:
         return next(e for e in self.body if e.name == name)

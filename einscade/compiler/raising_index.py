@@ -7,7 +7,7 @@ at a length of 0 there is no point at which an index could be wrong.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 
 import sympy
@@ -24,6 +24,7 @@ __all__ = [
     "quotient_and_rest",
     "reshape_index",
     "same",
+    "solved_digits",
 ]
 
 Index = tuple[Expr, ...]
@@ -32,7 +33,7 @@ Extents = Mapping[str, Expr]
 _ZERO, _ONE = sympy.Integer(0), sympy.Integer(1)
 
 
-def product(extents: Sequence[Expr]) -> Expr:
+def product(extents: Iterable[Expr]) -> Expr:
     """The expanded product of extents (1 for none)."""
     return sympy.expand(sympy.Mul(*extents))
 
@@ -144,6 +145,16 @@ def quotient_and_rest(index: Expr, by: Expr, extents: Extents) -> tuple[Expr, Ex
     return whole + FloorDiv(rest, by), Mod(rest, by)
 
 
+def solved_digits(index: Expr, sizes: Sequence[Expr], extents: Extents) -> Index:
+    """The digits of an index, the slowest first, where each is below its size (`ir.digits`), solved by the ranges of
+    the variables."""
+    found: list[Expr] = []
+    for size in reversed(sizes[1:]):
+        index, digit = quotient_and_rest(index, size, extents)
+        found.insert(0, digit)
+    return (index, *found) if sizes else ()
+
+
 def _split(index: Expr, by: Expr, extents: Extents, near: bool) -> tuple[Expr, Expr]:
     """`index == whole * by + rest`; with `near`, a coefficient may miss a multiple of `by` a little."""
     whole: list[Expr] = []
@@ -194,11 +205,7 @@ def reshape_index(index: Index, new: Index, old: Index, extents: Extents) -> Ind
             # A leading dimension of 1 keeps its variable (a batch of 1 stays a rank); an inner one has only index 0.
             if k == here[0] or new[k] != 1:
                 flat = joined(sympy.expand(flat * new[k] + index[k]))
-        digits: list[Expr] = []
-        for k in reversed(there[1:]):
-            flat, digit = quotient_and_rest(flat, old[k], extents)
-            digits.append(digit)
-        result.extend([flat, *reversed(digits)] if there else [])
+        result += solved_digits(flat, [old[k] for k in there], extents)
     return tuple(result)
 
 

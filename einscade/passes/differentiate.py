@@ -24,6 +24,7 @@ import sympy
 from sympy.logic.boolalg import Boolean
 
 from einscade.ir import Access, Cascade, Einsum, Expr, FloorDiv, Mod, Rank, Reduction, Tensor, Where, ceil_div, var
+from einscade.ir.digits import counted, digits
 from einscade.passes.invariance import is_felt
 from einscade.passes.pieces import apart, together
 from einscade.passes.rewrite import NotApplicable
@@ -382,23 +383,15 @@ class _Reverse:
             rest = sympy.expand(index - slope * unknown[0])
             return None if rest.has(unknown[0]) else ({unknown[0]: slope * (own - rest)}, ())
         start, index = index.as_coeff_Add()
-        return self._digits(index, own - start, unknown)
-
-    def _digits(self, index: Expr, own: Expr, unknown: Sequence[sympy.Symbol]) -> _Solution | None:
-        """`_solve` of an index that counts through all points of its variables, the innermost one fastest, in steps of
-        any size."""
-        found: dict[sympy.Symbol, Expr] = {}
-        stride: Expr = min((c for v in unknown if (c := index.coeff(v)).is_Integer and c > 0), default=sympy.Integer(1))
-        between = () if stride == 1 else (sympy.Eq(Mod(own, stride), 0, evaluate=False),)
-        while len(found) < len(unknown):
-            inner = next((v for v in unknown if v not in found and sympy.expand(index.coeff(v) - stride) == 0), None)
-            if inner is None:
-                return None
-            index = sympy.expand(index - stride * inner)
-            rest, size = FloorDiv(own, stride), self.forward.extent(inner.name)
-            found[inner] = Mod(rest, size) if len(found) < len(unknown) - 1 else rest
-            stride = sympy.expand(stride * size)
-        return (found, between) if index == 0 else None
+        extents = {v.name: self.forward.extent(v.name) for v in unknown}
+        steps = [c for v in unknown if (c := index.coeff(v)).is_Integer and c > 0]
+        step = min(steps, default=sympy.Integer(1))
+        found = counted(index, extents, step)
+        if found is None:
+            return None
+        values = digits(own - start, [extents[r] for r in found], step)
+        between = () if step == 1 else (sympy.Eq(Mod(own - start, step), 0, evaluate=False),)
+        return dict(zip(map(var, found), values, strict=True)), between
 
     def _inside(self, v: sympy.Symbol, value: Expr) -> list[Boolean]:
         bounds = [sympy.Ge(value, 0), sympy.Lt(value, self.forward.extent(v.name))]

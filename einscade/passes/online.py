@@ -24,8 +24,6 @@ from einscade.ir import (
     Cascade,
     Einsum,
     Expr,
-    FloorDiv,
-    Mod,
     Rank,
     Reduction,
     Scan,
@@ -36,6 +34,7 @@ from einscade.ir import (
     free_vars,
     var,
 )
+from einscade.ir.digits import digits
 from einscade.passes.correction import Correction, derive, old
 from einscade.passes.existence import existence
 from einscade.passes.fusion import Carried, Loop, Plan, along, common_ranks, is_long, plan_loops
@@ -111,12 +110,9 @@ def merged(cascade: Cascade) -> Cascade:
         inside = along(cascade, ranks[0], s) if len(ranks) > 1 else ()
         if not crossed(cascade, inside, ranks):
             continue
-        names, at = Names(cascade), {}
+        names = Names(cascade)
         rank = Rank(names(ranks[-1]), sympy.Mul(*map(cascade.extent, ranks)))
-        rest: Expr = var(rank.name)
-        for r in reversed(ranks):
-            at[var(r)] = Mod(rest, cascade.extent(r)) if r != ranks[0] else rest
-            rest = FloorDiv(rest, cascade.extent(r))
+        at = dict(zip(map(var, ranks), digits(var(rank.name), [*map(cascade.extent, ranks)]), strict=True))
         cloned = {n: names(n) for n in inside if {*ranks} <= {*cascade.tensors[n].ranks}}
         cascade = cascade.replace(ranks=(*cascade.ranks, rank), body=_with_clones(cascade, s, cloned, rank.name, at))
     return cascade

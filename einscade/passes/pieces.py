@@ -21,9 +21,9 @@ from collections.abc import Iterable
 import sympy
 
 from einscade.ir import Access, Cascade, Einsum, Expr, Tensor, var
+from einscade.ir.digits import counted
 from einscade.passes.statements import Names, redirect, without_unused
 from einscade.passes.terms import depends, ordered
-from einscade.passes.views import digits
 
 __all__ = ["apart", "together"]
 
@@ -93,7 +93,7 @@ def _dim(cascade: Cascade, s: Einsum, rank: str, index: Expr) -> _Dim:
         if moves and cascade.extent(along[0]) != extent and extent != 1:
             return (along[0],), index
     elif not {*along}.isdisjoint(s.output.ranks):  # what is only summed together may stay one rank
-        found = digits(index, {r: cascade.extent(r) for r in along})
+        found = counted(index, {r: cascade.extent(r) for r in along})
         if found and sympy.expand(sympy.Mul(*map(cascade.extent, found)) - extent) == 0:
             return found, index
     return (rank,), var(rank)

@@ -1,7 +1,7 @@
 """Views: a rank through which others count, as a number counts through its digits.
 
-Comes in: an index, or a cascade. Goes out: the ranks of an index `a * 6 + b * 3 + c` with b < 2, c < 3; and the cascade
-whose outputs have the ranks of what they read, where one of their own only counts through those:
+Comes in: a cascade. Goes out: the cascade whose outputs have the ranks of what they read, where one of their own only
+counts through those (`ir.digits`):
 
     O[h,p] = X[h // 4,h % 4,p]  ->  O[g,n,p] = X[g,n,p]          with `h` as `g, n`
 
@@ -12,33 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import permutations
 
 import sympy
 
-from einscade.ir import Cascade, Einsum, Expr, FloorDiv, Mod, var
+from einscade.ir import Cascade, Einsum, Expr, var
+from einscade.ir.digits import digits
 from einscade.passes.terms import depends
 
-__all__ = ["Views", "digits", "output_views"]
+__all__ = ["Views", "output_views"]
 
 Views = Mapping[str, Mapping[str, tuple[str, ...]]]
 """By output, the ranks that are one rank of the result, the slowest first."""
-
-
-def digits(index: Expr, extents: Mapping[str, Expr]) -> tuple[str, ...] | None:
-    """The ranks through which an index counts as a number counts through its digits, the slowest first: `a, b, c` of
-    `(a * |b| + b) * |c| + c`. None where they are not all of `extents`, each below its own."""
-    found: list[str] = []
-    stride: Expr = sympy.Integer(1)
-    rest = sympy.expand(index)
-    while len(found) < len(extents):
-        left = (r for r in extents if r not in found)
-        rank = next((r for r in left if sympy.expand(rest.coeff(var(r)) - stride) == 0), None)
-        if rank is None:
-            return None
-        rest = sympy.expand(rest - stride * var(rank))
-        stride *= extents[rank]
-        found.insert(0, rank)
-    return tuple(found) if rest == 0 else None
 
 
 def output_views(cascade: Cascade) -> tuple[Cascade, Views]:
@@ -47,11 +32,11 @@ def output_views(cascade: Cascade) -> tuple[Cascade, Views]:
     body = []
     for e in cascade.body:
         alone = e.name in cascade.outputs and e.reduce is None and e.scan is None and not any(cascade.users(e.name))
-        found = {r: digits for r in e.output.ranks if alone and (digits := _digits(cascade, e, r)) is not None}
+        found = {r: read for r in e.output.ranks if alone and (read := _read_at_digits(cascade, e, r)) is not None}
         if found:
-            names = {r: tuple(n for n, _ in digits) for r, digits in found.items()}
+            names = {r: tuple(n for n, _ in read) for r, read in found.items()}
             ranks = tuple(n for r in e.output.ranks for n in names.get(r, (r,)))
-            places = {index: var(n) for digits in found.values() for n, index in digits}
+            places = {index: var(n) for read in found.values() for n, index in read}
             if len(set(ranks)) == len(ranks):
                 views[e.name] = names
                 output = replace(e.output, ranks=ranks)
@@ -60,10 +45,10 @@ def output_views(cascade: Cascade) -> tuple[Cascade, Views]:
     return (cascade.replace(body=tuple(body)), views) if views else (cascade, {})
 
 
-def _digits(cascade: Cascade, e: Einsum, rank: str) -> list[tuple[str, Expr]] | None:
+def _read_at_digits(cascade: Cascade, e: Einsum, rank: str) -> list[tuple[str, Expr]] | None:
     """The ranks of what a statement reads at the digits of one of its own, the slowest first, with the digits; None
     where it is read at anything else, or where they are not all of it."""
-    v, extent = var(rank), cascade.extent(rank)
+    v = var(rank)
     found: dict[Expr, str] = {}
     for a in e.reads:
         for r, index in zip(cascade.tensors[a.tensor].ranks, a.index, strict=True):
@@ -72,15 +57,9 @@ def _digits(cascade: Cascade, e: Einsum, rank: str) -> list[tuple[str, Expr]] | 
     places = {index: sympy.Dummy() for index in found}
     if v in found or any(depends(x.xreplace(places), (rank,)) for x in (e.expr, e.domain)):
         return None
-    sizes = {r: cascade.extent(r) for r in found.values()}
-    digits: list[tuple[str, Expr]] = []
-    stride: Expr = sympy.Integer(1)
-    while len(digits) < len(found):
-        above = FloorDiv(v, stride)
-        whole = {r: above if stride * size == extent else Mod(above, size) for r, size in sizes.items()}
-        digit = next((index for index, r in found.items() if index == whole[r]), None)
-        if digit is None or found[digit] in [r for r, _ in digits]:
-            return None
-        digits.insert(0, (found[digit], digit))
-        stride *= sizes[found[digit]]
-    return digits if len(digits) > 1 and stride == extent else None
+    if len(found) < 2 or sympy.expand(sympy.Mul(*map(cascade.extent, found.values())) - cascade.extent(rank)) != 0:
+        return None
+    for order in permutations(found.items()):
+        if digits(v, [cascade.extent(r) for _, r in order]) == tuple(index for index, _ in order):
+            return [(r, index) for index, r in order]
+    return None
