@@ -331,12 +331,11 @@ class _Reverse:
         groups: dict[sympy.Symbol, _Group] = {}
         for rank, index in zip(target.ranks, access.index, strict=True):
             own = sympy.Symbol(fresh[rank], integer=True, nonnegative=True)
-            unknown = [var(r) for r in s.ranks if var(r) not in given and depends(index, (r,))]
+            open_ = (r for r in s.ranks if var(r) not in given and var(r) not in groups)
+            unknown = [var(r) for r in open_ if depends(index, (r,))]
             solved = self._solve(index, own, unknown)
-            if solved is None and self._in_group(index, rank, unknown, groups):
-                given.setdefault(index.args[0], own)
-            elif solved is None:
-                if self.forward.extent(rank) != 1:
+            if solved is None:
+                if not self._in_group(index, rank, unknown, groups) and self.forward.extent(rank) != 1:
                     conditions.append(sympy.Eq(index, own, evaluate=False))
             else:
                 values, needed = solved
@@ -351,8 +350,8 @@ class _Reverse:
                 for v, value in values.items():
                     if value != own or self.forward.extent(v.name) != self.forward.extent(rank):
                         conditions += self._inside(v, value)
-        left = [r for r in s.ranks if var(r) not in given]
-        renames = {var(r): var(self._renamed(r, target)) for r in left}
+        left = [r for r in s.ranks if var(r) not in given and var(r) not in groups]
+        renames = {var(r): var(self._renamed(r, target)) for r in (*left, *map(str, groups))}
         plain = {sympy.Symbol(f, integer=True, nonnegative=True): var(r) for r, f in fresh.items()}
 
         def moved(e: Expr) -> Expr:
@@ -360,7 +359,7 @@ class _Reverse:
 
         reduce = Reduction("sum", tuple(renames[var(r)].name for r in left)) if left else None
         part = _Part(moved(expr), reduce, conjoin(moved(c) for c in (*conjuncts(domain), *conditions)))
-        return self._grouped(part, target, groups) if groups else self._by_rows(part, target)
+        return self._grouped(part, target, groups, renames) if groups else self._by_rows(part, target)
 
     def _by_rows(self, part: _Part, target: Tensor) -> _Part:
         """A sum over everything that has two long ranks goes row by row: first over those that rows reduce, as in the
@@ -419,42 +418,38 @@ class _Reverse:
             return False
         group = groups.get(variable, _Group(size))
         part = "quotient" if isinstance(index, FloorDiv) else "remainder"
-        counted = part == "quotient" or self.forward.extent(str(variable)).is_Integer
-        if group.size != size or getattr(group, part) is not None or not counted:
+        known = part == "quotient" or self.forward.extent(str(variable)).is_Integer
+        if group.size != size or getattr(group, part) is not None or not known:
             return False
         groups[variable] = replace(group, **{part: rank})
         return True
 
-    def _grouped(self, part: _Part, target: Tensor, groups: Mapping[sympy.Symbol, _Group]) -> _Part:
+    def _grouped(
+        self, part: _Part, target: Tensor, groups: Mapping[sympy.Symbol, _Group], renames: Mapping[Expr, Expr]
+    ) -> _Part:
         """A tensor read at `h // 4` gets the sum of a group, one read at `h % 4` that of every fourth: first for every
-        h, then over each group. One read at both has a place for every h."""
-        wide: dict[str, str] = {}  # by the rank that stands for h till now
-        places: dict[str, Expr] = {}
-        inner: list[str] = []
+        h, which `part` is, then over the digit of h that the tensor lacks. One read at both has a place for every h."""
+        digit_of: dict[str, str] = {}  # which rank the tensor has for every h, by those that are its digits
+        places: dict[str, Expr] = {}  # and where it is read
         conditions: list[Boolean] = []
         for variable, group in groups.items():
-            extent = self.forward.extent(str(variable))
-            first, *others = (r for r in target.ranks if r in (group.quotient, group.remainder))
-            wide[first] = self._renamed(str(variable), target)
-            count = ceil_div(extent, group.size) if group.quotient is None else self.forward.extent(group.quotient)
-            sizes = {group.quotient: count, group.remainder: group.size}
-            if None in sizes:
-                inner.append(self._new_rank(str(variable), sizes[None]))
-            at = [var(r or inner[-1]) for r in sizes]
-            places |= {first: at[0] * group.size + at[1]} | dict.fromkeys(others)
-            if sympy.expand(count * group.size - extent) != 0:
-                conditions.append(sympy.Lt(places[first], extent))
-            if group.remainder is not None and self.forward.extent(group.remainder) != group.size:
-                conditions.append(sympy.Lt(at[1], group.size))
-        to_wide = {var(rank): var(name) for rank, name in wide.items()}
-        left = [r for r in target.ranks if places.get(r, r) is not None]
-        ranks = tuple(wide.get(r, r) for r in left)
-        part = _Part(part.expr.xreplace(to_wide), part.reduce, part.domain.xreplace(to_wide))
+            whole, extent, size = renames[variable].name, self.forward.extent(str(variable)), group.size
+            count = self.forward.extent(group.quotient) if group.quotient else ceil_div(extent, size)
+            quotient = group.quotient or self._new_rank(str(variable), count)
+            remainder = group.remainder or self._new_rank(str(variable), size)
+            digit_of |= {quotient: whole, remainder: whole}
+            places[whole] = var(quotient) * size + var(remainder)
+            if sympy.expand(count * size - extent) != 0:
+                conditions.append(sympy.Lt(places[whole], extent))
+            if group.remainder and self.forward.extent(remainder) != size:
+                conditions.append(sympy.Lt(var(remainder), size))
+        ranks = tuple(dict.fromkeys(digit_of.get(r, r) for r in target.ranks))
         part = self._by_rows(part, replace(target, ranks=ranks))
         each = Tensor(self.names(f"d{target.name}e"), ranks, self.wide)
         self.made[each.name] = Einsum(each, part.expr, part.reduce, part.domain)
-        expr = each(*(places.get(r, var(r)) for r in left))
-        return _Part(expr, Reduction("sum", tuple(inner)) if inner else None, conjoin(conditions))
+        lacking = tuple(r for r in digit_of if r not in target.ranks)
+        read = each(*(places.get(r, var(r)) for r in ranks))
+        return _Part(read, Reduction("sum", lacking) if lacking else None, conjoin(conditions))
 
 
 def _summaries(cascade: Cascade) -> frozenset[str]:
