@@ -10,14 +10,17 @@ and keeps with each storage whether it is a weight, whether it holds scores, and
 * scores that enter a product with another tensor that is no weight, without a softmax, are a linear form of attention
   (linear attention, state spaces); these are listed apart, for how many sites one of them is is a matter of taste.
 
+A product is a matrix product, or what says the same in two operations: an elementwise product summed along a dimension
+that both operands have, where one has another that the other lacks (`(q[:, :, None] * k[:, None]).sum(-1)`).
+
 A router's softmax, a gate or a convolution's weights are computed by a product with weights, and do not count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,6 +48,7 @@ _PRODUCTS = {
     "aten::baddbmm": 1,
     "aten::convolution": 0,
 }  # fmt: skip  (the place of the first operand)
+_SUMS = {"aten::sum", "aten::mean"}
 
 
 @dataclass(frozen=True)
@@ -58,10 +62,27 @@ class Calls:
 
 
 @dataclass(frozen=True)
+class _Elementwise:
+    """A product of two tensors, point by point, that may yet be summed: its shape, the dimensions along which each of
+    them varies, and their marks."""
+
+    shape: torch.Size
+    varying: tuple[frozenset[int], frozenset[int]]
+    operands: tuple[_Mark, _Mark]
+
+    def contracts(self, dims: Iterable[int]) -> bool:
+        """Whether summing along `dims` makes it what a matrix product makes."""
+        first, second = self.varying
+        gone = {d % len(self.shape) for d in dims}
+        return bool(gone & first & second) and bool((first ^ second) - gone)
+
+
+@dataclass(frozen=True)
 class _Mark:
     weight: bool = False
     scores: bool = False
     reached_by: frozenset[int] = frozenset()
+    product: _Elementwise | None = None
 
 
 class _Watch(TorchDispatchMode):
@@ -102,15 +123,46 @@ class _Watch(TorchDispatchMode):
             number = len(self.softmax)
             self.softmax[number] = where, scores or name in _WHOLE
             return _Mark(reached_by=reached | {number})
-        if name in _PRODUCTS:
-            first = _PRODUCTS[name]
-            operands = [self.of(x) for x in args[first : first + 2]]
+        if (operands := self.multiplied(name, args)) is not None:
             active = not any(m.weight for m in operands)
             if active and any(m.scores for m in operands):
                 self.linear.append(where)
-            return _Mark(scores=active or any(self.of(x).scores for x in args[:first]), reached_by=reached)
+            added = args[: _PRODUCTS.get(name, 0)]
+            return _Mark(scores=active or any(self.of(x).scores for x in added), reached_by=reached)
         floating = [m for x, m in zip(inputs, marks, strict=True) if x.is_floating_point()]
-        return _Mark(bool(floating) and all(m.weight for m in floating), scores, reached)
+        weight = bool(floating) and all(m.weight for m in floating)
+        return _Mark(weight, scores, reached, self.elementwise(name, args))
+
+    def multiplied(self, name: str, args: Any) -> Sequence[_Mark] | None:
+        """The operands of a product, and of a sum that completes one; None for all else."""
+        if name in _PRODUCTS:
+            first = _PRODUCTS[name]
+            return [self.of(x) for x in args[first : first + 2]]
+        if name in _SUMS and (product := self.of(args[0]).product) is not None and product.shape == args[0].shape:
+            dims = args[1] if len(args) > 1 and args[1] else range(args[0].dim())
+            return product.operands if product.contracts(dims) else None
+        return None
+
+    def elementwise(self, name: str, args: Any) -> _Elementwise | None:
+        """The product of two tensors that an operation makes, or casts."""
+        if name == "aten::_to_copy":
+            return self.of(args[0]).product
+        if name != "aten::mul" or not all(isinstance(x, Tensor) for x in args):
+            return None
+        shape = torch.broadcast_shapes(*(x.shape for x in args))
+        first, second = (_varying(x.expand(shape)) for x in args)
+        return _Elementwise(shape, (first, second), (self.bare(args[0]), self.bare(args[1])))
+
+    def bare(self, tensor: Tensor) -> _Mark:
+        """A tensor's mark without what it is a product of: nothing remembers more than one step."""
+        return replace(self.of(tensor), product=None)
+
+
+def _varying(x: Tensor) -> frozenset[int]:
+    """The dimensions along which a tensor is not one repeated value."""
+    return frozenset(
+        d for d, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True)) if size != 1 and stride
+    )
 
 
 def watch(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, Calls]:

@@ -72,6 +72,46 @@ def test_what_counts() -> None:
     assert softmaxes_left(model, {"x": torch.randn(2, 5, 8)}, inside="nothing") == 4
 
 
+class Spelled(nn.Module):
+    """Products written as a product and a sum: attention, and below it what is none."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.q, self.k, self.v, self.route = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        scores = (q[:, :, None] * k[:, None]).float().sum(-1)
+        if self.kind == "attention":
+            return (scores.softmax(-1)[..., None] * v[:, None]).sum(-2)
+        if self.kind == "attention without a query's positions":
+            return ((q[:, :1] * k).sum(-1, keepdim=True).softmax(1) * v).sum(1)
+        if self.kind == "linear form":
+            return (scores.tril()[..., None] * v[:, None]).sum(2)
+        if self.kind == "router":
+            return (x[:, :, None] * self.route.weight).sum(-1).softmax(-1) * v
+        if self.kind == "new from scores":
+            return (scores[..., None] * self.route.weight[:5]).sum(-2).softmax(-1) * v
+        return (q * k).sum(-1, keepdim=True).softmax(1) * v
+
+
+@pytest.mark.parametrize(
+    ("kind", "softmax", "linear", "other"),
+    [
+        ("attention", 1, 0, 0),
+        ("attention without a query's positions", 1, 0, 0),
+        ("linear form", 0, 1, 0),
+        ("router", 0, 0, 1),
+        ("new from scores", 0, 0, 1),
+        ("point by point", 0, 0, 1),
+    ],
+)
+def test_a_product_and_a_sum_count_as_a_matrix_product(kind: str, softmax: int, linear: int, other: int) -> None:
+    _, calls = watch(Spelled(kind), {"x": torch.randn(2, 5, 8)})
+    assert (len(calls.softmax), len(calls.linear), calls.other) == (softmax, linear, other)
+
+
 # -- tiny models ------------------------------------------------------------------------------------------------------
 
 
