@@ -101,13 +101,11 @@ class Writer:
             if divided or shared:
                 sizes[-1] = "-1"
             return f"{code}.expand({', '.join(sizes)}, -1, -1).flatten(0, {batch - 2})"
-        if batch < 2:
-            return f"{code}[{'None, ' * (2 - batch)}...]"
         missing = [r not in view.ranks and not (shared and r == self.a.batch[-1]) for r in self.a.batch]
         if any(missing):
             sizes = [n if m else "-1" for n, m in zip(sizes, missing, strict=True)]
             code += f".expand({', '.join(sizes)}, -1, -1)"
-        return code
+        return f"{code}[{'None, ' * (2 - batch)}...]" if batch < 2 else code
 
     def is_permutation(self, access: Access) -> bool:
         """Whether the access reads all of its tensor, each dimension along a rank of its own."""

@@ -165,6 +165,17 @@ def test_any_number_of_batch_ranks(ranks: str, where: str) -> None:
     _agrees(CAUSAL.replace("b,h,", ranks).replace("b < B, h < 4, ", where))
 
 
+@pytest.mark.parametrize("shared", ["Q", "K", "V", "QV"])
+@pytest.mark.parametrize("ranks", ["", "h,", "c,h,"])
+def test_operands_that_all_of_a_batch_shares(shared: str, ranks: str) -> None:
+    """Latents that every batch queries with: their gradient is a sum, the others' are not."""
+    where = "".join(f"{r} < {n}, " for r, n in (("b", "B"), ("c", 3), ("h", 4)) if r in f"b,{ranks}")
+    text = ATTENTION.replace("b < B, h < 4, ", where).replace("[b,h,", f"[b,{ranks}")
+    for name in shared:
+        text = text.replace(f"{name}[b,", f"{name}[")
+    _agrees(text)
+
+
 def test_ranks_in_another_order() -> None:
     text = CAUSAL.replace("Q[b,h,p,e]", "Q[b,p,h,e]").replace("V[b,h,m,f]", "V[m,f,b,h]")
     _agrees(text.replace("O[b,h,p,f]", "O[p,b,h,f]"))
