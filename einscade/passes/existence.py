@@ -6,7 +6,7 @@ with the existence of what it reads written out ("Existence" in `ir.cascade` is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -17,9 +17,9 @@ from sympy.logic.boolalg import And, Boolean, Not, Or
 from einscade.ir.cascade import Cascade, Einsum
 from einscade.ir.expr import Access, Where, free_vars, var
 from einscade.ir.intervals import decide, rank_ranges
-from einscade.passes.terms import conjuncts
+from einscade.passes.terms import conjuncts, reads_outside_where
 
-__all__ = ["Existence", "existence"]
+__all__ = ["Existence", "existence", "lost"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,17 @@ def existence(cascade: Cascade) -> Existence:
         reduced = set(e.reduce.ranks) if e.reduce else set()
         results[e.name] = And(*(c for c in conjuncts(points[e.name]) if not free_vars(c) & reduced))
     return Existence(cascade, points, results)
+
+
+def lost(read: Iterable[Access], expr: Basic, cascade: Cascade) -> tuple[Boolean, ...]:
+    """What a statement that is rewritten to `expr` needs in its domain to keep its points: where that exists which it
+    `read` at each of them, and reads no more, or under a condition only (`x * Where(c, y, 0) = Where(c, x * y, 0)`)."""
+    gone = [a for a in read if a.tensor in cascade.definitions and a not in reads_outside_where(expr)]
+    if not gone:
+        return ()
+    there = existence(cascade)
+    known = conjuncts(there.of(expr))
+    return tuple(c for a in sorted(gone, key=str) for c in conjuncts(there.of(a)) if c not in known)
 
 
 def _exists(cascade: Cascade, results: Mapping[str, Boolean], expr: Basic) -> Boolean:

@@ -13,6 +13,7 @@ from sympy.logic.boolalg import Boolean
 
 from einscade.ir import DENSE, Access, Cascade, Einsum, Expr, FloorDiv, Mod, Rank, Tensor, Where, accesses, var
 from einscade.ir.intervals import rank_ranges, simplify
+from einscade.passes.existence import lost
 from einscade.passes.fusion import is_long
 from einscade.passes.normalise import normal, predicate
 from einscade.passes.statements import Names, without_unused
@@ -54,9 +55,11 @@ def _written_out(s: Einsum, written: Mapping[str, Einsum], cascade: Cascade) -> 
         if (v := value(a)) is not None:
             values[a] = v
     expr = normal(_put_together(s.expr.xreplace(values), cascade) if values else s.expr)
-    domain += _lost(s.expr, values)
+    domain += _cancelled(s.expr, values)
+    read = frozenset().union(*(reads_outside_where(a.xreplace(values)) for a in everywhere))
+    domain += (kept := lost((_put_together(a, cascade) for a in read) if values else read, expr, cascade))
     in_domain = {}
-    for a in accesses(s.domain):
+    for a in accesses(sympy.And(s.domain, *kept)):
         if (made := written.get(a.tensor)) is not None:
             in_domain[a] = made.expr.xreplace(at(made, a))
             domain.extend(c.xreplace(at(made, a)) for c in conjuncts(made.domain))
@@ -75,7 +78,7 @@ def _put_together(expr: Expr, cascade: Cascade) -> Expr:
     return expr.xreplace(table) if table else expr
 
 
-def _lost(expr: Expr, values: Mapping[Access, Expr]) -> list[Boolean]:
+def _cancelled(expr: Expr, values: Mapping[Access, Expr]) -> list[Boolean]:
     """What must hold for the values that an expression reads, and cancels, to be finite: x - x is 0, but a single key
     that is masked leaves its row without points."""
     marks = {v: sympy.Dummy() for v in values.values() if _finite(v) != sympy.true}

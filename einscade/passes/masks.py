@@ -19,9 +19,10 @@ from sympy.logic.boolalg import Boolean
 
 from einscade.ir import MONOIDS, Access, Cascade, Einsum, Expr, Tensor, Where, accesses, var
 from einscade.ir.intervals import Ranges, decide, rank_ranges
+from einscade.passes.existence import lost
 from einscade.passes.normalise import limit, normal, predicate
 from einscade.passes.statements import Names, wide
-from einscade.passes.terms import conjoin, conjuncts, depends, variables
+from einscade.passes.terms import conjoin, conjuncts, depends, reads_outside_where, variables
 
 __all__ = ["masks_to_domains"]
 
@@ -42,7 +43,9 @@ def masks_to_domains(cascade: Cascade) -> Cascade:
                 place = dict(zip(map(var, made.output.ranks), a.index, strict=True))
                 calls[a] = Where(condition.xreplace(place), a, identity)
         if calls:
-            s = s.replace(expr=normal(s.expr.xreplace(calls)))
+            expr = normal(s.expr.xreplace(calls))
+            there = lost(reads_outside_where(s.expr), expr, cascade)
+            s = s.replace(expr=expr, domain=conjoin([*conjuncts(s.domain), *there]))
         if s.reduce is None or s.reduce.monoid not in ("sum", "max", "min") or s.scan is not None:
             body.append(_as_domain(s) if s.name in cascade.outputs else s)
             continue

@@ -153,6 +153,20 @@ cascade c(X[m,e]: f32, Y[m,e]: f32) -> O
     assert_equal(before, canonical(before), {})
 
 
+@pytest.mark.parametrize("row", ["Y[p] * Where(X[p] > 0, 1, 0)", "sum(f) Y[p] * F[f] * Where(X[p] > 0, 1, 0)"])
+def test_points_stay_those_that_every_factor_has(row: str) -> None:
+    """A factor that goes into a choice is read under its condition; where it exists, the point still does alone."""
+    before = cascade(f"""
+cascade c(A[p,m]: f32, B[p,m]: f32, X[p]: f32, Y[p]: f32, F[f]: f32) -> O
+  where p < P, m < M, f < 3, e < 1
+  S[p,m] = sum(e) A[p,m] + e  if m <= p
+  D[p]   = {row}
+  T[p,m] = B[p,m] + D[p] * Where(S[p,m] >= 0, 1, -1)
+  O[p]   = sum(m) A[p,m] * T[p,m]
+""")
+    assert_equal(before, canonical(before), {"P": 5, "M": 7})
+
+
 def test_the_lowest_float_stays_one() -> None:
     """A fill that is kept (each row may be masked whole by a tensor, twice) is not rounded out of float32."""
     lowest = torch.finfo(torch.float32).min
