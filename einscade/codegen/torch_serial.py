@@ -240,21 +240,21 @@ class SerialWriter(Writer):
             self.out.depth -= 1
             self.forget(made)
 
-    def masked(self, v: Value, predicate: Boolean, fill: Expr) -> Value:
+    def masked(self, v: Value, predicate: Boolean, fill: Expr, name: str = "terms") -> Value:
         """Under a flag, the operand is a variable first, so that a full tile pays nothing."""
         flag = self.partial.get(predicate)
         if flag is None:
-            return super().masked(v, predicate, fill)
+            return super().masked(v, predicate, fill, name)
         made = dict(self.made_ranks)
         v = self.spread(v, self.scope.sort((*v.ranks, *(free_vars(predicate) & self.scope.dims))))
-        self.out(f"terms = {v.code}")
+        self.out(f"{name} = {v.code}")
         self.out(f"if {flag}:")
         self.out.depth += 1
-        masked = super().masked(Value("terms", v.ranks, v.kind), predicate, fill)
-        self.out(f"terms = {masked.code}")
+        masked = super().masked(Value(name, v.ranks, v.kind), predicate, fill)
+        self.out(f"{name} = {masked.code}")
         self.out.depth -= 1
         self.forget(made)
-        return Value("terms", v.ranks, masked.kind, True)
+        return Value(name, v.ranks, masked.kind, True)
 
     def forget(self, made: dict[str, str]) -> None:
         """Coordinate values made under a condition are not there after it."""

@@ -89,7 +89,8 @@ class Writer:
             operand = self.masked(operand, s.keep, MONOIDS[s.monoid].identity)
         return self.reduced(operand, s)
 
-    def masked(self, v: Value, predicate: Boolean, fill: Expr) -> Value:
+    def masked(self, v: Value, predicate: Boolean, fill: Expr, name: str = "terms") -> Value:
+        """The value where the points exist, else `fill`; `name` is that of a variable for it, where one is needed."""
         keep = self.mask(predicate)
         full = self.scope.sort(v.ranks + keep.ranks)
         if v.kind == "b":
@@ -186,7 +187,7 @@ class Writer:
             computed = [ok and not isinstance(e, Access) for ok, e in zip(fit, exprs, strict=True)]
             on_left, on_right = computed if any(computed) else (fit[0], not fit[0])
             left = self.masked(left, s.keep, sympy.Integer(0)) if on_left else left
-            right = self.masked(right, s.keep, sympy.Integer(0)) if on_right else right
+            right = self.masked(right, s.keep, sympy.Integer(0), "others") if on_right else right
         result = c.product(c.as_left(left).tight(), c.as_right(right).tight(), self.scope, self.length)
         return self.scaled(result, c.outer)
 

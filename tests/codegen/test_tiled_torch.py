@@ -149,6 +149,22 @@ def test_an_output_that_later_statements_read() -> None:
     assert relative_error(more, (x**2).mean(1) ** 2 + 1) <= BOUND["f32"]
 
 
+def test_both_operands_of_a_product_are_masked() -> None:
+    """Both are computed, and each is masked in a variable of its own."""
+    text = """cascade decayed(x[b,p,m], g[p]) -> Z[b,p]
+      where b < B, p < P, m < M, m1 < ceil_div(M, M0) of m, m0 < M0 of m
+      S[b,p,m1,m0] = x[b,p,m1*M0 + m0]**3   if m1*M0 + m0 < M & m1*M0 + m0 <= p
+      L[b,p,m1]    = sum(m0) abs(S[b,p,m1,m0]) * exp(g[p] * (p - m1*M0 - m0))
+      A[b,p,m1]    = A[b,p,m1 - 1] + L[b,p,m1]   along m1 from 0
+      Z[b,p]       = A[b,p,ceil_div(M, M0) - 1]"""
+    program = parse_cascade(text)
+    x, g = torch.randn(3, 7, 10), -torch.rand(7)
+    source = emit(plan(program), Schedule((("M0", 4), ("b", 3), ("p", 7))))
+    (out,) = module(source).run(x, g, B=3, P=7, M=10)
+    expected = interpret(program, {"x": x, "g": g}, {"M0": 4})["Z"]
+    assert relative_error(out, expected) <= BOUND["f32"]
+
+
 def test_memory_is_that_of_tiles() -> None:
     """The largest tensor allocated has no two long ranks: counted by watching every allocation."""
     _, rewritten = cascade(CAUSAL, h=2, g=1, e=8, f=8)
