@@ -29,6 +29,7 @@ from einscade.codegen.triton_values import (
 )
 from einscade.ir.cascade import Cascade
 from einscade.ir.expr import Access, Expr, Mod, accesses, free_vars, var
+from einscade.ir.intervals import decide
 
 __all__ = ["HALF", "TRITON_DTYPES", "LoadWriter"]
 
@@ -177,7 +178,9 @@ class LoadWriter:
         indices = [self.named(i, value(i, self.scope), moving) for i in access.index]
         ranks = self.scope.sort(r for v in indices for r in v.ranks)
         base, address, conditions = memory.pointer, "", []
-        for i, v, stride, extent in zip(access.index, indices, memory.strides, memory.extents, strict=True):
+        for r, i, v, stride, extent in zip(
+            t.ranks, access.index, indices, memory.strides, memory.extents, strict=True
+        ):
             if v.code == "0":
                 continue
             code = aligned(v, ranks)
@@ -189,6 +192,8 @@ class LoadWriter:
                 term = f" + {code.tight()}.to(tl.int64) * {stride}"
             if not v.ranks:
                 base += term
+                if not self.stays_inside(i, self.cascade.extent(r)):
+                    conditions.append(f"({v.within(extent, i)})")
                 continue
             address += term
             if self.is_inside(i, extent):
@@ -253,6 +258,14 @@ class LoadWriter:
         x = self.loop.coordinate
         place = var(x) - var(f"{x}_lo") if x is not None else sympy.Integer(0)
         return any(isinstance(i, Mod) and str(i.args[1]) == extent for i in (index, index - place))
+
+    def stays_inside(self, index: Expr, extent: Expr) -> bool:
+        """Whether a program's one index of a dimension is proved to be in it, at points that do not exist, too."""
+        ranks = [*self.points, self.nest.serial]
+        ranges = {r: (sympy.Integer(0), self.cascade.extent(r) - 1) for r in ranks}
+        if (x := self.loop.coordinate) is not None:
+            ranges[f"{x}_lo"] = (sympy.Integer(0), self.cascade.extent(x) - 1)
+        return decide(sympy.And(sympy.Ge(index, 0), sympy.Lt(index, extent)), ranges) is True
 
     def is_width(self, index: Expr) -> bool:
         return isinstance(index, sympy.Symbol) and index.name in self.widths

@@ -38,7 +38,7 @@ class Addresses:
         self.ends = np.array([start + size for start, size in ordered], np.uint64)
 
     def check(self, pointers: Any, mask: Any) -> None:
-        used = pointers.data[mask.data].astype(np.uint64)
+        used = pointers.data[mask.data.astype(bool)].astype(np.uint64)
         width = np.uint64(max(pointers.get_element_ty().primitive_bitwidth // 8, 1))
         place = np.searchsorted(self.starts, used, side="right").astype(np.int64) - 1
         inside = (place >= 0) & (used + width <= self.ends[np.maximum(place, 0)]) if len(self.starts) else used < 0

@@ -213,3 +213,26 @@ def test_what_is_undefined_at_missing_points_adds_nothing(name: str) -> None:
     values = values_of(forward, {"B": 2}, torch.Generator().manual_seed(0))
     of = ["K", "V"] if name == "heads of groups" else ["Q", "K", "V"]
     gradients_hold(forward, of, {n: v.float() for n, v in values.items()}, {"B": 2}, 16)
+
+
+PREVIOUS = """
+cascade previous(Q[c,p,e]: f16, K[c,m,e]: f16, V[c,m,f]: f16, X[c]) -> O
+  where c < C, p < P, m < M, e < 16, f < 16
+  S[c,p,m] = sum(e) Q[c,p,e] * K[c - 1,m,e]   if c >= 1
+  G[c,p]   = max(m) S[c,p,m]
+  W[c,p,m] = exp(S[c,p,m] - G[c,p])
+  Z[c,p]   = sum(m) W[c,p,m]
+  N[c,p,f] = sum(m) W[c,p,m] * V[c - 1,m,f] * X[c + 1]   if c + 1 < C
+  O[c,p,f]: f16 = N[c,p,f] / Z[c,p]   if Z[c,p] != 0
+"""
+
+
+def test_a_chunk_without_one_before_it_reads_nothing() -> None:
+    """Where an index leaves a tensor no point exists, and no address may be formed that is another tensor's."""
+    plain = parse_cascade(PREVIOUS)
+    sizes = {"C": 3, "P": 17, "M": 19}
+    x = {t.name: torch.randn([sizes.get(str(plain.extent(r)), 16) for r in t.ranks]) for t in plain.inputs}
+    x = {name: v.half() if v.dim() > 1 else v for name, v in x.items()}
+    source = emit(plan(run(plain, "exact").cascade), Schedule((("M0", 16), ("p", 16)), target="cuda:90"))
+    (out,) = module(source).run(*x.values(), **sizes)
+    assert relative_error(out, interpret(plain, x, {})["O"]) <= BOUND["f16"]

@@ -56,7 +56,7 @@ def _following(i: int, line: str, predicate: str | None, name: str, given: str, 
 def _registers(name: str, given: str) -> tuple[set[int], set[int]]:
     """What an instruction reads, and what it defines."""
     first, *rest = [x.strip() for x in given.split(",")]
-    uniform = re.match(r"U|S2UR|R2UR", name) and not name.startswith(_NO_RESULT)
+    uniform = re.match(r"U|S2UR|R2UR|REDUX|VOTEU", name) and not name.startswith(_NO_RESULT)
     makes = re.fullmatch(r"UR(\d+)", first) if uniform else None
     read: set[int] = set()
     for x in rest if makes else (first, *rest):
