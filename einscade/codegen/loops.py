@@ -7,7 +7,7 @@ Comes in: a verified cascade. Goes out: a `LoopProgram`, the cascade's statement
   that was split (`m -> m1, m0`). `prologue` runs before the loop, `body` once an iteration, `epilogue` after it.
 * a `FlatNest` runs its Einsums one after another, each whole.
 
-Every cascade has a plan: one without scans is a single flat nest. A tensor that one nest writes and another reads is
+A cascade without scans is a single flat nest. A tensor that one nest writes and another reads is
 materialised; everything else lives inside a nest, a tile at a time.
 """
 
@@ -21,6 +21,7 @@ import networkx as nx
 import sympy
 from sympy.logic.boolalg import And, Boolean
 
+from einscade.codegen.source import Unsupported
 from einscade.ir.cascade import Cascade, Einsum, Tensor
 from einscade.ir.expr import Access, accesses, free_vars, var
 from einscade.passes.existence import existence
@@ -81,7 +82,7 @@ class LoopProgram:
 
 
 def plan(cascade: Cascade) -> LoopProgram:
-    """Arrange a cascade into nests. Never fails on a verified cascade."""
+    """Arrange a verified cascade into nests. Raises Unsupported where loops need each other's results."""
     cascade, views = output_views(cascade)
     cascade = _materialise_last(_materialise_existence(cascade))
     loops = _loops(cascade)
@@ -93,7 +94,10 @@ def plan(cascade: Cascade) -> LoopProgram:
         for e in nest.einsums:
             owner.setdefault(e.name, []).append(len(nests))
         nests.append(nest)
-    return LoopProgram(cascade, _order(cascade, _stored_once(cascade, nests), owner), views)
+    try:
+        return LoopProgram(cascade, _order(cascade, _stored_once(cascade, nests), owner), views)
+    except nx.NetworkXUnfeasible as cycle:
+        raise Unsupported("two loops that each need a result of the other") from cycle
 
 
 def _stored_once(cascade: Cascade, nests: list[SerialNest]) -> list[SerialNest]:

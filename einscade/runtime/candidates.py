@@ -83,7 +83,10 @@ def candidates(
     last = _last_resorts(program.cascade, Schedule(target=target_of(device)))
     if device.kind == "cpu" and form is not None and library_call.one_query(form):
         return [*calls, *last]
-    loops = plan(rewritten)
+    try:
+        loops = plan(rewritten)
+    except Unsupported:
+        return [*calls, *last]
     orders = _renamed_orders(program, rewritten)
     kinds = _emitters(device)
     if device.kind != "cpu" and few_rows(loops, Lengths(rewritten, sizes)) is not None:
@@ -110,7 +113,10 @@ def reference(program: Program, rewritten: Cascade, sizes: Mapping[str, int]) ->
     points = max(prod(map(lengths.rank, e.output.ranks)) for e in program.cascade.body)
     if points > LARGEST_REFERENCE:
         return None
-    found = _generated("tiled_torch", plan(rewritten), _renamed_orders(program, rewritten), ROOMY, sizes)
+    try:
+        found = _generated("tiled_torch", plan(rewritten), _renamed_orders(program, rewritten), ROOMY, sizes)
+    except Unsupported:
+        return None
     return found[0] if found else None
 
 
@@ -121,10 +127,10 @@ def _in_parts(program: Program, loops: LoopProgram, device: Device, sizes: Mappi
         return []
     try:
         split = run(program.cascade, with_parts(recipe(program.recipe), rank, loops.cascade.fresh("L"))).cascade
+        form = plan(split)
     except Exception as error:  # as for an emitter
         warn_once(f"{program.cascade.name}: splitting {rank} failed ({first_line(error)})")
         return []
-    form = plan(split)
     if parted(form) is None:  # the split did not apply
         return []
     return _generated("triton", form, _renamed_orders(program, split), device, sizes)
@@ -137,12 +143,12 @@ def _with_tables(program: Program, device: Device, lengths: Lengths) -> LoopProg
     for shared in (True, False):
         try:
             found = run(program.cascade, (Tables(recipe(program.recipe), shared),))
+            loops = plan(found.cascade)
         except Exception as error:  # as for an emitter
             warn_once(f"{program.cascade.name}: the sums by entries of a table failed ({first_line(error)})")
             return None
         if not found.steps[0].changed:
             return None
-        loops = plan(found.cascade)
         crossing = [n for n in loops.serial_nests if crossed(loops.cascade, n)]
         tiles = [(crossed_tiles(loops.cascade, n), n.grid) for n in crossing]
         programs = [prod(ceil(lengths.rank(r) / sizes.get(r, 1)) for r in grid) for sizes, grid in tiles]

@@ -113,6 +113,24 @@ def _norm_without_gradient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (scores / scores.detach().abs().sum(-1, keepdim=True).clamp(min=1)) @ v
 
 
+def _norm_of_masked_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Retention's normaliser, differentiated: a sum that does not count below 1, of scores that are not all there."""
+    scores = (q @ k.transpose(-1, -2)).tril()
+    return (scores / scores.abs().sum(-1, keepdim=True).clamp(min=1)) @ v
+
+
+def _scores_of_unit_variance(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Normalised over queries and keys alike: in the gradient two loops each need a result of the other."""
+    scores = q @ k.transpose(-1, -2)
+    spread, mean = torch.var_mean(scores, (-1, -2), keepdim=True, correction=0)
+    return ((scores - mean) * torch.rsqrt(spread + 1e-5)).softmax(-1) @ v
+
+
+def _latents(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same queries for the whole batch."""
+    return (q[0, 0] @ k[:, 0].transpose(-1, -2)).softmax(-1)[:, None] @ v[:, :1].expand_as(v)
+
+
 def _differences(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Weights by squared distance, from every difference of a query and a key."""
     return (-((q[:, :, :, None] - k[:, :, None]) ** 2).sum(-1) / 4).softmax(-1) @ v
@@ -215,6 +233,9 @@ MODULES = [
     Written("mask_like_an_activation", lambda: Projected(_mask_like_an_activation)),
     Written("keys_without_gradient", lambda: Projected(_keys_without_gradient)),
     Written("maximum_without_gradient", lambda: Projected(_maximum_without_gradient)),
+    Written("norm_of_masked_scores", lambda: Projected(_norm_of_masked_scores)),
+    Written("scores_of_unit_variance", lambda: Projected(_scores_of_unit_variance)),
+    Written("latents", lambda: Projected(_latents)),
     Written("differences", lambda: Projected(_differences)),
     Written("distances", lambda: Projected(_distances)),
     Written("channel_by_channel", lambda: Projected(_channel_by_channel)),
