@@ -114,6 +114,11 @@ def _hardswish(a: SimpleNamespace) -> Expr:
     return a.self * sympy.Min(sympy.Max(a.self + 3, 0), 6) / 6
 
 
+def _logit(a: SimpleNamespace) -> Expr:
+    x = a.self if a.eps is None else sympy.Min(sympy.Max(a.self, a.eps), 1 - a.eps)
+    return sympy.log(x / (1 - x))
+
+
 def _nan_to_num(a: SimpleNamespace) -> Expr:
     """Over the reals nothing is NaN; an infinity becomes the given (or the largest) number only where one is stored."""
     if a.posinf is not None or a.neginf is not None:
@@ -179,6 +184,12 @@ NUMERIC: Mapping[str, Rule] = {
     "clip": _clamp,
     "clamp_min": lambda a: sympy.Max(a.self, a.min),
     "clamp_max": lambda a: sympy.Min(a.self, a.max),
+    "logaddexp": lambda a: sympy.Max(a.self, a.other) + sympy.log(1 + sympy.exp(-sympy.Abs(a.self - a.other))),
+    "xlogy": lambda a: Where(sympy.Eq(a.self, 0), sympy.Integer(0), a.self * _log(a.other)),
+    "logit": _logit,
+    "softshrink": lambda a: a.self - sympy.Min(sympy.Max(a.self, -a.lambd), a.lambd),
+    "hardshrink": lambda a: Where(sympy.Abs(a.self) > a.lambd, a.self, sympy.Integer(0)),
+    "frac": lambda a: a.self - Trunc(a.self),
     "floor": lambda a: sympy.floor(a.self),
     "ceil": lambda a: sympy.ceiling(a.self),
     "round": lambda a: Round(a.self),

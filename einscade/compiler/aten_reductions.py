@@ -6,6 +6,7 @@ together inside the region (a sink appended to the scores) is reduced run by run
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from einscade.ir.expr import Access, Expr, Where
 if TYPE_CHECKING:
     from einscade.compiler.raising import Raiser
 
-__all__ = ["CHANNELS", "CONTRACTIONS", "DISTANCES", "REDUCTIONS", "SOFTMAX", "reduction"]
+__all__ = ["CHANNELS", "CONTRACTIONS", "DISTANCES", "REDUCTIONS", "SOFTMAX", "deviation", "reduction", "variance"]
 
 Rule = Callable[["Raiser", Node, SimpleNamespace, Index], Expr]
 _ZERO, _ONE = sympy.Integer(0), sympy.Integer(1)
@@ -215,9 +216,34 @@ def _logsumexp(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
 
 def _norm(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
     order = getattr(a, "ord", getattr(a, "p", None))
-    if order not in (2, 2.0, None):
+    if order in (1, math.inf, -math.inf):
+        return reduction({1: "sum", math.inf: "max"}.get(order, "min"), sympy.Abs)(r, node, a, index)
+    if order not in (2, None):
         raise Unraisable(f"{node.target} of order {order}")
     return sympy.sqrt(reduction("sum", lambda x: x**2)(r, node, a, index))
+
+
+def variance(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
+    """The mean of squared distances from the mean, over as many elements as there are less `correction`."""
+    dims = _dims(a, a.self)
+    if node not in r.core or not dims:
+        raise Unraisable(f"{node.target} outside the region")
+    count = sympy.Mul(*(shape(a.self)[d] for d in dims))
+
+    def mean(kept: Index) -> Expr:
+        return over(r, node, "mean", a.self, dims, "sum", kept, lambda i: r.share(a.self, i)) / count
+
+    def squared(i: Index) -> Expr:
+        return (r.share(a.self, i) - mean(tuple(x for d, x in enumerate(i) if d not in dims))) ** 2
+
+    total = over(r, node, "variance", a.self, dims, "sum", _kept(index, dims, a.keepdim), squared)
+    unbiased = getattr(a, "unbiased", True)
+    correction = 1 if getattr(a, "correction", None) is None else a.correction
+    return total / (count - (scalar(correction) if unbiased else _ZERO))
+
+
+def deviation(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
+    return sympy.sqrt(variance(r, node, a, index))
 
 
 # -- contractions --
@@ -325,6 +351,8 @@ REDUCTIONS: Mapping[str, Rule] = {
     "aten::prod": reduction("prod"),
     "aten::any": reduction("any"),
     "aten::all": reduction("all"),
+    "aten::var": variance,
+    "aten::std": deviation,
     "aten::linalg_vector_norm": _norm,
     "aten::logsumexp": _logsumexp,
     "aten::argmax": _argmax,

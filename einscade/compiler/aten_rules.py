@@ -17,7 +17,16 @@ from torch.fx import Node
 from einscade.compiler.aten_attention import SCALED_DOT_PRODUCT, scaled_dot_product
 from einscade.compiler.aten_facts import Unraisable, arguments, is_tensor, op_name, scalar, shape, torch_dtype
 from einscade.compiler.aten_pointwise import LOGICAL, NUMERIC, as_number, as_predicate, choose
-from einscade.compiler.aten_reductions import CHANNELS, CONTRACTIONS, DISTANCES, REDUCTIONS, SOFTMAX, reduction
+from einscade.compiler.aten_reductions import (
+    CHANNELS,
+    CONTRACTIONS,
+    DISTANCES,
+    REDUCTIONS,
+    SOFTMAX,
+    deviation,
+    reduction,
+    variance,
+)
 from einscade.compiler.aten_views import broadcast, slice_start
 from einscade.compiler.raising_index import Index, at_least, bounds
 from einscade.ir.expr import Access, Expr, Trunc, Where, const
@@ -389,9 +398,31 @@ def _overlaid(r: Raiser, node: Node, base: Node, index: Index, src: Node, there:
     if inside is not None:
         return r.read(src, there) if inside else r.read(base, index)
     condition = sympy.And(sympy.Ge(at, 0), sympy.Lt(at, size))
-    if torch_dtype(node) == torch.bool:
-        return _of_pieces(r, node, choose(condition, r.read(src, there), r.read(base, index)))
-    return _of_pieces(r, node, Where(condition, r.read(src, there), r.read(base, index)))
+    return _of_pieces(r, node, _chosen(r, node, condition, r.read(src, there), r.read(base, index)))
+
+
+def _diagonal_scatter(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
+    rows, columns = a.dim1 % len(index), a.dim2 % len(index)
+    row, column = index[rows], index[columns]
+    other = tuple(i for d, i in enumerate(index) if d not in (rows, columns))
+    there = (*other, row if a.offset >= 0 else column)
+    return _chosen(r, node, sympy.Eq(column, row + a.offset), r.read(a.src, there), r.read(a.self, index))
+
+
+def _index_put(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
+    """One number where a boolean mask says so: what `masked_fill` does."""
+    picks = [(d, p) for d, p in enumerate(a.indices) if p is not None]
+    if len(picks) != 1 or torch_dtype(picks[0][1]) != torch.bool or a.accumulate:
+        raise Unraisable(f"{node.target} at places that are no boolean mask")
+    if any(n != 1 for n in shape(a.values)):
+        raise Unraisable(f"{node.target} of more than one number")
+    ((first, mask),) = picks
+    condition = r.read(mask, index[first : first + len(shape(mask))])
+    return _chosen(r, node, condition, r.read(a.values, (_ZERO,) * len(shape(a.values))), r.read(a.self, index))
+
+
+def _chosen(r: Raiser, node: Node, condition: Any, a: Expr, b: Expr) -> Expr:
+    return choose(condition, a, b) if torch_dtype(node) == torch.bool else Where(condition, a, b)
 
 
 def _copy(r: Raiser, node: Node, a: SimpleNamespace, index: Index) -> Expr:
@@ -410,6 +441,9 @@ def _item(r: Raiser, node: Node, index: Index) -> Expr:
         return reduction(name.removeprefix("aten::"))(r, node, arguments(whole), index)
     if which == 1 and name == "aten::max":
         return RULES["aten::argmax"](r, node, arguments(whole), index)
+    if name in ("aten::var_mean", "aten::std_mean"):
+        spread = variance if name == "aten::var_mean" else deviation
+        return (reduction("sum", mean=True) if which else spread)(r, node, arguments(whole), index)
     short = name.removeprefix("aten::")
     if which == 0 and short in NUMERIC:
         return _pointwise(r, whole, short, index, node)
@@ -461,6 +495,8 @@ RULES: Mapping[str, Rule] = {
     "aten::scatter": _scatter,
     "aten::slice_scatter": _slice_scatter,
     "aten::select_scatter": _select_scatter,
+    "aten::diagonal_scatter": _diagonal_scatter,
+    "aten::index_put": _index_put,
     "aten::copy": _copy,
     "aten::cumsum": _cumsum,
 }

@@ -355,6 +355,20 @@ def causal_added_finfo_min(q, k, v):
     return (q @ k.mT * SCALE + bias).softmax(-1) @ v
 
 
+@spelling("qs ks vs", domain=causal)
+def causal_index_put(q, k, v):
+    s = q @ k.mT * SCALE
+    s[:, :, torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)] = float("-inf")
+    return s.softmax(-1) @ v
+
+
+@spelling("qs ks vs", domain=lambda p, m: p != m)
+def not_itself(q, k, v):
+    s = q @ k.mT * SCALE
+    s.diagonal(dim1=-2, dim2=-1).fill_(float("-inf"))
+    return s.softmax(-1) @ v
+
+
 @spelling("q k v", domain=bottom_right)
 def causal_offset(q, k, v):
     p, m = q.shape[2], k.shape[2]
