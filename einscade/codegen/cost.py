@@ -365,12 +365,18 @@ def _has_slivers(cascade: Cascade, nest: SerialNest, schedule: Schedule, lengths
     assembler has lost (triton-lang/triton issues 7830 and 10629; ptxas of CUDA 12.8)."""
     tiles = _tiles_of(cascade, nest, schedule)
     grid = row_ranks(cascade, nest, tiles)  # one dimension, of as many ranks as it has
+    order = (*grid[:1], *crossed(cascade, nest)[1:], nest.tile)  # of a product the first of these is the rows
+
+    def along(dimension: tuple[str, ...]) -> tuple[int, int]:
+        place = order.index(dimension[0]) if dimension[0] in order else len(order)
+        return place, -_elements(nest, dimension, tiles, lengths)
+
     for e in nest.einsums:
         if e.reduce and e.reduce.monoid == "sum":
-            ranks = e.output.ranks
-            dimensions = [tuple(r for r in ranks if r in grid), *((r,) for r in ranks if r not in grid)]
-            sides = sorted(n for d in dimensions if (n := _elements(nest, d, tiles, lengths)) > 1)
-            if len(sides) == 2 and sides[1] >= 64 and max(16, sides[0]) < schedule.warps * 256 // sides[1]:
+            rest = [r for r in e.output.ranks if r not in grid]
+            dimensions = [tuple(r for r in e.output.ranks if r in grid), *((r,) for r in rest)]
+            sides = [-n for _, n in sorted(along(d) for d in dimensions if d) if n < -1]
+            if len(sides) == 2 and sides[0] >= 64 and max(16, sides[1]) < schedule.warps * 256 // sides[0]:
                 return True
     return False
 

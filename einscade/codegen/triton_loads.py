@@ -261,10 +261,10 @@ class LoadWriter:
 
     def stays_inside(self, index: Expr, extent: Expr) -> bool:
         """Whether a program's one index of a dimension is proved to be in it, at points that do not exist, too."""
-        ranks = [*self.points, self.nest.serial]
-        ranges = {r: (sympy.Integer(0), self.cascade.extent(r) - 1) for r in ranks}
-        if (x := self.loop.coordinate) is not None:
-            ranges[f"{x}_lo"] = (sympy.Integer(0), self.cascade.extent(x) - 1)
+        ends = {r: self.cascade.extent(r) - 1 for r in (*self.points, self.nest.serial) if r}
+        ends |= {f"{r}_lo": self.cascade.extent(r) - 1 for r in (*self.row_names(), *self.columns)}
+        ends |= {f"{x}_lo": var(f"{x}_end") for x in self.loop.coordinates}  # nothing is known of it
+        ranges = {r: (sympy.Integer(0), end) for r, end in ends.items()}
         return decide(sympy.And(sympy.Ge(index, 0), sympy.Lt(index, extent)), ranges) is True
 
     def is_width(self, index: Expr) -> bool:
