@@ -365,7 +365,7 @@ def _has_slivers(cascade: Cascade, nest: SerialNest, schedule: Schedule, lengths
     assembler has lost (triton-lang/triton issues 7830 and 10629; ptxas of CUDA 12.8)."""
     tiles = _tiles_of(cascade, nest, schedule)
     grid = row_ranks(cascade, nest, tiles)  # one dimension, of as many ranks as it has
-    order = (*grid[:1], *crossed(cascade, nest)[1:], nest.tile)  # of a product the first of these is the rows
+    order = (*grid, *crossed(cascade, nest)[1:], nest.tile)  # of a product the first of these is the rows
 
     def along(dimension: tuple[str, ...]) -> tuple[int, int]:
         place = order.index(dimension[0]) if dimension[0] in order else len(order)
