@@ -73,7 +73,7 @@ class _Elementwise:
     def contracts(self, dims: Iterable[int]) -> bool:
         """Whether summing along `dims` makes it what a matrix product makes."""
         first, second = self.varying
-        gone = {d % len(self.shape) for d in dims}
+        gone = {d % len(self.shape) for d in dims} if self.shape else set()
         return bool(gone & first & second) and bool((first ^ second) - gone)
 
 

@@ -205,10 +205,6 @@ def _as_strided(node: Node, bound: SimpleNamespace, index: Index, extents: Exten
     return solved_digits(address, shape(bound.self), extents)
 
 
-def _same(node: Node, bound: SimpleNamespace, index: Index, extents: Extents) -> Index:
-    return index
-
-
 VIEWS: Mapping[str, Rule] = {
     "aten::view": _reshape,
     "aten::_unsafe_view": _reshape,

@@ -27,7 +27,7 @@ from einscade.passes.differentiate import differentiate
 from einscade.passes.pipeline import run
 from einscade.passes.rewrite import NotApplicable
 from einscade.runtime.messages import first_line, warn_once
-from einscade.runtime.program import DTYPES, Derivation, MemoryOrder, Program
+from einscade.runtime.program import DTYPES, Derivation, Program
 
 __all__ = ["Gradient", "gradient", "scan_free"]
 
@@ -127,13 +127,12 @@ def gradient(program: Program, needed: Sequence[bool]) -> Gradient:
     if (excess := _out_of_proportion(base, reverse.cascade)) is not None:
         return replace(recomputed, reason=excess)
     forward = reverse.forward
-    order = _renamed_order(program, base)
     index = {name: i for i, name in enumerate(forward.outputs)}
     positions = {t.name: i for i, t in enumerate(base.inputs)}
     outputs = {out: positions[name] for name, out in reverse.gradients.items()}
     adjoints = (*reverse.cotangents.items(), *reverse.gradients.items())
     return Gradient(
-        forward=Program(program.recipe, forward, order).text,
+        forward=Program(program.recipe, forward, program.order_in(base)).text,
         results=len(cascade.outputs),
         inputs=tuple(t.name for t in base.inputs),
         saved=tuple(index[name] for name in reverse.saved),
@@ -170,14 +169,3 @@ def _points(cascade: Cascade) -> dict[str, int]:
     """Of every statement, those that it reduces included."""
     lengths = Lengths(cascade, {})
     return {e.name: prod(map(lengths.rank, e.ranks)) for e in cascade.body}
-
-
-def _renamed_order(program: Program, base: Cascade) -> MemoryOrder:
-    """The program's memory orders in the names that outputs and ranks have in `base`."""
-    orders = []
-    for name, new in zip(program.cascade.outputs, base.outputs, strict=True):
-        ranks = dict(program.out_order).get(name)
-        if ranks is not None:
-            names = dict(zip(program.cascade.tensors[name].ranks, base.tensors[new].ranks, strict=True))
-            orders.append((new, tuple(names[r] for r in ranks)))
-    return tuple(orders)

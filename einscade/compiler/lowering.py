@@ -335,7 +335,7 @@ class _Sizes:
 
     def computed(self, expr: sympy.Expr) -> fx.Node:
         """An expression that no tensor has as a size, from those that one has."""
-        operation = next((op for kind, op in _ARITHMETIC.items() if type(expr).__name__ == kind), None)
+        operation = _ARITHMETIC.get(type(expr).__name__)
         if operation is None or not expr.args:
             raise Unlowerable(f"no tensor has the size {expr}")
         result = self.symbolic(expr.args[0])

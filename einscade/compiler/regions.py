@@ -120,7 +120,7 @@ class _Finder:
 
     def _draft(self, candidate: Candidate) -> _Draft:
         core = self._between(candidate)
-        core = self._extended(self._result(candidate.values, core), core)
+        core |= self._on_the_way(core, self._result(candidate.values, core))
         root = self._root(candidate.values, core)
         widths = frozenset(s for size in widths_of(candidate) for s in free_vars(size))
         order = self.position[candidate.values]
@@ -154,25 +154,26 @@ class _Finder:
         """The nodes on the paths from what makes the intermediate to what consumes it."""
         if candidate.intermediate is None:
             return {candidate.values}
-        start = min(self.position[s] for s in candidate.scores)
-        above: list[Node] = []
-        stack, seen = [candidate.values], {candidate.values}
-        while stack:
-            node = stack.pop()
-            above.append(node)
-            if node in candidate.scores:
-                continue
-            for source in node.all_input_nodes:
-                if source not in seen and self.position[source] >= start:
-                    seen.add(source)
-                    stack.append(source)
-        core = {s for s in candidate.scores if s in seen}
-        for node in sorted(above, key=self.position.__getitem__):
-            if node not in core and any(source in core for source in node.all_input_nodes):
-                core.add(node)
+        core = self._on_the_way(candidate.scores, candidate.values)
         for node in candidate.scores:
             core.update(products_of(node))
         return core
+
+    def _on_the_way(self, begins: Collection[Node], end: Node) -> set[Node]:
+        """The nodes on the paths to `end` from those of `begins` that come last on them, both included."""
+        start = min(map(self.position.__getitem__, begins))
+        above: set[Node] = set()
+        stack = [end]
+        while stack:
+            node = stack.pop()
+            if node not in above and self.position[node] >= start:
+                above.add(node)
+                stack += () if node in begins else node.all_input_nodes
+        found = above.intersection(begins)
+        for node in sorted(above, key=self.position.__getitem__):
+            if not found.isdisjoint(node.all_input_nodes):
+                found.add(node)
+        return found
 
     def _result(self, values: Node, core: set[Node]) -> Node:
         """Where the value leaves the region: past a division by a sum of the region, as hand-written softmax has it."""
@@ -203,27 +204,9 @@ class _Finder:
             node = sources[0]
         return False
 
-    def _extended(self, result: Node, core: set[Node]) -> set[Node]:
-        """The region with everything between it and its result."""
-        core = set(core)
-        stack = [result]
-        start = min(self.position[n] for n in core)
-        seen: set[Node] = set()
-        above: list[Node] = []
-        while stack:
-            node = stack.pop()
-            if node in seen or self.position[node] < start:
-                continue
-            seen.add(node)
-            above.append(node)
-            stack.extend(node.all_input_nodes if node not in core else ())
-        for node in sorted(above, key=self.position.__getitem__):
-            if any(source in core for source in node.all_input_nodes):
-                core.add(node)
-        return core
-
     def _root(self, values: Node, core: set[Node]) -> Node:
-        """The last node that only moves or casts the result, so that the kernel writes what is read."""
+        """The last node that only moves or casts the result, so that the kernel writes what is read. `core` gets all of
+        these."""
         inside = [n for n in core if not any(u in core for u in readers(n))]
         node = max(inside or [values], key=self.position.__getitem__)
         if not is_tensor(node):

@@ -30,7 +30,7 @@ from einscade.passes.pieces import apart, together
 from einscade.passes.rewrite import NotApplicable
 from einscade.passes.row_factors import positive, row_factors
 from einscade.passes.statements import Names, without_unused
-from einscade.passes.terms import conjoin, conjuncts, depends, fold, ordered, variables
+from einscade.passes.terms import at, conjoin, conjuncts, depends, fold, ordered, variables
 
 __all__ = ["Gradient", "differentiate"]
 
@@ -313,8 +313,7 @@ class _Reverse:
         s = self._definition(access.tensor)
         if s is None:
             return ()
-        here = dict(zip(map(var, s.output.ranks), access.index, strict=True))
-        return tuple(c.xreplace(here) for c in self._exists(access.tensor))
+        return tuple(c.xreplace(at(s, access)) for c in self._exists(access.tensor))
 
     def _existence(self, expr: Expr) -> frozenset[Boolean]:
         return frozenset(c for a in _unconditional(expr) for c in self._exists_at(a))

@@ -6,7 +6,7 @@ between a statement and its readers wherever they can, and in which nothing is c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import sympy
 from sympy.logic.boolalg import Boolean
@@ -16,7 +16,7 @@ from einscade.ir.intervals import rank_ranges, simplify
 from einscade.passes.existence import lost
 from einscade.passes.fusion import is_long
 from einscade.passes.normalise import normal, predicate
-from einscade.passes.statements import Names, without_unused
+from einscade.passes.statements import Names, instead, without_unused
 from einscade.passes.terms import at, conjoin, conjuncts, depends, reads_outside_where, renamed, variables
 
 __all__ = ["aligned", "deduplicated", "inlined", "shaped", "specialised"]
@@ -40,7 +40,6 @@ def inlined(cascade: Cascade) -> Cascade:
 def _written_out(s: Einsum, written: Mapping[str, Einsum], cascade: Cascade) -> Einsum:
     domain = list(conjuncts(s.domain))
     everywhere = reads_outside_where(s.expr)
-    values: dict[Access, Expr] = {}
 
     def value(a: Access) -> Expr | None:
         made = written.get(a.tensor)
@@ -51,9 +50,7 @@ def _written_out(s: Einsum, written: Mapping[str, Einsum], cascade: Cascade) -> 
         domain.extend(c.xreplace(place) for c in conjuncts(made.domain))
         return made.expr.xreplace(place)
 
-    for a in accesses(s.expr):
-        if (v := value(a)) is not None:
-            values[a] = v
+    values = {a: v for a in accesses(s.expr) if (v := value(a)) is not None}
     expr = normal(_put_together(s.expr.xreplace(values), cascade) if values else s.expr)
     domain += _cancelled(s.expr, values)
     read = frozenset().union(*(reads_outside_where(a.xreplace(values)) for a in everywhere))
@@ -96,9 +93,9 @@ def _finite(expr: Expr) -> Boolean:
     return sympy.false if expr.is_infinite else sympy.true
 
 
-def _replaced(expr: Expr, value: object) -> Expr:
-    found = {a: v for a in accesses(expr) if (v := value(a)) is not None}  # type: ignore[operator]
-    return expr.xreplace(found) if found else expr
+def _replaced(expr: Expr, value: Callable[[Access], Expr | None]) -> Expr:
+    """The expression with the accesses that have a value as that."""
+    return expr.xreplace({a: v for a in accesses(expr) if (v := value(a)) is not None})
 
 
 def _may_inline(s: Einsum, cascade: Cascade) -> bool:
@@ -255,11 +252,7 @@ def deduplicated(cascade: Cascade) -> Cascade:
     alias: dict[str, Tensor] = {}
     body = []
     for s in cascade.body:
-        calls = {
-            a: Access(alias[a.tensor].name, *_permuted(a, cascade.tensors[a.tensor], alias[a.tensor]))
-            for a in s.reads
-            if a.tensor in alias
-        }
+        calls = {a: instead(a, cascade.tensors[a.tensor], alias[a.tensor]) for a in s.reads if a.tensor in alias}
         if calls:
             s = s.replace(expr=normal(s.expr.xreplace(calls)), domain=s.domain.xreplace(calls))
         reduce = (s.reduce.monoid, frozenset(s.reduce.ranks)) if s.reduce else None
@@ -271,8 +264,3 @@ def deduplicated(cascade: Cascade) -> Cascade:
         seen.setdefault(key, s.output)
         body.append(s)
     return cascade.replace(body=tuple(body))
-
-
-def _permuted(access: Access, was: Tensor, now: Tensor) -> list[Expr]:
-    index = dict(zip(was.ranks, access.index, strict=True))
-    return [index[r] for r in now.ranks]

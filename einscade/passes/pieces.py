@@ -22,7 +22,7 @@ import sympy
 
 from einscade.ir import Access, Cascade, Einsum, Expr, Tensor, var
 from einscade.ir.digits import counted
-from einscade.passes.statements import Names, redirect, without_unused
+from einscade.passes.statements import Names, inlined, redirect, without_unused
 from einscade.passes.terms import depends, ordered
 
 __all__ = ["apart", "together"]
@@ -61,9 +61,7 @@ def together(cascade: Cascade, copies: Iterable[Einsum]) -> Cascade:
 
     def read(access: Access) -> Expr:
         copy = by_name.get(access.tensor)
-        if copy is None:
-            return access
-        return copy.expr.xreplace(dict(zip(map(var, copy.output.ranks), access.index, strict=True)))
+        return access if copy is None else inlined(access, copy)
 
     body = tuple(redirect(s, read) for s in cascade.body if s.name not in by_name)
     return without_unused(cascade.replace(body=body))

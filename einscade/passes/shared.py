@@ -15,7 +15,7 @@ from sympy.logic.boolalg import Boolean
 
 from einscade.ir import Access, Cascade, Einsum, Expr, Tensor, accesses, var
 from einscade.passes.normalise import normal
-from einscade.passes.statements import Names, wide
+from einscade.passes.statements import Names, instead, redirect, wide
 from einscade.passes.terms import (
     conjoin,
     conjuncts,
@@ -253,12 +253,22 @@ def _divided(expr: Expr, name: str, c: Expr, ranks: Collection[str]) -> Expr:
 def aliases_merged(cascade: Cascade) -> Cascade:
     """A statement that only reads another at its own ranks is that other one, if it has no conditions or is the only
     reader."""
+    return _sole_readers_merged(_plain_aliases_merged(cascade))
+
+
+def _plain_aliases_merged(cascade: Cascade) -> Cascade:
+    """Aliases without conditions go: what read them reads what they are of."""
     for s in cascade.body:
         made = cascade.definitions.get(s.expr.tensor) if isinstance(s.expr, Access) else None
         plain = s.reduce is None and s.scan is None and s.domain == sympy.true and s.name not in cascade.outputs
         if made is not None and plain and s.expr == made.output() and made.scan is None:
             body = [_rereading(t, s.output, made.output) for t in cascade.body if t.name != s.name]
             cascade = cascade.replace(body=tuple(body))
+    return cascade
+
+
+def _sole_readers_merged(cascade: Cascade) -> Cascade:
+    """What an alias alone reads is made under the alias' name, and under its conditions too."""
     readers = Counter(a.tensor for s in cascade.body for a in s.reads)
     body = list(cascade.body)
     for s in cascade.body:
@@ -309,12 +319,7 @@ def _summed_weights(access: Access, cascade: Cascade) -> tuple[str, ...] | None:
 
 
 def _rereading(s: Einsum, old: Tensor, new: Tensor) -> Einsum:
-    calls = {}
-    for a in s.reads:
-        if a.tensor == old.name:
-            index = dict(zip(old.ranks, a.index, strict=True))
-            calls[a] = Access(new.name, *(index[r] for r in new.ranks))
-    return s.replace(expr=s.expr.xreplace(calls), domain=s.domain.xreplace(calls)) if calls else s
+    return redirect(s, lambda a: instead(a, old, new) if a.tensor == old.name else a)
 
 
 def domains_sunk(cascade: Cascade) -> Cascade:

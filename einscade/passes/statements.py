@@ -19,6 +19,7 @@ __all__ = [
     "Names",
     "factors",
     "inlined",
+    "instead",
     "merge_pointwise",
     "rank_vars",
     "redirect",
@@ -56,6 +57,12 @@ def redirect(statement: Einsum, read: Callable[[Access], Expr]) -> Einsum:
     table = {a: read(a) for a in accesses(statement.expr) + accesses(statement.domain)}
     table = {old: new for old, new in table.items() if old != new}
     return statement.replace(expr=statement.expr.xreplace(table), domain=statement.domain.xreplace(table))
+
+
+def instead(access: Access, old: Tensor, new: Tensor) -> Access:
+    """The access to `old` as one to `new`, which has the same ranks in an order of its own."""
+    index = dict(zip(old.ranks, access.index, strict=True))
+    return Access(new.name, *(index[r] for r in new.ranks))
 
 
 def wide(dtype: str) -> str:

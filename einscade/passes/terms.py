@@ -26,7 +26,6 @@ __all__ = [
     "reduced_over",
     "renamed",
     "split_factors",
-    "substitute",
     "variables",
 ]
 
@@ -56,11 +55,6 @@ def conjoin(parts: Iterable[Boolean]) -> Boolean:
 def at(statement: Einsum, access: Access) -> dict[Expr, Expr]:
     """The substitution that turns the statement's own rank variables into the indices it is read at."""
     return {var(r): i for r, i in zip(statement.output.ranks, access.index, strict=True) if var(r) != i}
-
-
-def substitute(expr: Expr, values: Mapping[Access, Expr]) -> Expr:
-    """Replace whole accesses by expressions, those inside other accesses' indices included."""
-    return expr.xreplace(dict(values)) if values else expr
 
 
 def renamed(statement: Einsum, names: Mapping[str, str]) -> Einsum:

@@ -87,7 +87,7 @@ def candidates(
         loops = plan(rewritten)
     except Unsupported:
         return [*calls, *last]
-    orders = _renamed_orders(program, rewritten)
+    orders = program.order_in(rewritten)
     kinds = _emitters(device)
     if device.kind != "cpu" and few_rows(loops, Lengths(rewritten, sizes)) is not None:
         kinds = tuple(sorted(kinds, key=lambda kind: kind != "triton"))  # it packs the heads of a group into a tile
@@ -95,7 +95,7 @@ def candidates(
     tables = None if device.kind == "cpu" or deterministic else _with_tables(program, device, Lengths(rewritten, sizes))
     whole: list[list[Candidate]] = []
     if tables is not None:
-        named = _renamed_orders(program, tables.cascade)
+        named = program.order_in(tables.cascade)
         whole = [_generated(kind, tables, named, device, sizes) for kind in kinds]
     if not any(whole):
         whole = [_generated(kind, loops, orders, device, sizes) for kind in kinds]
@@ -114,7 +114,7 @@ def reference(program: Program, rewritten: Cascade, sizes: Mapping[str, int]) ->
     if points > LARGEST_REFERENCE:
         return None
     try:
-        found = _generated("tiled_torch", plan(rewritten), _renamed_orders(program, rewritten), ROOMY, sizes)
+        found = _generated("tiled_torch", plan(rewritten), program.order_in(rewritten), ROOMY, sizes)
     except Unsupported:
         return None
     return found[0] if found else None
@@ -133,7 +133,7 @@ def _in_parts(program: Program, loops: LoopProgram, device: Device, sizes: Mappi
         return []
     if parted(form) is None:  # the split did not apply
         return []
-    return _generated("triton", form, _renamed_orders(program, split), device, sizes)
+    return _generated("triton", form, program.order_in(split), device, sizes)
 
 
 def _with_tables(program: Program, device: Device, lengths: Lengths) -> LoopProgram | None:
@@ -224,13 +224,3 @@ def _library_gradients(program: Program, device: Device) -> list[Candidate]:
             schedule = library_gradient.schedule(kind, target_of(device))
             found.append(Candidate(f"library:{kind}", source, schedule, program.cascade.symbols))
     return found
-
-
-def _renamed_orders(program: Program, rewritten: Cascade) -> MemoryOrder:
-    """The program's memory orders in the names that outputs and their ranks have after rewriting."""
-    orders = []
-    for name, ranks in program.out_order:
-        new = rewritten.outputs[program.cascade.outputs.index(name)]
-        names = dict(zip(program.cascade.tensors[name].ranks, rewritten.tensors[new].ranks, strict=True))
-        orders.append((new, tuple(names[r] for r in ranks)))
-    return tuple(orders)

@@ -82,6 +82,15 @@ class Program:
             parts.append(self.derived.text.strip())
         return "\n".join(parts).replace("\n", LINE_END)
 
+    def order_in(self, form: Cascade) -> MemoryOrder:
+        """The memory orders in the names that outputs and their ranks have in another form of the cascade."""
+        orders = []
+        for name, ranks in self.out_order:
+            new = form.outputs[self.cascade.outputs.index(name)]
+            names = dict(zip(self.cascade.tensors[name].ranks, form.tensors[new].ranks, strict=True))
+            orders.append((new, tuple(names[r] for r in ranks)))
+        return tuple(orders)
+
     def check(self, inputs: Sequence[torch.Tensor], sizes: Sequence[int]) -> None:
         """Raises ValueError where an input's shape, dtype or device is not what the cascade says for these sizes."""
         tensors = self.cascade.inputs
