@@ -37,7 +37,8 @@ from einscade.ir import (
 from einscade.ir.intervals import Ranges, decide
 from einscade.passes.contract import Product, contract, flatten
 from einscade.passes.rewrite import NotApplicable
-from einscade.passes.statements import Names, factors, redirect, wide, without_unused
+from einscade.passes.statements import Names, redirect, wide, without_unused
+from einscade.passes.terms import factors
 
 __all__ = ["Chunk"]
 

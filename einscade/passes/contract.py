@@ -18,7 +18,8 @@ from sympy.logic.boolalg import And, Boolean
 
 from einscade.ir import Access, Cascade, Einsum, Expr, Rank, Reduction, Tensor, Where, free_vars, var
 from einscade.passes.rewrite import NotApplicable
-from einscade.passes.statements import Names, factors, inlined, wide
+from einscade.passes.statements import Names, inlined, wide
+from einscade.passes.terms import factors
 
 __all__ = ["LARGE", "Product", "Tree", "contract", "flatten", "order", "visits"]
 

@@ -17,8 +17,8 @@ from sympy.logic.boolalg import Boolean
 from einscade.ir import Cascade, Einsum, Expr, Tensor, Where, accesses
 from einscade.passes.existence import Existence, existence
 from einscade.passes.rewrite import NotApplicable
-from einscade.passes.statements import Names, wide
-from einscade.passes.terms import conjoin, conjuncts, depends, reduced_over, split_factors
+from einscade.passes.statements import Names, reduced_over, wide
+from einscade.passes.terms import conjoin, conjuncts, depends, split_factors
 
 __all__ = ["Defer", "guards"]
 

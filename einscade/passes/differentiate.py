@@ -29,8 +29,8 @@ from einscade.passes.invariance import is_felt
 from einscade.passes.pieces import apart, together
 from einscade.passes.rewrite import NotApplicable
 from einscade.passes.row_factors import positive, row_factors
-from einscade.passes.statements import Names, without_unused
-from einscade.passes.terms import at, conjoin, conjuncts, depends, fold, ordered, variables
+from einscade.passes.statements import Names, at, ordered, without_unused
+from einscade.passes.terms import conjoin, conjuncts, depends, fold, variables
 
 __all__ = ["Gradient", "differentiate"]
 

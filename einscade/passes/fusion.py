@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from einscade.ir import Access, Cascade, Einsum, Expr, accesses, var
 from einscade.passes.correction import Correction, NoCorrection, derive
-from einscade.passes.terms import closure
+from einscade.passes.statements import closure
 
 __all__ = ["Carried", "Loop", "Plan", "along", "inner_ranks", "is_long", "plan_loops"]
 

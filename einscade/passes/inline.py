@@ -16,8 +16,8 @@ from einscade.ir.intervals import rank_ranges, simplify
 from einscade.passes.existence import lost
 from einscade.passes.fusion import is_long
 from einscade.passes.normalise import normal, predicate
-from einscade.passes.statements import Names, instead, without_unused
-from einscade.passes.terms import at, conjoin, conjuncts, depends, reads_outside_where, renamed, variables
+from einscade.passes.statements import Names, at, instead, renamed, without_unused
+from einscade.passes.terms import conjoin, conjuncts, depends, reads_outside_where, variables
 
 __all__ = ["aligned", "deduplicated", "inlined", "shaped", "specialised"]
 

@@ -39,8 +39,8 @@ from einscade.passes.correction import Correction, derive, old
 from einscade.passes.existence import existence
 from einscade.passes.fusion import Carried, Loop, Plan, along, common_ranks, is_long, plan_loops
 from einscade.passes.rewrite import NotApplicable
-from einscade.passes.statements import Names, redirect, wide, without_unused
-from einscade.passes.terms import closure, conjoin, conjuncts, depends, ordered, reads_outside_where
+from einscade.passes.statements import Names, closure, ordered, redirect, wide, without_unused
+from einscade.passes.terms import conjoin, conjuncts, depends, reads_outside_where
 
 __all__ = ["Loops", "Online"]
 

@@ -22,8 +22,8 @@ import sympy
 
 from einscade.ir import Access, Cascade, Einsum, Expr, Tensor, var
 from einscade.ir.digits import counted
-from einscade.passes.statements import Names, inlined, redirect, without_unused
-from einscade.passes.terms import depends, ordered
+from einscade.passes.statements import Names, inlined, ordered, redirect, without_unused
+from einscade.passes.terms import depends
 
 __all__ = ["apart", "together"]
 

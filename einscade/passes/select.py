@@ -35,8 +35,8 @@ from einscade.ir import (
 )
 from einscade.passes.domains import possible
 from einscade.passes.rewrite import NotApplicable
-from einscade.passes.statements import Names, factors, redirect, wide
-from einscade.passes.terms import closure
+from einscade.passes.statements import Names, closure, redirect, wide
+from einscade.passes.terms import factors
 
 __all__ = ["Select"]
 

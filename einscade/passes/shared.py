@@ -15,16 +15,8 @@ from sympy.logic.boolalg import Boolean
 
 from einscade.ir import Access, Cascade, Einsum, Expr, Tensor, accesses, var
 from einscade.passes.normalise import normal
-from einscade.passes.statements import Names, instead, redirect, wide
-from einscade.passes.terms import (
-    conjoin,
-    conjuncts,
-    depends,
-    reads_outside_where,
-    reduced_over,
-    split_factors,
-    variables,
-)
+from einscade.passes.statements import Names, instead, redirect, reduced_over, wide
+from einscade.passes.terms import conjoin, conjuncts, depends, reads_outside_where, split_factors, variables
 
 __all__ = ["aliases_merged", "constants_folded", "domains_sunk", "factors_out", "guarded", "shared"]
 

@@ -13,8 +13,8 @@ import sympy
 
 from einscade.ir import Access, Cascade, Einsum, Expr, Reduction, Tensor, accesses, var
 from einscade.passes.normalise import normal
-from einscade.passes.statements import Names, wide, without_unused
-from einscade.passes.terms import conjuncts, depends, reduced_over
+from einscade.passes.statements import Names, reduced_over, wide, without_unused
+from einscade.passes.terms import conjuncts, depends
 
 __all__ = ["factored", "stabilised", "unshifted"]
 

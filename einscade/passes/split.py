@@ -20,8 +20,8 @@ from einscade.ir import MONOIDS, Access, Cascade, Einsum, Expr, Rank, Reduction,
 from einscade.passes.correction import old
 from einscade.passes.fusion import Carried, Loop, common_ranks, plan_loops
 from einscade.passes.rewrite import NotApplicable
-from einscade.passes.statements import Names, without_unused
-from einscade.passes.terms import conjoin, conjuncts, depends, ordered, reads_outside_where
+from einscade.passes.statements import Names, ordered, without_unused
+from einscade.passes.terms import conjoin, conjuncts, depends, reads_outside_where
 
 __all__ = ["Split"]
 

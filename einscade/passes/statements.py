@@ -1,29 +1,33 @@
-"""Small steps on statements that several rewrites share: fresh names, redirected reads, products, dead code.
+"""Small steps on statements that several rewrites share: fresh names, redirected reads, order, dead code.
 
-Everything here is a pure function of frozen data; nothing decides what to rewrite.
+Everything here is a pure function of frozen data; nothing decides what to rewrite. Tools on expressions are in `terms`.
 """
 
 from __future__ import annotations
 
 import keyword
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import sympy
 
-from einscade.ir import Access, Cascade, Einsum, Expr, Tensor, accesses, free_vars, var
+from einscade.ir import Access, Cascade, Einsum, Expr, Reduction, Tensor, accesses, var
 from einscade.ir.expr import FUNCTIONS
 from einscade.ir.verify import WORDS
+from einscade.passes.terms import factors, split_factors
 
 __all__ = [
     "RESERVED",
     "Names",
-    "factors",
+    "at",
+    "closure",
     "inlined",
     "instead",
     "merge_pointwise",
-    "rank_vars",
+    "ordered",
     "redirect",
+    "reduced_over",
     "release",
+    "renamed",
     "wide",
     "without_unused",
 ]
@@ -72,7 +76,7 @@ def wide(dtype: str) -> str:
 
 def inlined(access: Access, definition: Einsum) -> Expr:
     """The value of a statement that does not reduce, at the index of an access to it."""
-    return definition.expr.xreplace(dict(zip(map(var, definition.output.ranks), access.index, strict=True)))
+    return definition.expr.xreplace(at(definition, access))
 
 
 def merge_pointwise(cascade: Cascade, name: str) -> Cascade:
@@ -85,16 +89,6 @@ def merge_pointwise(cascade: Cascade, name: str) -> Cascade:
     return cascade.replace(body=tuple(user if s == users[0] else s for s in cascade.body if s != made))
 
 
-def factors(expr: Expr) -> tuple[Expr, ...]:
-    """The factors of a product (one factor, the expression itself, where it is none)."""
-    return tuple(sympy.Mul.make_args(expr))
-
-
-def rank_vars(expr: Expr, ranks: Iterable[str]) -> frozenset[str]:
-    """Those of `ranks` whose variables occur in the expression."""
-    return free_vars(expr) & frozenset(ranks)
-
-
 def release(statement: Einsum, names: Names, cascade: Cascade) -> tuple[Einsum, ...]:
     """Let the factors that lack the reduced ranks out of a sum: `sum(e) s * y = s * sum(e) y`.
 
@@ -103,17 +97,17 @@ def release(statement: Einsum, names: Names, cascade: Cascade) -> tuple[Einsum, 
     """
     if statement.reduce is None or statement.reduce.monoid != "sum" or statement.scan is not None:
         return (statement,)
-    reduced = statement.reduce.ranks
-    staying = [f for f in factors(statement.expr) if rank_vars(f, reduced)]
-    leaving = [f for f in factors(statement.expr) if not rank_vars(f, reduced)]
-    if not staying or not leaving:
+    leaving, staying = split_factors(statement.expr, statement.reduce.ranks)
+    if 1 in (leaving, staying):
         return (statement,)
-    narrow = all(isinstance(f, Access) and cascade.tensors[f.tensor].dtype in ("i4", "i8", "u8") for f in staying)
+    narrow = all(
+        isinstance(f, Access) and cascade.tensors[f.tensor].dtype in ("i4", "i8", "u8") for f in factors(staying)
+    )
     output = statement.output
     inner = Tensor(names(f"{output.name.removesuffix('dot')}dot"), output.ranks, "i32" if narrow else output.dtype)
     return (
-        statement.replace(output=inner, expr=sympy.Mul(*staying)),
-        Einsum(output, sympy.Mul(*leaving) * inner()),
+        statement.replace(output=inner, expr=staying),
+        Einsum(output, leaving * inner()),
     )
 
 
@@ -128,3 +122,65 @@ def without_unused(cascade: Cascade) -> Cascade:
     used = {r for t in cascade.inputs for r in t.ranks}
     used |= {r for s in body for r in (*s.output.ranks, *s.ranks)}
     return cascade.replace(ranks=tuple(r for r in cascade.ranks if r.name in used), body=tuple(body))
+
+
+def at(statement: Einsum, access: Access) -> dict[Expr, Expr]:
+    """The substitution that turns the statement's own rank variables into the indices it is read at."""
+    return {var(r): i for r, i in zip(statement.output.ranks, access.index, strict=True) if var(r) != i}
+
+
+def renamed(statement: Einsum, names: Mapping[str, str]) -> Einsum:
+    """The same statement with rank variables renamed, in its output, its reduction, expression and domain."""
+    if not names:
+        return statement
+    sub = {var(a): var(b) for a, b in names.items()}
+    output = statement.output
+    reduce = statement.reduce
+    return Einsum(
+        Tensor(output.name, tuple(names.get(r, r) for r in output.ranks), output.dtype, output.layout),
+        statement.expr.xreplace(sub),
+        Reduction(reduce.monoid, tuple(names.get(r, r) for r in reduce.ranks), reduce.slot) if reduce else None,
+        statement.domain.xreplace(sub),
+        statement.scan,
+    )
+
+
+def ordered(statements: Sequence[Einsum], inputs: Iterable[str]) -> tuple[Einsum, ...]:
+    """The statements so that each follows what it reads, otherwise as they came."""
+    by_name = {s.name: s for s in statements}
+    done: dict[str, Einsum] = {}
+    known = set(inputs)
+
+    def visit(statement: Einsum) -> None:
+        if statement.name in done:
+            return
+        for access in statement.reads:
+            if access.tensor in by_name and access.tensor != statement.name and access.tensor not in known:
+                visit(by_name[access.tensor])
+        done[statement.name] = statement
+
+    for statement in statements:
+        visit(statement)
+    return tuple(done.values())
+
+
+def closure(cascade: Cascade, names: Iterable[str]) -> frozenset[str]:
+    """The names and everything they read, directly or not."""
+    seen: set[str] = set()
+    todo = list(names)
+    while todo:
+        name = todo.pop()
+        if name not in seen:
+            seen.add(name)
+            if name in cascade.definitions:
+                todo += [a.tensor for a in cascade.definitions[name].reads]
+    return frozenset(seen)
+
+
+def reduced_over(cascade: Cascade) -> dict[str, frozenset[str]]:
+    """For each tensor, the ranks that it, or anything it reads, reduces."""
+    found: dict[str, frozenset[str]] = {t.name: frozenset() for t in cascade.inputs}
+    for s in cascade.body:
+        own = frozenset(s.reduce.ranks) if s.reduce else frozenset()
+        found[s.name] = own.union(*(found.get(a.tensor, frozenset()) for a in s.reads))
+    return found

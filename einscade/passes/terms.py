@@ -1,30 +1,27 @@
-"""Small tools that the passes share: exponentials folded together, conjuncts, statements renamed, inlined and ordered.
+"""Small tools on expressions that several rewrites share: conjuncts, factors, exponentials folded together.
 
-Comes in: expressions and statements. Goes out: new ones; nothing here decides what a pass should do.
+Everything here is a pure function of expressions; nothing decides what to rewrite. Tools on statements are in
+`statements`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from functools import lru_cache
 
 import sympy
 from sympy.logic.boolalg import Boolean
 
-from einscade.ir import Access, Cascade, Einsum, Expr, Reduction, Tensor, Where, free_vars, var
+from einscade.ir import Access, Expr, Where, free_vars
 
 __all__ = [
-    "at",
-    "closure",
     "conjoin",
     "conjuncts",
     "depends",
+    "factors",
     "fold",
-    "ordered",
     "reads_outside_where",
-    "reduced_over",
-    "renamed",
     "split_factors",
     "variables",
 ]
@@ -50,27 +47,6 @@ def conjoin(parts: Iterable[Boolean]) -> Boolean:
     if not parts:
         return sympy.true
     return parts[0] if len(parts) == 1 else sympy.And(*parts)
-
-
-def at(statement: Einsum, access: Access) -> dict[Expr, Expr]:
-    """The substitution that turns the statement's own rank variables into the indices it is read at."""
-    return {var(r): i for r, i in zip(statement.output.ranks, access.index, strict=True) if var(r) != i}
-
-
-def renamed(statement: Einsum, names: Mapping[str, str]) -> Einsum:
-    """The same statement with rank variables renamed, in its output, its reduction, expression and domain."""
-    if not names:
-        return statement
-    sub = {var(a): var(b) for a, b in names.items()}
-    output = statement.output
-    reduce = statement.reduce
-    return Einsum(
-        Tensor(output.name, tuple(names.get(r, r) for r in output.ranks), output.dtype, output.layout),
-        statement.expr.xreplace(sub),
-        Reduction(reduce.monoid, tuple(names.get(r, r) for r in reduce.ranks), reduce.slot) if reduce else None,
-        statement.domain.xreplace(sub),
-        statement.scan,
-    )
 
 
 def split_factors(term: Expr, ranks: Iterable[str]) -> tuple[Expr, Expr]:
@@ -119,42 +95,6 @@ def reads_outside_where(expr: Expr) -> frozenset[Access]:
     return frozenset().union(*map(reads_outside_where, args)) if args else frozenset()
 
 
-def ordered(statements: Sequence[Einsum], inputs: Iterable[str]) -> tuple[Einsum, ...]:
-    """The statements so that each follows what it reads, otherwise as they came."""
-    by_name = {s.name: s for s in statements}
-    done: dict[str, Einsum] = {}
-    known = set(inputs)
-
-    def visit(statement: Einsum) -> None:
-        if statement.name in done:
-            return
-        for access in statement.reads:
-            if access.tensor in by_name and access.tensor != statement.name and access.tensor not in known:
-                visit(by_name[access.tensor])
-        done[statement.name] = statement
-
-    for statement in statements:
-        visit(statement)
-    return tuple(done.values())
-
-
-def closure(cascade: Cascade, names: Iterable[str]) -> frozenset[str]:
-    """The names and everything they read, directly or not."""
-    seen: set[str] = set()
-    todo = list(names)
-    while todo:
-        name = todo.pop()
-        if name not in seen:
-            seen.add(name)
-            if name in cascade.definitions:
-                todo += [a.tensor for a in cascade.definitions[name].reads]
-    return frozenset(seen)
-
-
-def reduced_over(cascade: Cascade) -> dict[str, frozenset[str]]:
-    """For each tensor, the ranks that it, or anything it reads, reduces."""
-    found: dict[str, frozenset[str]] = {t.name: frozenset() for t in cascade.inputs}
-    for s in cascade.body:
-        own = frozenset(s.reduce.ranks) if s.reduce else frozenset()
-        found[s.name] = own.union(*(found.get(a.tensor, frozenset()) for a in s.reads))
-    return found
+def factors(expr: Expr) -> tuple[Expr, ...]:
+    """The factors of a product (one factor, the expression itself, where it is none)."""
+    return tuple(sympy.Mul.make_args(expr))
