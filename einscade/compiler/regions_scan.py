@@ -239,8 +239,12 @@ class _Scan:
         return marks
 
     def linear(self, node: Node, source: Node, inputs: Sequence[Node]) -> bool:
-        """Whether the value stays a plain product of its sides: something is added, or its rows or columns scaled."""
-        if op_name(node).removeprefix("aten::") not in ("mul", "div"):
+        """Whether the value stays a plain product of its sides: something is added, or its rows or columns are scaled,
+        or taken from elsewhere (a cache that a product with one-hot codes writes to)."""
+        name = op_name(node).removeprefix("aten::")
+        if name in ("where", "masked_fill"):
+            inputs = inputs[:1] if name == "where" else inputs[1:2]
+        elif name not in ("mul", "div"):
             return True
         marks = self.of(source)
         for other in inputs:
@@ -340,7 +344,7 @@ class _Scan:
         return True
 
 
-_LINEAR = {"add", "sub", "rsub", "mul", "div", "neg", "detach"}
+_LINEAR = {"add", "sub", "rsub", "mul", "div", "neg", "detach", "where", "masked_fill"}
 _WITH_INDICES = {"aten::max", "aten::min", "aten::sort", "aten::topk", "aten::kthvalue", "aten::mode"}
 _GATHERS = {"aten::index", "aten::gather", "aten::index_select", "aten::index_put", "aten::scatter"}
 _PICKS = {"aten::index", "aten::index_select"}
