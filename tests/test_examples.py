@@ -84,6 +84,13 @@ def _capped(**changes: str) -> str:
 class TestUnshift:
     """The pass of docs/add-a-pass.md."""
 
+    def test_its_page_shows_its_lines(self) -> None:
+        blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "add-a-pass.md").read_text(), re.DOTALL)
+        shown = [line.strip().removesuffix(" ...") for block in blocks for line in block.splitlines() if line.strip()]
+        written = {line.strip() for line in (ROOT / "examples" / "own_pass.py").read_text().splitlines()}
+        assert len(shown) > 10
+        assert not [line for line in shown if line not in written]
+
     def test_drops_the_maximum(self) -> None:
         cascade = own_pass.Unshift().apply(parse_cascade(own_pass.CAPPED))
         assert [s.name for s in cascade.body] == ["A", "S", "W", "Z", "O"]

@@ -146,7 +146,7 @@ def _with_clones(
 
 def separated(cascade: Cascade) -> Cascade:
     """A reduction over several ranks of what other statements compute, as one over the longest of them, then the rest:
-    keys shared by a group of query heads get their gradient per head first."""
+    keys shared by a group of query heads get their gradient per head first. What is `merged` has one rank instead."""
     cascade = without_unused(merged(cascade))
     body: list[Einsum] = []
     names = Names(cascade)
