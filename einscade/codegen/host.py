@@ -53,6 +53,8 @@ def python(expr: Expr, names: Mapping[str, str] | None = None) -> str:
         if expr.args[0] == -1:
             return "-" + "*".join(wrapped[1:])
         return "*".join(wrapped)
+    if isinstance(expr, sympy.Pow) and expr.exp.is_Integer and expr.exp.is_positive:
+        return f"{wrapped[0]}**{expr.exp}"
     if isinstance(expr, (And, Or)):
         word = " and " if isinstance(expr, And) else " or "
         return word.join(f"({a})" if isinstance(x, (And, Or)) else a for a, x in zip(args, expr.args, strict=True))

@@ -238,6 +238,8 @@ class Number:
             return f"float('{float(expr)}')" if expr.is_infinite else repr(float(expr))
         if expr.is_Pow and expr.exp == -1:
             return f"(1 / {self.code(expr.base)})"
+        if expr.is_Pow and expr.exp.is_Integer and expr.exp.is_positive:
+            return f"({self.code(expr.base)} ** {expr.exp})"
         args = [self.code(x) for x in expr.args]
         for kind, sign in self.infix.items():
             if isinstance(expr, kind):

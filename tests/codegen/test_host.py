@@ -24,6 +24,7 @@ ENDS = sympy.Max(a, b) + sympy.Min(a, 5)
         a - (b - n),
         -a * b - 3,
         2 * sympy.Max(a, b) * n,
+        -(FloorDiv(a, 2) ** 2) * b - a**3,
         sympy.Mul(2, ENDS, evaluate=False),
         FloorDiv(ENDS, 3),
         FloorDiv(a - ENDS, n + 1),

@@ -213,6 +213,21 @@ class Windows(nn.Module):
         return out.permute(0, 3, 6, 4, 1, 5, 2).reshape(b, c, h, w)
 
 
+class SquareImages(nn.Module):
+    """Patches of images as wide as they are high, with a table of relative rows that is cut to their side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.rows = nn.Conv2d(WIDTH, 3 * WIDTH, 4, 4), nn.Parameter(torch.randn(HEADS, 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = x.shape[-1] // 4
+        q, k, v = map(_heads, self.patches(x).flatten(2).mT.chunk(3, -1))
+        row = torch.arange(side * side) // side
+        bias = self.rows[:, row[:, None] - row[None, :] + 32]
+        return _merged((q @ k.transpose(-1, -2) * 0.3 + bias).softmax(-1) @ v)
+
+
 @dataclass(frozen=True)
 class Written:
     """A module, its input for a length, and how many sites it has."""
@@ -244,6 +259,7 @@ MODULES = [
     Written("additive", Additive),
     Written("shared_key", SharedKey),
     Written("mixer", Mixer, sites=0),
+    Written("square_images", SquareImages, lambda n: (2, WIDTH, n, n)),
     Written("windows", Windows, lambda n: (2, WIDTH, n, 8)),
 ]
 
