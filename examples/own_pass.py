@@ -101,9 +101,9 @@ def _check_no_output_depends_on_scale(cascade: Cascade, statement: Einsum) -> No
 
 
 def with_unshift() -> tuple[Rewrite, ...]:
-    """The exact recipe with the pass after `canonicalise`, which gives every softmax a maximum, and before `defer`."""
+    """The exact recipe with the pass after `canonicalise`, which gives every softmax a maximum, and before `online`."""
     exact = RECIPES["exact"]
-    place = [rewrite.name for rewrite in exact].index("defer")
+    place = [rewrite.name for rewrite in exact].index("online")
     return (*exact[:place], Unshift(), *exact[place:])
 
 
