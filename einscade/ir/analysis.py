@@ -314,9 +314,9 @@ def _conditions(cascade: Cascade, e: Einsum) -> list[Any]:
         producer = cascade.definitions.get(access.tensor)
         if producer is None or producer is e:
             continue
-        index = dict(zip(map(var, producer.output.ranks), access.index, strict=True))
+        place = producer.output.place(access)
         reduced = set(producer.reduce.ranks) if producer.reduce else set()
-        found += [c.xreplace(index) for c in _conditions(cascade, producer) if not free_vars(c) & reduced]
+        found += [c.xreplace(place) for c in _conditions(cascade, producer) if not free_vars(c) & reduced]
     return list(dict.fromkeys(found))
 
 

@@ -146,6 +146,10 @@ class Tensor:
         """This tensor at an index, or, without one, at its own rank variables."""
         return Access(self.name, *(index or map(var, self.ranks)))
 
+    def place(self, access: Access) -> dict[Expr, Expr]:
+        """The substitution that takes what is said of this tensor's own rank variables to where an access reads it."""
+        return {var(r): i for r, i in zip(self.ranks, access.index, strict=True) if var(r) != i}
+
 
 @dataclass(frozen=True)
 class Reduction:

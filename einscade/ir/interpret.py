@@ -21,7 +21,7 @@ from sympy.logic.boolalg import And, BooleanFalse, BooleanTrue, Not, Or
 from torch import Tensor
 
 from einscade.ir.cascade import MONOIDS, Cascade, Einsum
-from einscade.ir.expr import Access, Expr, FloorDiv, Mod, Round, Trunc, Where, free_vars, var
+from einscade.ir.expr import Access, Expr, FloorDiv, Mod, Round, Trunc, Where, free_vars
 from einscade.ir.verify import CascadeError, verify
 
 __all__ = ["OPERATIONS", "extents", "infer_sizes", "interpret"]
@@ -387,8 +387,7 @@ class _Statement:
         """What a finished scan holds before its first step, at an access that may go there."""
         assert made_by is not None
         assert made_by.scan is not None
-        index = dict(zip(map(var, made_by.output.ranks), node.index, strict=True))
-        return self.value(made_by.scan.init.xreplace(index))
+        return self.value(made_by.scan.init.xreplace(made_by.output.place(node)))
 
 
 def _constant(node: Any) -> float | int | bool:

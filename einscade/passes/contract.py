@@ -62,8 +62,7 @@ def flatten(statement: Einsum, cascade: Cascade, rank: str) -> tuple[Product, Ca
             continue
         made, cascade = _apart(made, cascade, {*statement.ranks, *reduced})
         todo = [*factors(inlined(factor, made)), *todo]
-        at = dict(zip(map(var, made.output.ranks), factor.index, strict=True))
-        conditions += And.make_args(made.domain.xreplace(at))
+        conditions += And.make_args(made.domain.xreplace(made.output.place(factor)))
         reduced += made.reduce.ranks if made.reduce else ()
     # What an inlined statement lacked for all reduced points at once was a sum over nothing, not a missing point.
     empty = [c for c in conditions if not free_vars(c) & set(reduced) and c not in And.make_args(statement.domain)]

@@ -29,7 +29,7 @@ from einscade.passes.invariance import is_felt
 from einscade.passes.pieces import apart, together
 from einscade.passes.rewrite import NotApplicable
 from einscade.passes.row_factors import positive, row_factors
-from einscade.passes.statements import Names, at, ordered, without_unused
+from einscade.passes.statements import Names, ordered, without_unused
 from einscade.passes.terms import conjoin, conjuncts, depends, fold, variables
 
 __all__ = ["Gradient", "differentiate"]
@@ -313,7 +313,7 @@ class _Reverse:
         s = self._definition(access.tensor)
         if s is None:
             return ()
-        return tuple(c.xreplace(at(s, access)) for c in self._exists(access.tensor))
+        return tuple(c.xreplace(s.output.place(access)) for c in self._exists(access.tensor))
 
     def _existence(self, expr: Expr) -> frozenset[Boolean]:
         return frozenset(c for a in _unconditional(expr) for c in self._exists_at(a))

@@ -15,7 +15,7 @@ from sympy import Basic
 from sympy.logic.boolalg import And, Boolean, Not, Or
 
 from einscade.ir.cascade import Cascade, Einsum
-from einscade.ir.expr import Access, Where, free_vars, var
+from einscade.ir.expr import Access, Where, free_vars
 from einscade.ir.intervals import decide, rank_ranges
 from einscade.passes.terms import conjuncts, reads_outside_where
 
@@ -81,8 +81,7 @@ def _exists(cascade: Cascade, results: Mapping[str, Boolean], expr: Basic) -> Bo
         deciding = expr.args if isinstance(expr, Or) else map(Not, expr.args)
         return Or(And(*parts), *map(And, parts, deciding))
     if isinstance(expr, Access) and results.get(expr.tensor, sympy.true) != sympy.true:
-        ranks = cascade.tensors[expr.tensor].ranks
-        parts.append(results[expr.tensor].xreplace(dict(zip(map(var, ranks), expr.index, strict=True))))
+        parts.append(results[expr.tensor].xreplace(cascade.tensors[expr.tensor].place(expr)))
     return And(*parts)
 
 

@@ -16,7 +16,7 @@ from einscade.ir.intervals import rank_ranges, simplify
 from einscade.passes.existence import lost
 from einscade.passes.fusion import is_long
 from einscade.passes.normalise import normal, predicate
-from einscade.passes.statements import Names, at, instead, renamed, without_unused
+from einscade.passes.statements import Names, instead, renamed, without_unused
 from einscade.passes.terms import conjoin, conjuncts, depends, reads_outside_where, variables
 
 __all__ = ["aligned", "deduplicated", "inlined", "shaped", "specialised"]
@@ -46,7 +46,7 @@ def _written_out(s: Einsum, written: Mapping[str, Einsum], cascade: Cascade) -> 
         if made is None or (made.domain != sympy.true and a not in everywhere):
             return None
         index = tuple(_replaced(i, value) for i in a.index)
-        place = at(made, a.at(*index))
+        place = made.output.place(a.at(*index))
         domain.extend(c.xreplace(place) for c in conjuncts(made.domain))
         return made.expr.xreplace(place)
 
@@ -58,8 +58,9 @@ def _written_out(s: Einsum, written: Mapping[str, Einsum], cascade: Cascade) -> 
     in_domain = {}
     for a in accesses(sympy.And(s.domain, *kept)):
         if (made := written.get(a.tensor)) is not None:
-            in_domain[a] = made.expr.xreplace(at(made, a))
-            domain.extend(c.xreplace(at(made, a)) for c in conjuncts(made.domain))
+            place = made.output.place(a)
+            in_domain[a] = made.expr.xreplace(place)
+            domain.extend(c.xreplace(place) for c in conjuncts(made.domain))
     parts = [p for c in domain for p in conjuncts(predicate(c.xreplace(in_domain)))]
     return s.replace(expr=expr, domain=conjoin(parts))
 

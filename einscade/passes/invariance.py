@@ -92,8 +92,8 @@ def _change_of(statement: Einsum, cascade: Cascade, changes: Mapping[str, Change
 
 def _changed(access: Access, cascade: Cascade, changes: Mapping[str, Change]) -> Expr:
     change = changes[access.tensor]
-    at = dict(zip(map(var, cascade.tensors[access.tensor].ranks), access.index, strict=True))
-    return change.scale.xreplace(at) * access + change.shift.xreplace(at)
+    place = cascade.tensors[access.tensor].place(access)
+    return change.scale.xreplace(place) * access + change.shift.xreplace(place)
 
 
 def _difference(changed: Expr, original: Expr) -> Expr:

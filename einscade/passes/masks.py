@@ -40,7 +40,7 @@ def masks_to_domains(cascade: Cascade) -> Cascade:
         for a in accesses(s.expr):
             if a.tensor in rows:
                 made, condition, identity = rows[a.tensor]
-                place = dict(zip(map(var, made.output.ranks), a.index, strict=True))
+                place = made.output.place(a)
                 calls[a] = Where(condition.xreplace(place), a, identity)
         if calls:
             expr = normal(s.expr.xreplace(calls))

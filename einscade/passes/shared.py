@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator
 import sympy
 from sympy.logic.boolalg import Boolean
 
-from einscade.ir import Access, Cascade, Einsum, Expr, Tensor, accesses, var
+from einscade.ir import Access, Cascade, Einsum, Expr, Tensor, accesses
 from einscade.passes.normalise import normal
 from einscade.passes.statements import Names, instead, redirect, reduced_over, wide
 from einscade.passes.terms import conjoin, conjuncts, depends, reads_outside_where, split_factors, variables
@@ -32,9 +32,7 @@ def factors_out(cascade: Cascade) -> Cascade:
         calls = {}
         for a in accesses(s.expr):
             if a.tensor in left:
-                ranks = cascade.tensors[a.tensor].ranks
-                place = dict(zip(map(var, ranks), a.index, strict=True))
-                calls[a] = left[a.tensor].xreplace(place) * a
+                calls[a] = left[a.tensor].xreplace(cascade.tensors[a.tensor].place(a)) * a
         if calls:
             s = s.replace(expr=normal(s.expr.xreplace(calls)))
         if s.reduce is None or s.reduce.monoid != "sum" or s.scan is not None or isinstance(s.expr, sympy.Add):

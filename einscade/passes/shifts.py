@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 
 import sympy
 
-from einscade.ir import Access, Cascade, Einsum, Expr, Reduction, Tensor, accesses, var
+from einscade.ir import Access, Cascade, Einsum, Expr, Reduction, Tensor, accesses
 from einscade.passes.normalise import normal
 from einscade.passes.statements import Names, reduced_over, wide, without_unused
 from einscade.passes.terms import conjuncts, depends
@@ -149,11 +149,9 @@ def _rescaled(
 
 
 def _undone(statement: Einsum, factor: Expr, access: Access) -> Expr:
-    place = dict(zip(map(var, statement.output.ranks), access.index, strict=True))
-    moved = factor.xreplace(place)
-    at = access.at(*access.index)
+    moved = factor.xreplace(statement.output.place(access))
     assert statement.reduce is not None
-    return moved * at if statement.reduce.monoid == "sum" else moved + at
+    return moved * access if statement.reduce.monoid == "sum" else moved + access
 
 
 def factored(expr: Expr) -> Expr:

@@ -18,7 +18,6 @@ from einscade.passes.terms import factors, split_factors
 __all__ = [
     "RESERVED",
     "Names",
-    "at",
     "closure",
     "inlined",
     "instead",
@@ -76,7 +75,7 @@ def wide(dtype: str) -> str:
 
 def inlined(access: Access, definition: Einsum) -> Expr:
     """The value of a statement that does not reduce, at the index of an access to it."""
-    return definition.expr.xreplace(at(definition, access))
+    return definition.expr.xreplace(definition.output.place(access))
 
 
 def merge_pointwise(cascade: Cascade, name: str) -> Cascade:
@@ -122,11 +121,6 @@ def without_unused(cascade: Cascade) -> Cascade:
     used = {r for t in cascade.inputs for r in t.ranks}
     used |= {r for s in body for r in (*s.output.ranks, *s.ranks)}
     return cascade.replace(ranks=tuple(r for r in cascade.ranks if r.name in used), body=tuple(body))
-
-
-def at(statement: Einsum, access: Access) -> dict[Expr, Expr]:
-    """The substitution that turns the statement's own rank variables into the indices it is read at."""
-    return {var(r): i for r, i in zip(statement.output.ranks, access.index, strict=True) if var(r) != i}
 
 
 def renamed(statement: Einsum, names: Mapping[str, str]) -> Einsum:

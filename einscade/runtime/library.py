@@ -109,7 +109,7 @@ class _Recogniser:
             table = {}
             for access in found:
                 made = self.cascade.definitions[access.tensor]
-                binding = _binding(made, access)
+                binding = made.output.place(access)
                 table[access] = made.expr.xreplace(binding)
                 conjuncts |= {c.xreplace(binding) for c in And.make_args(made.domain)} - {sympy.true}
             expr = expr.xreplace(table)
@@ -117,7 +117,7 @@ class _Recogniser:
             definition = self.cascade.definitions.get(access.tensor)
             if definition is not None and definition.reduce is not None:  # a row of a reduction exists by its own part
                 kept = {c for c in And.make_args(definition.domain) if not free_vars(c) & set(definition.reduce.ranks)}
-                conjuncts |= {c.xreplace(_binding(definition, access)) for c in kept} - {sympy.true}
+                conjuncts |= {c.xreplace(definition.output.place(access)) for c in kept} - {sympy.true}
         flat: set[Boolean] = set()
         for c in conjuncts:
             flat |= set(And.make_args(c))
@@ -197,7 +197,7 @@ class _Recogniser:
 
     def renaming(self, statement: Einsum, at: Access, m: str) -> dict[Expr, Expr]:
         own = self.only(statement.reduce.ranks if statement.reduce else ())
-        return {**_binding(statement, at), var(own): var(m)}
+        return {**statement.output.place(at), var(own): var(m)}
 
     def shape_of(
         self,
@@ -218,7 +218,7 @@ class _Recogniser:
         definition = self.reduction(contraction, "sum")
         e = self.only(definition.reduce.ranks if definition.reduce else ())
         product = self.inline(definition.expr, definition.domain)
-        binding = _binding(definition, contraction)
+        binding = definition.output.place(contraction)
         if any(e in free_vars(c) for c in product.domain):
             raise NotInLibrary("a domain over the contracted rank")
         domain = domain | {c.xreplace(binding) for c in product.domain}
@@ -329,7 +329,3 @@ class View:
                     raise NotInLibrary(f"{access.tensor} is read at an index that is not a view")
                 steps.setdefault(base.name, []).append((d, coefficient))
         return View(tuple((r, tuple(s)) for r, s in steps.items()), tuple(start))
-
-
-def _binding(statement: Einsum, access: Access) -> dict[Expr, Expr]:
-    return dict(zip(map(var, statement.output.ranks), access.index, strict=True))
