@@ -249,11 +249,26 @@ class _Reverse:
         return True
 
     def _chosen(self, s: Einsum) -> Expr:
-        """The gradient of an extreme goes in equal parts to the points that attain it (as torch.amax has it)."""
+        """The gradient of an extreme goes in equal parts to the points that attain it (as torch.amax has it). A sum
+        that is computed again may round to another number, and no point would."""
+        if (again := self._summed_again(s)) is not None:
+            raise NotApplicable(f"{s.name} is an extreme of what reads {again}, which would be summed up again")
         chosen = Where(sympy.Eq(s.expr, s.output(), evaluate=False), sympy.Integer(1), sympy.Integer(0))
         count = Tensor(self.names(f"{s.name}count"), s.output.ranks, self.wide)
         self.made[count.name] = Einsum(count, chosen, Reduction("sum", s.reduce.ranks if s.reduce else ()), s.domain)
         return chosen / count()
+
+    def _summed_again(self, s: Einsum) -> str | None:
+        """A sum that a statement's value is made of and that the gradient is not given."""
+        for a in s.reads:
+            made = self.forward.definitions.get(a.tensor)
+            if made is None or made.name in self.summaries or made.name in self.forward.outputs:
+                continue
+            if made.reduce is not None and made.reduce.monoid in ("sum", "prod"):
+                return made.name
+            if (found := self._summed_again(made)) is not None:
+                return found
+        return None
 
     def _available(self, s: Einsum, slope: Expr) -> Expr:
         """The slope without what would have to be saved for it, where the statement's own output gives it back."""
@@ -490,7 +505,10 @@ def _unconditional(expr: Expr) -> tuple[Access, ...]:
 
 def _derivative(s: Einsum, access: Access, value: Access) -> Expr:
     """d expr / d access, written with the statement's own value where that occurs in it (exp' = exp)."""
-    slope = _bounded(_smooth(s.expr).diff(access))
+    smooth = _smooth(s.expr)
+    flat = {step: sympy.Dummy() for step in smooth.atoms(sympy.floor, sympy.ceiling, sympy.sign)}  # but for jumps
+    slope = smooth.xreplace(flat).diff(access).xreplace({number: step for step, number in flat.items()})
+    slope = _bounded(slope)
     if s.reduce is None and s.expr.args and not variables(s.expr).isdisjoint(s.output.ranks):
         slope = slope.xreplace({s.expr: value})
     return slope

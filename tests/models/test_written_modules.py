@@ -119,6 +119,12 @@ def _norm_of_masked_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (scores / scores.abs().sum(-1, keepdim=True).clamp(min=1)) @ v
 
 
+def _scores_within_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Divided by the greatest of a row, which has a gradient."""
+    scores = (q @ k.transpose(-1, -2)).tril()
+    return (scores / scores.abs().amax(-1, keepdim=True).clamp(min=0.1)) @ v
+
+
 def _scores_of_unit_variance(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Normalised over queries and keys alike: in the gradient two loops each need a result of the other."""
     scores = q @ k.transpose(-1, -2)
@@ -249,6 +255,7 @@ MODULES = [
     Written("keys_without_gradient", lambda: Projected(_keys_without_gradient)),
     Written("maximum_without_gradient", lambda: Projected(_maximum_without_gradient)),
     Written("norm_of_masked_scores", lambda: Projected(_norm_of_masked_scores)),
+    Written("scores_within_one", lambda: Projected(_scores_within_one)),
     Written("scores_of_unit_variance", lambda: Projected(_scores_of_unit_variance)),
     Written("latents", lambda: Projected(_latents)),
     Written("differences", lambda: Projected(_differences)),

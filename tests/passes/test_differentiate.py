@@ -98,6 +98,8 @@ CASES = {
     "  Z[p] = sum(m) exp(X[p,m] - G[p])\n  L[p] = G[p] + log(Z[p])\n",
     "maximum itself": "cascade c(X[p,m]) -> G[p], Y[p]\n  where p < 3, m < 7\n  G[p] = max(m) X[p,m]\n"
     "  Y[p] = sum(m) X[p,m] * G[p]\n",
+    "steps": "cascade c(X[m]) -> O\n  where m < 9\n"
+    "  O[] = sum(m) sign(X[m]) * X[m]**2 + floor(3 * X[m]) * X[m] + ceil(X[m] + floor(X[m])) * X[m]\n",
     "split rank": "cascade c(X[n]) -> Y[p]\n  where n < 15, p < 3, m < 4\n"
     "  Y[p] = sum(m) X[4*p + m + 2] * X[4*p + m] * m\n",
     "merged batches": "cascade c(Q[t,p,e], K[t,p,e], A[s,p], B[h,r,n]) -> O[b,h,r,p]\n"
@@ -178,6 +180,14 @@ def test_the_maximum_of_a_softmax_has_no_gradient() -> None:
     result = differentiate(parse_cascade(CASES["causal with empty rows"]))
     assert "dG" not in result.cascade.tensors
     assert result.saved == ("G", "O", "R")
+
+
+def test_an_extreme_of_sums_that_would_be_computed_again_has_none() -> None:
+    """They may round to other numbers, of which none is equal to the extreme. What only shifts needs no gradient."""
+    text = "cascade c(Q[p,e], K[m,e]) -> G[p]\n  where p < 3, m < 5, e < 2\n  S[p,m] = sum(e) Q[p,e] * K[m,e]\n"
+    text += "  G[p] = max(m) abs(S[p,m])\n"
+    with pytest.raises(NotApplicable, match="G is an extreme of what reads S, which would be summed up again"):
+        differentiate(parse_cascade(text))
 
 
 def test_what_is_saved_in_half_precision() -> None:
