@@ -105,6 +105,8 @@ def _may_inline(s: Einsum, cascade: Cascade) -> bool:
     of its own, or is part of one (the scales of quantized values), is stored."""
     if s.output.layout != DENSE or s.name in cascade.in_layouts:
         return False
+    if s.expr.is_infinite:  # written out, -oo less -oo would be no number
+        return False
     factors = [f.as_base_exp() for f in sympy.Mul.make_args(s.expr)] if isinstance(s.expr, sympy.Expr) else ()
     if factors and all(b.is_number or (isinstance(b, Access) and e.is_positive) for b, e in factors):
         return True

@@ -265,6 +265,19 @@ def test_a_single_key_that_is_masked_leaves_no_point() -> None:
     assert (str(out.expr), str(out.domain), out.reduce) == ("X2[p]", "~mask[b]", None)
 
 
+def test_a_single_key_that_is_always_masked_is_a_number() -> None:
+    """A first token that may not see itself, beside a sink: -oo less -oo is 0 here, and no number in sympy."""
+    before = cascade("""
+cascade c(X[p]: f32, B[p]: f32) -> O
+  where p < 3
+  A[p] = -oo
+  G[p] = A[p]
+  Z[p] = exp(A[p] - G[p])
+  O[p] = X[p] * exp(A[p] - Max(B[p], G[p] + log(Z[p]))) + B[p]
+""")
+    assert_equal(before, canonical(before), {})
+
+
 def test_dead_statements_and_ranks_go() -> None:
     text = HEAD + "  " + CAUSAL["domain"] + "  U[b,h,p,n] = sum(d) K[b,h,n,d] * Q[b,h,p,d]\n"
     assert canonical(cascade(text)) == canonical(cascade(HEAD + "  " + CAUSAL["domain"]))
