@@ -20,6 +20,7 @@ from einscade.codegen.schedule import Schedule
 from einscade.codegen.source import Unsupported
 from einscade.codegen.tiles import Statement
 from einscade.ir.expr import Access, Expr, accesses, free_vars, var
+from einscade.ir.intervals import is_inside
 
 __all__ = [
     "COLUMN_DTYPES", "GROUP_ROWS", "REGISTERS", "Column", "Load", "Plan", "Ring", "Table", "distance", "factor_of",
@@ -321,7 +322,23 @@ class Plan:
             names |= free_vars(shape.extent(r))
         for s in (*self.statements, *self.epilogue, *self.scores):
             names |= free_vars(s.expr) | free_vars(s.keep) | free_vars(s.row)
+        for x in self.loads:
+            names |= {n for _, extent in self._may_leave(x.access) for n in free_vars(extent)}
         return [s for s in self.cascade.symbols if s in names and s not in tiles]
+
+    def _may_leave(self, access: Access) -> list[tuple[Expr, Expr]]:
+        """The indices of a read, with the extents, that are not proved to stay inside where no point exists. Those of
+        rows and columns at once, which a tile's own mask covers, are left out."""
+        shape, own = self.shape, (self.shape.p, self.shape.m)
+        ends = {r: shape.extent(r) for r in (shape.p, *shape.batch)}
+        if shape.loop.limit is not None:
+            ends[shape.m] = shape.loop.limit
+        ranges = {r: (sympy.Integer(0), end - 1) for r, end in ends.items()}
+        extents = [shape.extent(r) for r in self.cascade.tensors[access.tensor].ranks]
+        return [
+            (i, n) for i, n in zip(access.index, extents, strict=True)
+            if not {*own} <= free_vars(i) and not is_inside(i, n, ranges)
+        ]  # fmt: skip
 
     def _classes(self) -> bool:
         return self.bounds.full_end is not None

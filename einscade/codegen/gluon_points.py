@@ -114,8 +114,17 @@ class Points(Plan):
             assert self.shape.loop.limit is not None
             limit = printer.value(self.shape.loop.limit).code
             inside.append(printer.align(Value(f"{self.shape.m}_ < {limit}", (self.shape.m,)), ranks))
+        inside += self._within(access, printer, ranks)
         mask = f", mask={' & '.join(inside)}, other=0" if inside else ""
         return f"gl.load({address}{mask})"
+
+    def _within(self, access: Access, printer: Printer, ranks: tuple[str, ...]) -> list[str]:
+        """That the read stays inside its tensor, where that is not known."""
+        found = []
+        for index, extent in self._may_leave(access):
+            v, end = printer.value(index), printer.value(extent).code
+            found.append(printer.align(Value(f"({v.atom()} >= 0) & ({v.atom()} < {end})", v.ranks), ranks))
+        return found
 
     def _across(self, access: Access, printer: Printer) -> str | None:
         """The same of a table by distance, where the tile is one of scores; None of any other read."""
@@ -135,6 +144,7 @@ class Points(Plan):
             inside.append(f"({p}_ < {printer.value(rows).code})[:, None]")
         if not (printer.whole or (limit.is_Integer and int(limit) % self.columns == 0)):
             inside.append(f"({m}_ < {printer.value(limit).code})[None, :]")
+        inside += self._within(access, printer, (p, m))
         mask = f", mask={' & '.join(inside)}, other=0" if inside else ""
         self.used.add("at_points")
         place = f"{' + '.join([n, *others])}, {index[at].code}, {p}_, {columns}, {a}, {b}, {n}_{at}"

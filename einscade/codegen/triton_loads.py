@@ -29,7 +29,7 @@ from einscade.codegen.triton_values import (
 )
 from einscade.ir.cascade import Cascade
 from einscade.ir.expr import Access, Expr, Mod, accesses, free_vars, var
-from einscade.ir.intervals import decide
+from einscade.ir.intervals import is_inside
 
 __all__ = ["HALF", "TRITON_DTYPES", "LoadWriter"]
 
@@ -265,7 +265,7 @@ class LoadWriter:
         ends |= {f"{r}_lo": self.cascade.extent(r) - 1 for r in (*self.row_names(), *self.columns)}
         ends |= {f"{x}_lo": var(f"{x}_end") for x in self.loop.coordinates}  # nothing is known of it
         ranges = {r: (sympy.Integer(0), end) for r, end in ends.items()}
-        return decide(sympy.And(sympy.Ge(index, 0), sympy.Lt(index, extent)), ranges) is True
+        return is_inside(index, extent, ranges)
 
     def is_width(self, index: Expr) -> bool:
         return isinstance(index, sympy.Symbol) and index.name in self.widths

@@ -40,7 +40,7 @@ from einscade.ir.polynomials import (
 
 Ranges: TypeAlias = Mapping[str, tuple[Expr, Expr]]
 
-__all__ = ["Ranges", "bounds", "decide", "rank_ranges", "simplify"]
+__all__ = ["Ranges", "bounds", "decide", "is_inside", "rank_ranges", "simplify"]
 
 
 def rank_ranges(cascade: Cascade) -> dict[str, tuple[Expr, Expr]]:
@@ -62,6 +62,11 @@ def bounds(expr: Any, ranges: Ranges) -> tuple[Expr | None, Expr | None]:
 def decide(predicate: Any, ranges: Ranges) -> bool | None:
     """Whether the predicate holds at every point (True), at none (False), or neither was proved (None)."""
     return _reasoner(ranges).decide(sympy.sympify(predicate))
+
+
+def is_inside(index: Expr, extent: Expr, ranges: Ranges) -> bool:
+    """Whether `0 <= index < extent` was proved for every point, be it one that exists or not."""
+    return decide(And(Ge(index, 0), Lt(index, extent)), ranges) is True
 
 
 def _reasoner(ranges: Ranges) -> _Reasoner:

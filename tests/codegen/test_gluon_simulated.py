@@ -12,6 +12,8 @@ import torch
 from einscade.codegen.gluon import emit, schedules
 from einscade.codegen.loops import plan
 from einscade.ir.interpret import interpret
+from einscade.ir.text import parse_cascade
+from einscade.passes.pipeline import run
 from tests.codegen.cascades import CASES, cascade, inputs, relative_error
 from tests.codegen.gluon_simulator import Deadlock, Misuse, Simulator
 
@@ -50,6 +52,35 @@ class Example:
 def test_right_in_any_order(name: str, shape: dict[str, Any], lengths: tuple[int, int]) -> None:
     example = Example(name, shape, {"B": 1, "P": lengths[0], "M": lengths[1]})
     assert example.holds(example.text, seed=len(name))
+
+
+PREVIOUS = """
+cascade previous(Q[c,p,e]: bf16, K[c,m,e]: bf16, V[c,m,f]: bf16, X[c], R[c,p], B[c,p,m]: bf16) -> O
+  where c < C, p < P, m < M, e < 64, f < 64
+  S[c,p,m] = sum(e) Q[c,p,e] * K[c - 1,m,e]   if c >= 1 & p >= 3
+  T[c,p,m] = S[c,p,m] {}
+  G[c,p]   = max(m) T[c,p,m]
+  W[c,p,m] = exp(T[c,p,m] - G[c,p])
+  Z[c,p]   = sum(m) W[c,p,m]
+  N[c,p,f] = sum(m) W[c,p,m] * V[c - 1,m,f]
+  O[c,p,f]: bf16 = N[c,p,f] / Z[c,p] {}   if Z[c,p] != 0
+"""
+
+
+@pytest.mark.parametrize(("score", "result"), [
+    ("* X[c - 1]", ""), ("+ R[c - 1,p]", ""), ("+ R[c,p - 3]", ""), ("+ B[c - 1,p,m]", ""), ("+ B[c,p - 3,m]", ""),
+    ("", "* R[c - 1,p - 3]"),
+])  # fmt: skip
+def test_an_index_leaves_its_tensor_where_no_point_exists(score: str, result: str) -> None:
+    """The simulator refuses reads outside of a tensor."""
+    plain = parse_cascade(PREVIOUS.format(score, result))
+    program = plan(run(plain, "exact").cascade)
+    sizes = {"C": 3, "P": 70, "M": 90}
+    shapes = {t.name: [sizes.get(str(n := plain.extent(r))) or int(n) for r in t.ranks] for t in plain.inputs}
+    given = {t.name: torch.randn(shapes[t.name]).to(TORCH.get(t.dtype, torch.float32)) for t in plain.inputs}
+    (out,) = Simulator(1).load(emit(program, schedules(program)[0]).text).run(*given.values(), **sizes)
+    exact = interpret(plain, given, {})["O"]
+    assert relative_error(out, exact) <= 3 * relative_error(exact.to(torch.bfloat16), exact)
 
 
 # -- the simulator ----------------------------------------------------------------------------------------------------
