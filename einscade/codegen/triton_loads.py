@@ -7,6 +7,7 @@ for the loads, into the kernel itself or into its step function, whichever is be
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 
 import sympy
 from sympy.logic.boolalg import Boolean
@@ -30,6 +31,7 @@ from einscade.codegen.triton_values import (
 from einscade.ir.cascade import Cascade
 from einscade.ir.expr import Access, Expr, Mod, accesses, free_vars, var
 from einscade.ir.intervals import is_inside
+from einscade.passes.terms import reads_outside_where
 
 __all__ = ["HALF", "TRITON_DTYPES", "LoadWriter"]
 
@@ -198,7 +200,9 @@ class LoadWriter:
             address += term
             if self.is_inside(i, extent):
                 continue
-            if len(v.ranks) == 1 and v.ranks[0] in self.loop.coordinates and moving:
+            if access in self.chosen and not self.stays_inside(i, self.cascade.extent(r)):
+                inside = Value(v.within(extent, i), v.ranks, prec=4)
+            elif len(v.ranks) == 1 and v.ranks[0] in self.loop.coordinates and moving:
                 inside = Value(self.edge(i, v, extent), v.ranks)
             elif not isinstance(i, sympy.Symbol):
                 inside = Value(v.within(extent, i), v.ranks, prec=4)
@@ -259,9 +263,19 @@ class LoadWriter:
         place = var(x) - var(f"{x}_lo") if x is not None else sympy.Integer(0)
         return any(isinstance(i, Mod) and str(i.args[1]) == extent for i in (index, index - place))
 
+    @cached_property
+    def chosen(self) -> frozenset[Access]:
+        """What only the points read for which a condition chooses it; where they do not, it may be outside."""
+        loop = self.loop
+        read = [x for s in (*loop.prologue, *loop.body, *loop.epilogue) for x in (s.expr, s.keep)]
+        return frozenset(a for x in read for a in accesses(x)).difference(*map(reads_outside_where, read))
+
     def stays_inside(self, index: Expr, extent: Expr) -> bool:
-        """Whether a program's one index of a dimension is proved to be in it, at points that do not exist, too."""
-        ends = {r: self.cascade.extent(r) - 1 for r in (*self.points, self.nest.serial) if r}
+        """Whether an index is proved to be in its dimension for all of a tile's ranks, be there a point or not."""
+        whole = (*self.points, *self.row_names(), *self.columns, *self.widths, self.nest.serial)
+        ends = {r: self.cascade.extent(r) - 1 for r in whole if r}
+        if self.loop.limit is not None:
+            ends |= dict.fromkeys(self.loop.coordinates, self.loop.limit - 1)
         ends |= {f"{r}_lo": self.cascade.extent(r) - 1 for r in (*self.row_names(), *self.columns)}
         ends |= {f"{x}_lo": var(f"{x}_end") for x in self.loop.coordinates}  # nothing is known of it
         ranges = {r: (sympy.Integer(0), end) for r, end in ends.items()}

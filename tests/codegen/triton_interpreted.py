@@ -236,3 +236,26 @@ def test_a_chunk_without_one_before_it_reads_nothing() -> None:
     source = emit(plan(run(plain, "exact").cascade), Schedule((("M0", 16), ("p", 16)), target="cuda:90"))
     (out,) = module(source).run(*x.values(), **sizes)
     assert relative_error(out, interpret(plain, x, {})["O"]) <= BOUND["f16"]
+
+
+CONCATENATED = """
+cascade concatenated(Q[h,p,e]: f16, K[h,m,e]: f16, V[h,m,f]: f16, X[l], Y[m], R[l,p]) -> O
+  where h < 2, p < P, m < M, l < 40, e < 16, f < 16
+  S[h,p,m] = sum(e) Q[h,p,e] * K[h,m,e]
+  T[h,p,m] = S[h,p,m] + Where(m < 40, X[m] + R[m,p], Y[m - 40])
+  G[h,p]   = max(m) T[h,p,m]
+  W[h,p,m] = exp(T[h,p,m] - G[h,p])
+  Z[h,p]   = sum(m) W[h,p,m]
+  O[h,p,f]: f16 = sum(m) W[h,p,m] * V[h,m,f] / Z[h,p]
+"""
+
+
+def test_a_choice_reads_nothing_where_it_chooses_otherwise() -> None:
+    """Also in tiles whose points all exist: of two tensors one after the other each tile reads one, or both in part."""
+    plain = parse_cascade(CONCATENATED)
+    sizes = {"P": 17, "M": 128}
+    x = {t.name: torch.randn([sizes.get(str(n := plain.extent(r))) or int(n) for r in t.ranks]) for t in plain.inputs}
+    x = {name: v.half() if name in ("Q", "K", "V") else v for name, v in x.items()}
+    source = emit(plan(run(plain, "exact").cascade), Schedule((("M0", 16), ("p", 16)), target="cuda:90"))
+    (out,) = module(source).run(*x.values(), **sizes)
+    assert relative_error(out, interpret(plain, x, {})["O"]) <= BOUND["f16"]
