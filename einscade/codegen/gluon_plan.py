@@ -21,7 +21,7 @@ from einscade.codegen.source import Unsupported
 from einscade.codegen.tiles import Statement
 from einscade.ir.expr import Access, Expr, accesses, free_vars, var
 from einscade.ir.intervals import is_inside
-from einscade.passes.terms import reads_outside_where
+from einscade.passes.terms import reads_by_choice
 
 __all__ = [
     "COLUMN_DTYPES", "GROUP_ROWS", "REGISTERS", "Column", "Load", "Plan", "Ring", "Table", "distance", "factor_of",
@@ -327,12 +327,15 @@ class Plan:
             names |= {n for _, extent in self._may_leave(x.access) for n in free_vars(extent)}
         return [s for s in self.cascade.symbols if s in names and s not in tiles]
 
+    @cached_property
+    def _chosen(self) -> frozenset[Access]:
+        """What only the points read for which a condition chooses it."""
+        return reads_by_choice(x for s in (*self.statements, *self.epilogue, *self.scores) for x in (s.expr, s.keep))
+
     def _may_leave(self, access: Access) -> list[tuple[Expr, Expr]]:
         """The indices of a read, with the extents, that are not proved to stay inside where no point exists. Those of
         rows and columns at once, which a tile's own mask covers, are left out, but for what a condition chooses."""
         shape, own = self.shape, (self.shape.p, self.shape.m)
-        read = (x for s in (*self.statements, *self.epilogue, *self.scores) for x in (s.expr, s.keep))
-        chosen = not any(access in reads_outside_where(x) for x in read)
         ends = {r: shape.extent(r) for r in (shape.p, *shape.batch)}
         if shape.loop.limit is not None:
             ends[shape.m] = shape.loop.limit
@@ -340,7 +343,7 @@ class Plan:
         extents = [shape.extent(r) for r in self.cascade.tensors[access.tensor].ranks]
         return [
             (i, n) for i, n in zip(access.index, extents, strict=True)
-            if (chosen or not {*own} <= free_vars(i)) and not is_inside(i, n, ranges)
+            if (access in self._chosen or not {*own} <= free_vars(i)) and not is_inside(i, n, ranges)
         ]  # fmt: skip
 
     def _classes(self) -> bool:

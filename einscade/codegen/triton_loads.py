@@ -31,7 +31,7 @@ from einscade.codegen.triton_values import (
 from einscade.ir.cascade import Cascade
 from einscade.ir.expr import Access, Expr, Mod, accesses, free_vars, var
 from einscade.ir.intervals import is_inside
-from einscade.passes.terms import reads_outside_where
+from einscade.passes.terms import reads_by_choice
 
 __all__ = ["HALF", "TRITON_DTYPES", "LoadWriter"]
 
@@ -265,10 +265,9 @@ class LoadWriter:
 
     @cached_property
     def chosen(self) -> frozenset[Access]:
-        """What only the points read for which a condition chooses it; where they do not, it may be outside."""
+        """What only the points read for which a condition chooses it."""
         loop = self.loop
-        read = [x for s in (*loop.prologue, *loop.body, *loop.epilogue) for x in (s.expr, s.keep)]
-        return frozenset(a for x in read for a in accesses(x)).difference(*map(reads_outside_where, read))
+        return reads_by_choice(x for s in (*loop.prologue, *loop.body, *loop.epilogue) for x in (s.expr, s.keep))
 
     def stays_inside(self, index: Expr, extent: Expr) -> bool:
         """Whether an index is proved to be in its dimension for all of a tile's ranks, be there a point or not."""

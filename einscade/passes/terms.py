@@ -14,6 +14,7 @@ import sympy
 from sympy.logic.boolalg import Boolean
 
 from einscade.ir import Access, Expr, Where, free_vars
+from einscade.ir.expr import accesses
 
 __all__ = [
     "conjoin",
@@ -21,6 +22,7 @@ __all__ = [
     "depends",
     "factors",
     "fold",
+    "reads_by_choice",
     "reads_outside_where",
     "split_factors",
     "variables",
@@ -93,6 +95,12 @@ def reads_outside_where(expr: Expr) -> frozenset[Access]:
         return frozenset({expr}).union(*map(reads_outside_where, expr.index))
     args = expr.args[:1] if isinstance(expr, Where) else expr.args
     return frozenset().union(*map(reads_outside_where, args)) if args else frozenset()
+
+
+def reads_by_choice(exprs: Iterable[Expr]) -> frozenset[Access]:
+    """The accesses of all these that only a branch of a Where makes: where it is not taken, they may be outside."""
+    exprs = tuple(exprs)
+    return frozenset(a for x in exprs for a in accesses(x)).difference(*map(reads_outside_where, exprs))
 
 
 def factors(expr: Expr) -> tuple[Expr, ...]:
