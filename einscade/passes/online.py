@@ -203,7 +203,7 @@ class _Emit:
         self.running: dict[str, Tensor] = {}
         self.inside: dict[str, str] = {}  # statements along the rank and rows, to their names inside the loop
         self.made: list[Einsum] = []
-        self.aux: list[tuple[Expr, Tensor]] = []
+        self.aux: list[tuple[Expr, list[Boolean], Tensor]] = []  # moments, the points they sum over, their running sums
 
     def run(self) -> Cascade:
         c = self.cascade
@@ -411,18 +411,21 @@ class _Emit:
             if other.f == moment and reduce and reduce.monoid == "sum" and self._points(other.name) == domain:
                 own = Access(other.name, *map(var, self.cascade.tensors[other.name].ranks))
                 return self._run_at(own, step)
-        for f, running in self.aux:
-            if f == moment:
+        for f, points, running in self.aux:
+            if f == moment and points == domain:
                 return Access(running.name, *(step if r == self.m1 else var(r) for r in running.ranks))
         s = self.cascade.definitions[carried.name]
         assert s.reduce is not None
         if s.reduce.ranks != (self.m,):
             raise NotApplicable(f"{s.name} sums over {', '.join(s.reduce.ranks)} at once; its moments would too")
         states = tuple(a for a in carried.states if moment.has(a))
-        kept = tuple(r for r in owner.ranks if r in self.common or r == self.m1 or depends(moment, (r,)))
+        moving = (moment, *domain)
+        kept = tuple(
+            r for r in owner.ranks if r in self.common or r == self.m1 or any(depends(e, (r,)) for e in moving)
+        )
         running = Tensor(self.names(f"{s.name}A"), kept, owner.dtype)
         local = Tensor(self.names(f"{running.name}L"), kept, owner.dtype)
-        self.aux.append((moment, running))
+        self.aux.append((moment, domain, running))
         correction = derive(moment, "sum", states, self.m)
         part = self._reduction("sum", (self.m,))
         if part is None:

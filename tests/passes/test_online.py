@@ -131,6 +131,24 @@ def test_higher_moments() -> None:
     assert_equal(before, after, {"B": 2, "M": 11}, tiles=(1, 3, 16))
 
 
+def test_a_moment_sums_over_the_points_of_its_own_reduction() -> None:
+    """Buckets along a result's own rank (the gradient of a relative bias, of probabilities that are an output, too),
+    and three reductions whose moments have the same expression but not the same points."""
+    text = """
+    cascade buckets(x[b,m]: f32, w[b,m]: f32, I[m]: i64) -> T, U, N
+      where b < B, m < M, f < 3
+      S[b,m] = x[b,m] * w[b,m]
+      mu[b] = sum(m) S[b,m]
+      T[b,f] = sum(m) S[b,m] * (x[b,m] - mu[b])**2 if I[m] == f
+      U[b] = sum(m) S[b,m] * (x[b,m] + mu[b])**2 if m < 6
+      N[b] = sum(m) S[b,m] * (2 * x[b,m] - mu[b])**2
+    """
+    before = cascade(text)
+    after = rewritten(before)
+    assert len({s.scan.rank for s in after.body if s.scan}) == 1
+    assert_equal(before, after, {"B": 2, "M": 11}, tiles=(1, 3, 16))
+
+
 def test_running_variance_does_not_cancel() -> None:
     """In float32, with a mean a thousand times the deviation, the running form is as good as the two-pass one."""
     import torch
