@@ -40,10 +40,10 @@ import sys
 import time
 import traceback
 import warnings
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -307,20 +307,24 @@ def _import_once(names: Iterable[str]) -> None:
             has_sdpa(name)
 
 
-def run_apart(name: str, attention: str, how: How, timeout: float) -> Row:
-    """`run` in a forked process: a crash, a hang or a leak is this row's, not the table's."""
-    return _Apart((name, attention, how), timeout).row()
-
-
 def run_all(jobs: Iterable[tuple[Any, ...]], timeout: float, at_once: int) -> Iterator[Row]:
-    """The rows of `jobs` (arguments of `run`), in order, each from a process of its own."""
-    started: deque[_Apart] = deque()
+    """The rows of `jobs` (arguments of `run`) as they end. Each is made in a forked process: a crash, a hang or a leak
+    is that row's, not the table's."""
+    started: list[_Apart] = []
     for job in jobs:
         if len(started) == at_once:
-            yield started.popleft().row()
+            yield _next(started)
         started.append(_Apart(job, timeout))
     while started:
-        yield started.popleft().row()
+        yield _next(started)
+
+
+def _next(started: list[_Apart]) -> Row:
+    """The row that ends next, or has no time left; it leaves the list."""
+    ended = wait([apart.ours for apart in started], min(apart.left() for apart in started))
+    apart = next((a for a in started if a.ours in ended), min(started, key=_Apart.left))
+    started.remove(apart)
+    return apart.row()
 
 
 class _Apart:
@@ -334,10 +338,14 @@ class _Apart:
         self.process.start()
         theirs.close()
 
+    def left(self) -> float:
+        """Seconds until it is given up."""
+        return max(0.0, self.started + self.timeout - time.monotonic())
+
     def row(self) -> Row:
         name, attention, *_ = self.job
         try:
-            if not self.ours.poll(max(0.0, self.started + self.timeout - time.monotonic())):
+            if not self.ours.poll(self.left()):
                 return Row(name, attention, note=f"no result within {self.timeout:g} s")
             return self.ours.recv()
         except EOFError:
@@ -429,7 +437,7 @@ def main(argv: list[str] | None = None) -> int:
         rows.append(row)
         if not quiet:
             print(_line(_cells(row), row.failed or row.note), flush=True)
-    rows = [row for row in rows if row.applies]
+    rows = sorted((row for row in rows if row.applies), key=lambda row: jobs.index((row.family, row.attention)))
     env = env or record.environment(args.commit)  # processes cannot be forked where a GPU has been used
     figures = {**asdict(how), "rows": [asdict(row) | {"ok": row.ok} for row in rows]}
     if args.out is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -127,14 +128,20 @@ def test_a_row_of_the_zoo_holds_only_if_all_of_it_does(change: dict[str, float |
     assert zoo.Row("some", "eager", **(good | change)).ok is ok
 
 
-def test_a_crash_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zoo, "run", lambda *_: __import__("os")._exit(7))
-    assert "exit code 7" in zoo.run_apart("some", "eager", zoo.How(), timeout=60).note
+def test_a_crash_or_a_hang_is_a_row_and_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(name: str, attention: str, how: zoo.How) -> zoo.Row:
+        if name == "hangs":
+            time.sleep(60)
+        if name == "dies":
+            os._exit(7)
+        return zoo.Row(name, attention, note="done")
 
-
-def test_a_hang_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zoo, "run", lambda *_: __import__("time").sleep(60))
-    assert "no result" in zoo.run_apart("some", "eager", zoo.How(), timeout=0.5).note
+    monkeypatch.setattr(zoo, "run", run)
+    jobs = [(name, "eager", zoo.How()) for name in ("hangs", "dies", "one", "two")]
+    *quick, slow = zoo.run_all(jobs, timeout=5, at_once=2)
+    notes = {row.family: row.note for row in quick}
+    assert notes == {"dies": "the process died with exit code 7", "one": "done", "two": "done"}
+    assert (slow.family, slow.note) == ("hangs", "no result within 5 s")
 
 
 def test_nan_is_an_infinite_error() -> None:
