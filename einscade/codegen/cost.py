@@ -7,10 +7,12 @@ before anything compiles, and is not meant to predict.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import ceil, prod
 
 import sympy
+from sympy import Basic
+from sympy.logic.boolalg import Boolean
 
 from einscade.codegen.loops import LoopProgram, SerialNest
 from einscade.codegen.schedule import Schedule
@@ -36,6 +38,7 @@ __all__ = [
     "narrow_steps",
     "promises_no_spills",
     "row_ranks",
+    "shared_bytes",
     "step_bytes",
     "tile_symbols",
     "tiled_ranks",
@@ -322,15 +325,7 @@ def fits(cascade: Cascade, nest: SerialNest, schedule: Schedule, device: Device,
     def elements(ranks: tuple[str, ...]) -> int:
         return _elements(nest, ranks, tiles, lengths)
 
-    buffers = (schedule.stages + 1) // 2 if is_gathered(nest) else schedule.stages
-    shared = buffers * step_bytes(cascade, nest, schedule, lengths)
-    moving = moving_inputs(nest)
-    read = dict.fromkeys((a.tensor, a.index) for e in nest.body for a in e.reads if a.tensor in nest.inputs)
-    for tensor, index in read:
-        if (tensor, index) not in moving and len(index) > 1:
-            ranks = _box(cascade, index)
-            kept = elements(tuple(r for r in ranks if r in nest.grid or not is_long(cascade, r)))
-            shared += kept * _bytes(cascade.tensors[tensor].dtype)
+    shared = shared_bytes(cascade, nest, schedule, device, lengths)
     whole = max((elements(e.output.ranks) for e in nest.epilogue), default=0)  # what loops leave changes its layout
     if max(shared, 4 * whole) > device.shared:
         return False
@@ -340,7 +335,7 @@ def fits(cascade: Cascade, nest: SerialNest, schedule: Schedule, device: Device,
     scores = max((elements(e.output.ranks) for e in nest.body if columns & {*e.output.ranks}), default=0)
     made = [e.output.ranks for e in contractions(nest)]
     wide = sum(1 for ranks in made if columns & {*ranks} and elements(ranks) > _power(least))
-    ranks_of = {(t, i): _box(cascade, i) for t, i in moving}
+    ranks_of = {(t, i): _box(cascade, i) for t, i in moving_inputs(nest)}
     multiplied = {a.tensor for e in contractions(nest) for a in e.reads}
     single = [
         r
@@ -357,6 +352,49 @@ def fits(cascade: Cascade, nest: SerialNest, schedule: Schedule, device: Device,
     if any(is_data_dependent(e.domain) for e in nest.body):  # bounds that are data are computed and kept
         registers *= 0.8
     return (scans + scores * max(1, wide) * 1.75) / threads <= registers
+
+
+def shared_bytes(cascade: Cascade, nest: SerialNest, schedule: Schedule, device: Device, lengths: Lengths) -> int:
+    """Bytes of shared memory that a kernel needs while it loops, barriers apart (about 1 KiB), at most: the pipelined
+    tiles, and what it keeps of what it reads once. Where warpgroups multiply, none of the stages is spare: then with
+    room for points to change their layout in."""
+    tiles = _tiles_of(cascade, nest, schedule)
+    buffers = (schedule.stages + 1) // 2 if is_gathered(nest) else schedule.stages
+    shared = buffers * step_bytes(cascade, nest, schedule, lengths)
+    moving = moving_inputs(nest)
+    read = dict.fromkeys((a.tensor, a.index) for e in nest.body for a in e.reads if a.tensor in nest.inputs)
+    for tensor, index in read:
+        if (tensor, index) not in moving and len(index) > 1:
+            ranks = tuple(r for r in _box(cascade, index) if r in nest.grid or not is_long(cascade, r))
+            shared += _elements(nest, ranks, tiles, lengths) * _bytes(cascade.tensors[tensor].dtype)
+    rows = row_ranks(cascade, nest, tiles)
+    if device.kind != "cuda" or device.capability[0] < 9 or _elements(nest, rows, tiles, lengths) < 64:
+        return shared
+    columns = (*([nest.tile] if nest.tile else []), *crossed(cascade, nest)[1:])
+    points = _elements(nest, (*rows, *columns), tiles, lengths)
+    joined = [x for x in _joined(nest) if free_vars(x) & {*rows} and free_vars(x) & {*columns}]
+    return shared + points * max((_value_bytes(x) for x in joined), default=0)
+
+
+def _joined(nest: SerialNest) -> Iterator[Basic]:
+    """The largest parts of the loop's expressions that join several reads, and no value that it made. A kernel computes
+    them in a layout of their own, and changes that to the products' where they meet."""
+    made = {e.name for e in nest.body}
+
+    def parts(expr: Basic) -> Iterator[Basic]:
+        if not any(a.tensor in made for a in accesses(expr)):
+            yield expr
+        elif not isinstance(expr, Access):
+            for x in expr.args:
+                yield from parts(x)
+
+    for e in nest.body:
+        for x in (e.domain, *(sympy.Mul.make_args(e.expr) if e.reduce else (e.expr,))):
+            yield from (part for part in parts(x) if len(accesses(part)) > 1)
+
+
+def _value_bytes(expr: Basic) -> int:
+    return 1 if isinstance(expr, Boolean) and not isinstance(expr, Access) else 4
 
 
 def _has_slivers(cascade: Cascade, nest: SerialNest, schedule: Schedule, lengths: Lengths) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from einscade.codegen.cost import Lengths, few_rows, heads_in_groups, narrow_steps, row_ranks, tiled_ranks
+from einscade.codegen.cost import Lengths, few_rows, heads_in_groups, narrow_steps, row_ranks, shared_bytes, tiled_ranks
 from einscade.codegen.loops import LoopProgram, plan
 from einscade.codegen.offline import compile_offline
 from einscade.codegen.schedule import Schedule
@@ -120,3 +122,37 @@ def test_no_warpgroup_has_8_columns_of_a_product(dtype: str, width: int) -> None
     for schedule in candidates(found, H200, {})[:2]:
         for kernel in compile_offline(found, schedule, "cuda:90"):
             assert "m64n8k" not in kernel.assembly
+
+
+CHOSEN = """
+cascade chosen(Q[b,p,e]: f16, K[b,m,e]: f16, A[b,m]: bool, X[b,m]: f16, V[b,m,f]: f16) -> O
+  where b < 2, p < {0}, m < {0}, e < 128, f < 128
+  S[b,p,m] = sum(e) K[b,m,e] * Q[b,p,e]
+  T[b,p,m] = S[b,p,m] + {1}
+  G[b,p]   = max(m) T[b,p,m]
+  W[b,p,m] = exp(T[b,p,m] - G[b,p])
+  Z[b,p]   = sum(m) W[b,p,m]
+  O[b,p,f]: f16 = sum(m) V[b,m,f] * W[b,p,m] / Z[b,p]
+"""
+
+
+@pytest.mark.parametrize("length", ["293", "P"])
+@pytest.mark.parametrize(("added", "joined"), [("X[b,m]", False), ("Where(m <= p & A[b,m], X[b,m], -65504)", True)])
+def test_shared_memory_is_what_the_model_says(length: str, added: str, joined: bool) -> None:
+    """What joins several reads is computed apart from the products, and changes its layout in shared memory: four bytes
+    a point, with which three stages of tiles do not fit."""
+    found = plan(run(parse_cascade(CHOSEN.format(length, added)), "exact").cascade)
+    lengths = Lengths(found.cascade, {"P": 4096})
+
+    def most(schedule: Schedule) -> int:
+        return max(shared_bytes(found.cascade, n, schedule, H200, lengths) for n in found.serial_nests)
+
+    large = Schedule((("M0", 128), ("p", 64)), 4, 3, target="cuda:90", descriptors=True)
+    (kernel,) = compile_offline(found, large, "cuda:90", True)
+    assert abs(most(large) - kernel.shared) <= 2 << 10
+    assert (most(large) > H200.shared) == (kernel.shared > H200.shared) == joined
+    tried = candidates(found, H200, {"P": 4096})
+    assert any(replace(s, summaries=False) == large for s in tried) == (not joined)
+    (kernel,) = compile_offline(found, tried[0], "cuda:90", True)
+    assert kernel.shared - (2 << 10) <= most(tried[0]) <= H200.shared
+    assert kernel.shared <= H200.shared
