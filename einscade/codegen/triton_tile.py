@@ -20,13 +20,14 @@ from einscade.codegen.source import Unsupported
 from einscade.codegen.tiles import State, Statement
 from einscade.codegen.triton_loads import HALF, TRITON_DTYPES, LoadWriter
 from einscade.codegen.triton_values import (
+    COMPARISON,
     Local,
     Value,
     align,
     aligned,
     value,
 )
-from einscade.ir.expr import Access, Expr, free_vars
+from einscade.ir.expr import Access, Expr, accesses, free_vars
 from einscade.ir.text import print_einsum
 
 __all__ = ["TileWriter"]
@@ -130,12 +131,26 @@ class TileWriter(LoadWriter):
         self.here(f"{name} = {v.code}")
         self.here("if MASKED:" if self.in_step else "if True:")
         self.here.depth += 1
-        masked = self.masked(Value(name, v.ranks, v.kind), s.keep, sympy.Integer(0))
-        if masked.ranks != v.ranks:
-            raise Unsupported(f"a mask over {masked.ranks} on the operand of {s.name}, which is over {v.ranks}")
+        keep = self.mask(s.keep)
+        computed = any(a.tensor in self.scope.locals for a in accesses(s.keep))
+        if computed and len(keep.ranks) == 1 and {*keep.ranks} < {*v.ranks}:
+            keep = self.kept_points(keep, v.ranks)
+        ranks = self.scope.sort(v.ranks + keep.ranks)
+        if ranks != v.ranks:
+            raise Unsupported(f"a mask over {ranks} on the operand of {s.name}, which is over {v.ranks}")
+        masked = self.where(keep, Value(name, v.ranks, v.kind), sympy.Integer(0))
         self.here(f"{name} = {masked.code}")
         self.here.depth -= 1
         return Value(name, v.ranks, v.kind, dtype=v.dtype)
+
+    def kept_points(self, keep: Value, ranks: tuple[str, ...]) -> Value:
+        """A mask along one of an operand's two dimensions as a mask of its points: of the other dimension it keeps so
+        many, all or none. What a tile computes gets another layout on its way to an operand, and Triton 3.6 fails on
+        booleans that do; on integers it does not."""
+        (other,) = (d for d in ranks if d not in keep.ranks)
+        count = Value(f"tl.where({keep.code}, {self.size(other)}, 0)", keep.ranks)
+        place = Value(f"tl.arange(0, {self.size(other)})", (other,))
+        return Value(f"{align(place, ranks)} < {align(count, ranks)}", ranks, "b", prec=COMPARISON)
 
     def operand(self, expr: Expr) -> Value:
         """A bare read keeps its storage dtype."""
@@ -173,7 +188,9 @@ class TileWriter(LoadWriter):
 
     def masked(self, v: Value, predicate: Boolean, fill: Expr | None) -> Value:
         assert fill is not None
-        keep = self.mask(predicate)
+        return self.where(self.mask(predicate), v, fill)
+
+    def where(self, keep: Value, v: Value, fill: Expr) -> Value:
         ranks = self.scope.sort(v.ranks + keep.ranks)
         filler = value(fill, self.scope).code
         return Value(f"tl.where({align(keep, ranks)}, {align(v, ranks)}, {filler})", ranks, v.kind)

@@ -34,6 +34,7 @@ from tests.codegen.tables import forward as table_bias
 from tests.codegen.tables import gradient as gradient_of
 from tests.codegen.test_gradients import CASES as GRADIENTS
 from tests.codegen.test_gradients import VIEWS, scored, values_of
+from tests.codegen.test_triton import COMPUTED_MASK
 from tests.codegen.triton_addresses import addresses_checked  # noqa: F401
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
@@ -256,6 +257,20 @@ def test_a_choice_reads_nothing_where_it_chooses_otherwise() -> None:
     sizes = {"P": 17, "M": 128}
     x = {t.name: torch.randn([sizes.get(str(n := plain.extent(r))) or int(n) for r in t.ranks]) for t in plain.inputs}
     x = {name: v.half() if name in ("Q", "K", "V") else v for name, v in x.items()}
+    source = emit(plan(run(plain, "exact").cascade), Schedule((("M0", 16), ("p", 16)), target="cuda:90"))
+    (out,) = module(source).run(*x.values(), **sizes)
+    assert relative_error(out, interpret(plain, x, {})["O"]) <= BOUND["f16"]
+
+
+def test_points_that_a_computed_mask_leaves_out_add_nothing() -> None:
+    """Neither do numbers there that are none."""
+    plain = parse_cascade(COMPUTED_MASK)
+    sizes = {"B": 2, "P": 37}
+    x = {t.name: torch.randn([sizes.get(str(n := plain.extent(r))) or int(n) for r in t.ranks]) for t in plain.inputs}
+    x |= {name: x[name].half() for name in ("X", "Y")}
+    missing = torch.rand(x["Z"].shape) < 0.3
+    x["Z"][missing] = 0
+    x["Y"][missing] = float("nan")
     source = emit(plan(run(plain, "exact").cascade), Schedule((("M0", 16), ("p", 16)), target="cuda:90"))
     (out,) = module(source).run(*x.values(), **sizes)
     assert relative_error(out, interpret(plain, x, {})["O"]) <= BOUND["f16"]
