@@ -127,9 +127,10 @@ class Kernel:
         """Goes on without a candidate that failed."""
         self._ready = None
         self.candidates.remove(candidate)
+        following = "another schedule" if self.candidate == candidate.kind else self.candidate
         warn_once(
             f"{self.program.cascade.name}: the {candidate.kind} kernel failed ({first_line(error)}); "
-            f"running {self.candidates[0].kind} instead"
+            f"running {following} instead"
         )
 
     def _tune(self, inputs: Sequence[Tensor], sizes: Sequence[int]) -> None:

@@ -512,8 +512,13 @@ def test_a_kernel_that_fails_is_replaced_and_told_once(monkeypatch: pytest.Monke
     unparsable = Source("torch", "def run(")
     symbols = ATTENTION.symbols
     kernel.candidates[:0] = [Candidate("triton", s, kernel.schedule, symbols) for s in (broken, unparsable)]
-    with pytest.warns(RuntimeWarning, match=r"the triton kernel failed \(RuntimeError: illegal instruction\); running"):
+    with pytest.warns(RuntimeWarning) as told:
         _check(_run(kernel, inputs, sizes), inputs)
+    first, second = (str(w.message).split(": ", 1)[1] for w in told)
+    failed = "attention: the triton kernel failed"
+    assert first == f"{failed} (RuntimeError: illegal instruction); running another schedule instead"
+    assert second.startswith(f"{failed} (SyntaxError")
+    assert second.endswith("running library:sdpa instead")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         _check(_run(kernel, inputs, sizes), inputs)
