@@ -136,8 +136,10 @@ cascade chosen(Q[b,p,e]: f16, K[b,m,e]: f16, A[b,m]: bool, X[b,m]: f16, V[b,m,f]
 """
 
 
-@pytest.mark.parametrize("length", ["293", "P"])
-@pytest.mark.parametrize(("added", "joined"), [("X[b,m]", False), ("Where(m <= p & A[b,m], X[b,m], -65504)", True)])
+@pytest.mark.parametrize(
+    ("length", "added", "joined"),
+    [("P", "X[b,m]", False), ("293", "Where(m <= p & A[b,m], X[b,m], -65504)", True)],
+)
 def test_shared_memory_is_what_the_model_says(length: str, added: str, joined: bool) -> None:
     """What joins several reads is computed apart from the products, and changes its layout in shared memory: four bytes
     a point, with which three stages of tiles do not fit."""

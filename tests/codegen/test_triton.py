@@ -153,13 +153,13 @@ cascade masked(X[b,p,e]: f16, Y[b,p,n]: f16, Z[b,p]) -> O
 """
 
 
-@pytest.mark.parametrize(("target", "device"), [("cuda:90", H200), ("cuda:80", A100)], ids=lambda x: str(x)[:7])
+@pytest.mark.parametrize(("target", "device"), [("cuda:90", H200), ("cuda:80", A100)], ids=["hopper", "ampere"])
 def test_a_mask_that_a_tile_computes_compiles(target: str, device: Device) -> None:
     """Operands of the older matrix unit get a layout of their own, which Triton 3.6 cannot give to booleans."""
     loops = plan(run(parse_cascade(COMPUTED_MASK), "exact").cascade)
-    for schedule in candidates(loops, device, {"B": 8, "P": 4096})[:3]:
-        for found in compile_offline(loops, schedule, target, target == "cuda:90"):
-            assert found.shared <= SHARED_LIMITS[target]
+    schedule = candidates(loops, device, {"B": 8, "P": 4096})[0]
+    for found in compile_offline(loops, schedule, target, target == "cuda:90"):
+        assert found.shared <= SHARED_LIMITS[target]
 
 
 def test_what_is_promised() -> None:
