@@ -18,7 +18,8 @@ os.environ["EINSCADE_CACHE_DIR"] = _CACHE.name
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: "slow" not in item.keywords)  # no worker is left alone with a long test at the end
+    # No worker is left alone with a long test at the end.
+    items.sort(key=lambda item: ("slow" not in item.keywords, "long" not in item.keywords))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

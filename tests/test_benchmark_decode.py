@@ -16,6 +16,7 @@ def row(name: str) -> Row:
     return next(r for r in ROWS if r.name == name)
 
 
+@pytest.mark.long
 def test_the_table_of_small_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "figures.json"
     names = ["ragged, pages of 16", "12 packed documents from"]

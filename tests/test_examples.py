@@ -40,6 +40,7 @@ def _figure(pattern: str, text: str) -> float:
     return float(found[1])
 
 
+@pytest.mark.long
 def test_quickstart() -> None:
     out = _output("quickstart")
     assert _figure("largest difference:", out) < 1e-5
@@ -47,6 +48,7 @@ def test_quickstart() -> None:
     assert "1 of 1" in out
 
 
+@pytest.mark.long
 def test_explain() -> None:
     out = _output("explain")
     assert "as found:\ncascade" in out
@@ -54,6 +56,7 @@ def test_explain() -> None:
     assert "def run(" in out
 
 
+@pytest.mark.long
 def test_train() -> None:
     out = _output("train")
     assert _figure("largest relative difference of a loss:", out) < 1e-4

@@ -250,6 +250,7 @@ def test_gluon_in_the_simulator(name: str, dtype: str, emitter: Emitter) -> None
 
 
 @cpu
+@pytest.mark.long
 def test_triton_under_the_interpreter() -> None:
     """In a process of its own: Triton decides when it is imported whether it interprets."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]

@@ -75,6 +75,7 @@ def test_heads_go_abreast(abreast: int) -> None:
     assert_right("window", shape, (200, 300), replace(schedule, abreast=abreast))
 
 
+@pytest.mark.long
 def test_every_synchronisation_is_missed() -> None:
     """Of the lines of a resident kernel that synchronise none can go, but for those that others say enough of: the
     second ring's tiles are handed back before the first's; and with rings of two stages nobody who passes a tile by

@@ -40,6 +40,7 @@ def program(name: str, **shape: object) -> LoopProgram:
     return plan(cascade(next(c for c in CASES if c.name == name), **shape)[1])  # type: ignore[arg-type]
 
 
+@pytest.mark.long
 def test_under_the_interpreter() -> None:
     root = Path(__file__).parents[2]
     command = [

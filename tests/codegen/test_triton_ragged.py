@@ -27,6 +27,7 @@ def case(name: str) -> Case:
     return next(c for c in CASES if c.name == name)
 
 
+@pytest.mark.long
 def test_under_the_interpreter() -> None:
     root = Path(__file__).parents[2]
     file = "tests/codegen/triton_ragged_interpreted.py"
