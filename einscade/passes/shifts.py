@@ -20,9 +20,8 @@ __all__ = ["factored", "stabilised", "unshifted"]
 
 
 def unshifted(cascade: Cascade) -> tuple[Cascade, frozenset[str]]:
-    """Exponentials without shifts, and the names of the sums that had one. Only what is itself reduced over the rank
-    is a shift: a term like -slope*p of a bias slope*(m - p) stays, where it keeps the exponent small."""
-    shifted: set[str] = set()
+    """Exponentials without shifts, and the names of the reductions that had one. Only what is itself reduced over the
+    rank is a shift: a term like -slope*p of a bias slope*(m - p) stays, where it keeps the exponent small."""
     over = reduced_over(cascade)
 
     def without_shift(s: Einsum) -> tuple[Einsum, Expr] | None:
@@ -32,7 +31,6 @@ def unshifted(cascade: Cascade) -> tuple[Cascade, frozenset[str]]:
             shift, kept = (sympy.S.Zero, exponent) if exponent is None else _split(exponent, s, over)
             if shift == 0 or _is_maximum(shift, kept, s, cascade):
                 return None
-            shifted.add(s.name)
             return s.replace(expr=rest * sympy.exp(kept)), sympy.exp(shift)
         if s.reduce.monoid in ("max", "min"):
             shift, kept = _split(s.expr, s, over)
@@ -40,7 +38,7 @@ def unshifted(cascade: Cascade) -> tuple[Cascade, frozenset[str]]:
                 return s.replace(expr=kept), shift
         return None
 
-    return _rescaled(cascade, without_shift), frozenset(shifted)
+    return _rescaled(cascade, without_shift)
 
 
 def stabilised(cascade: Cascade, shifted: frozenset[str]) -> Cascade:
@@ -77,7 +75,7 @@ def stabilised(cascade: Cascade, shifted: frozenset[str]) -> Cascade:
         shift = made[key]()
         return s.replace(expr=rest * sympy.exp(exponent - shift)), sympy.exp(shift)
 
-    return _rescaled(cascade, with_shift, before)
+    return _rescaled(cascade, with_shift, before)[0]
 
 
 def _is_maximum(shift: Expr, kept: Expr, s: Einsum, cascade: Cascade) -> bool:
@@ -118,11 +116,13 @@ def _rescaled(
     cascade: Cascade,
     change: Callable[[Einsum], tuple[Einsum, Expr] | None],
     before: dict[str, list[Einsum]] | None = None,
-) -> Cascade:
-    """Reductions replaced by `change`'s (new statement, what it must be multiplied by, or for a maximum added)."""
+) -> tuple[Cascade, frozenset[str]]:
+    """Reductions replaced by `change`'s (new statement, what it must be multiplied by, or for a maximum added), and the
+    new statements' names: an output's is another than its own."""
     names = Names(cascade)
     body: list[Einsum] = []
     new: dict[str, tuple[Einsum, Expr]] = {}
+    replaced: set[str] = set()
     for s in cascade.body:
         calls = {}
         for a in accesses(s.expr):
@@ -145,7 +145,8 @@ def _rescaled(
         else:
             new[s.name] = (statement, factor)
             body.append(statement)
-    return without_unused(cascade.replace(body=tuple(body)))
+        replaced.add(statement.name)
+    return without_unused(cascade.replace(body=tuple(body))), frozenset(replaced)
 
 
 def _undone(statement: Einsum, factor: Expr, access: Access) -> Expr:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from einscade.ir import Access, Cascade, Where, const, var
+from einscade.ir.interpret import interpret
 from einscade.ir.text import parse_cascade, print_cascade
 from einscade.ir.verify import verify
 from einscade.passes.canonicalise import Canonicalise
@@ -276,6 +277,23 @@ cascade c(X[p]: f32, B[p]: f32) -> O
   O[p] = X[p] * exp(A[p] - Max(B[p], G[p] + log(Z[p]))) + B[p]
 """)
     assert_equal(before, canonical(before), {})
+
+
+def test_an_output_with_another_shift_than_its_own_maximum_stays_finite() -> None:
+    """All blocks read the first one's maximum: that shift leaves, and one that keeps the sum finite takes its place."""
+    before = parse_cascade("""
+cascade blocks(S[p,u,m], V[u,m,f]) -> O[p,u,f], G[p,u]
+  where p < 3, u < 2, m < 5, f < 2
+  G[p,u]   = max(m) S[p,u,m]
+  O[p,u,f] = sum(m) exp(S[p,0,m] - G[p,0]) * V[u,m,f]
+""")
+    after = canonical(before)
+    inputs = [4000 * torch.randn(3, 2, 5, dtype=torch.float64), torch.randn(2, 5, 2, dtype=torch.float64)]
+    given = [{t.name: x for t, x in zip(c.inputs, inputs, strict=True)} for c in (before, after)]
+    exact, found = (interpret(c, x, {}) for c, x in zip((before, after), given, strict=True))
+    for name, other in zip(before.outputs, after.outputs, strict=True):
+        assert exact[name].isfinite().all()
+        torch.testing.assert_close(found[other], exact[name])
 
 
 def test_dead_statements_and_ranks_go() -> None:
