@@ -32,27 +32,37 @@ _ZERO, _ONE = sympy.Integer(0), sympy.Integer(1)
 
 def segments(r: Raiser, node: Node, dim: int) -> list[tuple[Expr, Expr]]:
     """Start and length of the runs of a dimension that were concatenated inside the region, in order."""
-    size = shape(node)[dim]
-    whole = [(_ZERO, size)]
-    if node not in r.core:
-        return whole
-    name = op_name(node)
-    if name == "aten::cat":
-        a = arguments(node)
-        if a.dim % len(shape(node)) != dim:
+    known: dict[Node, list[tuple[Expr, Expr]]] = {}
+
+    def of(node: Node) -> list[tuple[Expr, Expr]]:
+        if node not in known:  # once for each: a chain may read each of its links twice
+            known[node] = made(node)
+        return known[node]
+
+    def made(node: Node) -> list[tuple[Expr, Expr]]:
+        size = shape(node)[dim]
+        whole = [(_ZERO, size)]
+        if node not in r.core:
             return whole
-        start, runs = _ZERO, []
-        for part in a.tensors:
-            for offset, length in segments(r, part, dim):
-                runs.append((start + offset, length))
-            start = start + shape(part)[dim]
-        return runs
-    if name.removeprefix("aten::") in NUMERIC or name in _TRANSPARENT:
-        for operand in node.all_input_nodes:
-            alike = is_tensor(operand) and len(shape(operand)) == len(shape(node)) and shape(operand)[dim] == size
-            if alike and len(found := segments(r, operand, dim)) > 1:
-                return found
-    return whole
+        name = op_name(node)
+        if name == "aten::cat":
+            a = arguments(node)
+            if a.dim % len(shape(node)) != dim:
+                return whole
+            start, runs = _ZERO, []
+            for part in a.tensors:
+                for offset, length in of(part):
+                    runs.append((start + offset, length))
+                start = start + shape(part)[dim]
+            return runs
+        if name.removeprefix("aten::") in NUMERIC or name in _TRANSPARENT:
+            for operand in node.all_input_nodes:
+                alike = is_tensor(operand) and len(shape(operand)) == len(shape(node)) and shape(operand)[dim] == size
+                if alike and len(found := of(operand)) > 1:
+                    return found
+        return whole
+
+    return of(node)
 
 
 _TRANSPARENT = {"aten::_softmax", "aten::_safe_softmax", "aten::clone", "aten::_to_copy", "aten::masked_fill",

@@ -49,6 +49,7 @@ Build = Callable[[Index], tuple[Expr, Reduction | None]]
 
 _LONGEST = 64  # operations of a mask or bias that are done again for every element
 _DEEPEST = 100  # operations between a value and what it is made of (a loop that was unrolled): Python's stack ends
+_MOST = 32  # reductions of one cascade (an iteration that was unrolled): what rewriting takes grows faster than they do
 _HINT = 4096  # what a length that is not known counts for when sizes are compared
 
 
@@ -351,6 +352,8 @@ class Raiser:
             dims = self._dims(key, index, sizes)
             own = tuple(number([*map(var, names)], [self.extents[n] for n in names]) for names in dims)
             expr, reduce = build(own)
+            if sum(e.reduce is not None for e in self.body) == _MOST:
+                raise Unraisable(f"it has more than {_MOST} reductions")
             name = f"%{len(self.body)}"
             if reduce is not None and reduce.slot is not None:
                 dims = (*dims[:-1], (reduce.slot,))

@@ -17,17 +17,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 
 import sympy
 
 from einscade.ir import Access, Expr
-from einscade.passes.terms import depends, fold
+from einscade.passes.terms import depends, fold, size
 
 __all__ = ["Correction", "NoCorrection", "derive", "old"]
 
 # Moments beyond this total degree cost more than another pass.
 DEGREE = 4
+# What sympy's cancel() takes grows fast with an expression's length; those of attention have some dozens of terms.
+LONGEST = 200
 
 
 class NoCorrection(Exception):
@@ -61,6 +62,8 @@ def derive(f: Expr, monoid: str, states: Sequence[Access], along: str) -> Correc
     moved = {s: old(s) for s in states if f.has(s)}
     if not moved:
         return Correction()
+    if size(f) > LONGEST:
+        raise NoCorrection(f"{monoid} of an expression of more than {LONGEST} operations")
     f = _expanded_exponents(f)
     before = f.xreplace(moved)
     if monoid in ("max", "min"):
@@ -114,22 +117,34 @@ def _taylor(p: Expr, carried: Expr, states: list[Access], f: Expr) -> tuple[tupl
     symbols = [sympy.Dummy() for _ in states]
     q = p.xreplace(dict(zip(states, symbols, strict=True)))
     back = dict(zip(symbols, states, strict=True))
-    found = []
-    for orders in product(range(DEGREE + 1), repeat=len(states)):
-        if not any(orders):
-            continue
-        derivative, coefficient = q, sympy.Integer(1)
-        for symbol, state, order in zip(symbols, states, orders, strict=True):
-            derivative = derivative.diff(symbol, order) if order else derivative
-            coefficient *= (state - old(state)) ** order / sympy.factorial(order)
-        derivative = sympy.expand(derivative) if derivative != 0 else derivative
-        if derivative == 0:
-            continue
-        if sum(orders) > DEGREE:
+    derivatives: dict[tuple[int, ...], Expr] = {}  # by how often each state is differentiated by
+    last: dict[tuple[int, ...], Expr] = {(0,) * len(states): q}
+    for degree in range(1, DEGREE + 2):
+        last = _differentiated(last, symbols)
+        if last and degree > DEGREE:
             raise NoCorrection(f"sum of {f} is a polynomial of more than degree {DEGREE} in {_names(states)}")
+        derivatives |= last
+    found = []
+    for orders, derivative in sorted(derivatives.items(), key=lambda item: item[0]):
+        coefficient: Expr = sympy.Integer(1)
+        for state, order in zip(states, orders, strict=True):
+            coefficient *= (state - old(state)) ** order / sympy.factorial(order)
         number, moment = sympy.factor_terms(derivative.xreplace(back)).as_coeff_Mul()
         found.append((number * coefficient, carried * moment))
     return tuple(found)
+
+
+def _differentiated(
+    derivatives: dict[tuple[int, ...], Expr], symbols: list[sympy.Symbol]
+) -> dict[tuple[int, ...], Expr]:
+    """All derivatives of one order more that are not 0."""
+    found = {}
+    for orders, derivative in derivatives.items():
+        for k, symbol in enumerate(symbols):
+            more = (*orders[:k], orders[k] + 1, *orders[k + 1 :])
+            if more not in found and (value := sympy.expand(derivative.diff(symbol))) != 0:
+                found[more] = value
+    return found
 
 
 def _without(expr: Expr, along: str) -> Expr | None:
@@ -150,7 +165,10 @@ def _expanded_exponents(expr: Expr) -> Expr:
 
 
 def _cancelled(expr: Expr) -> Expr:
-    """cancel() over plain symbols: it knows rational functions of those, and nothing of accesses."""
+    """cancel() over plain symbols: it knows rational functions of those, and nothing of accesses. What is long stays as
+    it is."""
+    if size(expr) > LONGEST / 2:
+        return expr
     forth: dict[Expr, Expr] = {}
     for index, access in enumerate(sorted(expr.atoms(Access), key=sympy.default_sort_key)):
         forth[access] = sympy.Symbol(f"x{index}", real=True)

@@ -95,6 +95,7 @@ class _Reverse:
         self.made: dict[str, Einsum] = {}
         self.active = self._depending(wrt)
         self.summaries = _summaries(cascade)
+        self.existing: dict[Einsum, tuple[Boolean, ...]] = {}
         self.wide = "f64" if any(t.dtype == "f64" for t in cascade.inputs) else "f32"
         self.along = frozenset(r for s in cascade.body if s.name in self.summaries and s.reduce for r in s.reduce.ranks)
         self.seeds: frozenset[str] = frozenset()
@@ -312,7 +313,9 @@ class _Reverse:
         s = self._definition(name)
         if s is None or name in self.summaries:
             return ()  # given as an input, complete
-        return self._result_exists(s)
+        if s not in self.existing:
+            self.existing[s] = self._result_exists(s)
+        return self.existing[s]
 
     def _definition(self, name: str) -> Einsum | None:
         unrounded = {s.name: s for s in self.unrounded.values()}
@@ -331,7 +334,7 @@ class _Reverse:
         return tuple(c.xreplace(s.output.place(access)) for c in self._exists(access.tensor))
 
     def _existence(self, expr: Expr) -> frozenset[Boolean]:
-        return frozenset(c for a in _unconditional(expr) for c in self._exists_at(a))
+        return frozenset(c for a in set(_unconditional(expr)) for c in self._exists_at(a))
 
     # -- from the statement's points to the tensor's --
 

@@ -17,7 +17,7 @@ from einscade.passes.existence import deciding, existence, lost, narrowed
 from einscade.passes.fusion import is_long
 from einscade.passes.normalise import normal, predicate
 from einscade.passes.statements import Names, instead, renamed, without_unused
-from einscade.passes.terms import conjuncts, depends, reads_outside_where, variables
+from einscade.passes.terms import LONGEST, conjuncts, depends, reads_outside_where, size, variables
 
 __all__ = ["aligned", "deduplicated", "inlined", "shaped", "specialised"]
 
@@ -55,7 +55,10 @@ def _written_out(s: Einsum, written: Mapping[str, Einsum], cascade: Cascade) -> 
 
     found = {a: value(a, own if a in whole else inner) for a in accesses(s.expr)}
     values = {a: v for a, v in found.items() if v is not None}
-    expr = normal(_put_together(s.expr.xreplace(values), cascade) if values else s.expr)
+    longer = s.expr.xreplace(values)
+    if values and size(longer) > max(LONGEST, size(s.expr)):
+        return _written_out(s, {}, cascade)
+    expr = normal(_put_together(longer, cascade) if values else longer)
     inner += _cancelled(s.expr, values)
     asked = [(c, inner if depends(c, reduced) else own) for c in conjuncts(s.domain)]
     for reads, needs in ((whole, own), (everywhere - whole, inner)):

@@ -24,11 +24,22 @@ __all__ = [
     "fold",
     "reads_by_choice",
     "reads_outside_where",
+    "size",
     "split_factors",
     "variables",
 ]
 
+LONGEST = 400
+"""No expression longer than this is written out where it is read. All that makes a score or a weight is some dozens of
+operations; in a chain whose links each read the one before twice, they double with every link."""
+
 variables = lru_cache(maxsize=65536)(free_vars)
+
+
+@lru_cache(maxsize=65536)
+def size(expr: Expr | Boolean) -> int:
+    """How long the expression is: its operations, numbers and accesses, counted as often as they occur."""
+    return 1 if isinstance(expr, Access) else 1 + sum(size(a) for a in expr.args)
 
 
 def depends(expr: Expr | Boolean, ranks: Iterable[str]) -> bool:

@@ -23,6 +23,7 @@ from sympy.logic.boolalg import And, Boolean
 
 from einscade.ir.cascade import Cascade, Einsum
 from einscade.ir.expr import Access, Expr, FloorDiv, free_vars, var
+from einscade.passes.terms import LONGEST, size
 
 __all__ = ["Attention", "NotInLibrary", "View", "recognise"]
 
@@ -113,6 +114,8 @@ class _Recogniser:
                 table[access] = made.expr.xreplace(binding)
                 conjuncts |= {c.xreplace(binding) for c in And.make_args(made.domain)} - {sympy.true}
             expr = expr.xreplace(table)
+            if size(expr) > LONGEST:
+                raise NotInLibrary(f"more than {LONGEST} operations on one score or result")
         for access in expr.atoms(Access):
             definition = self.cascade.definitions.get(access.tensor)
             if definition is not None and definition.reduce is not None:  # a row of a reduction exists by its own part

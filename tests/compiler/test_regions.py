@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from einscade.compiler.capture import fake_inputs, to_aten
 from einscade.compiler.regions import Region, find
+from einscade.passes.terms import LONGEST, size
 from tests.compiler.region_oracle import check, outputs_of, trace, values_of
 
 SCALE = 8**-0.5
@@ -90,6 +91,39 @@ def test_scores_through_many_operations_are_left() -> None:
     assert region.cascade is None
     assert region.reason is not None
     assert "operations in a row" in region.reason
+
+
+def test_scores_through_a_chain_that_reads_each_link_twice_are_found() -> None:
+    """Once for each link: they double with it for what writes them out."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.mT
+        for _ in range(40):
+            scores = scores + scores.sin()
+        return scores.softmax(-1) @ v
+
+    cascade = only(find(trace(function, qkv()))).cascade
+    assert cascade is not None
+    assert max(size(s.expr) for s in cascade.body) <= LONGEST
+
+
+@pytest.mark.parametrize(("rounds", "reason"), [(3, None), (40, "more than 32 reductions")])
+def test_an_iteration_that_was_unrolled_is_found_up_to_a_length(rounds: int, reason: str | None) -> None:
+    """Sinkhorn's: weights whose rows and columns are normalised in turn. Rewriting takes more with every round."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = (q @ k.mT).softmax(-1)
+        for _ in range(rounds):
+            weights = weights / (weights.sum(-2, keepdim=True) + 1e-6)
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-6)
+        return weights @ v
+
+    region = only(find(trace(function, qkv())))
+    if reason is None:
+        assert region.cascade is not None
+    else:
+        assert region.cascade is None
+        assert reason in str(region.reason)
 
 
 def test_two_softmaxes_of_the_same_scores_are_two_regions() -> None:

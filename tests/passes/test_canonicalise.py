@@ -14,6 +14,7 @@ from einscade.ir.verify import verify
 from einscade.passes.canonicalise import Canonicalise
 from einscade.passes.normalise import normal
 from einscade.passes.rewrite import NotApplicable
+from einscade.passes.terms import LONGEST, size
 from tests.passes.cascades import ALL, SIZES, assert_equal, cascade, outputs, random_inputs
 
 HEAD = """
@@ -294,6 +295,21 @@ cascade blocks(S[p,u,m], V[u,m,f]) -> O[p,u,f], G[p,u]
     for name, other in zip(before.outputs, after.outputs, strict=True):
         assert exact[name].isfinite().all()
         torch.testing.assert_close(found[other], exact[name])
+
+
+def test_a_chain_that_doubles_with_every_link_is_not_written_out() -> None:
+    links = "\n".join(f"      T{i + 1}[p,m] = T{i}[p,m] + sin(T{i}[p,m])" for i in range(40))
+    before = cascade(f"""
+    cascade chain(Q[p,e], K[m,e], V[m,f]) -> O
+      where p < P, m < M, e < 3, f < 5
+      T0[p,m] = sum(e) Q[p,e] * K[m,e]
+{links}
+      O[p,f] = sum(m) sin(T40[p,m]) * V[m,f]
+    """)
+    after = canonical(before)
+    assert max(size(s.expr) for s in after.body) <= LONGEST
+    assert canonical(after) == after
+    assert_equal(before, after, {"P": 5, "M": 7})
 
 
 def test_dead_statements_and_ranks_go() -> None:

@@ -131,6 +131,40 @@ def test_higher_moments() -> None:
     assert_equal(before, after, {"B": 2, "M": 11}, tiles=(1, 3, 16))
 
 
+@pytest.mark.parametrize(
+    ("factors", "joins"), [("(x - mu)**2 * (x + mu)**2", True), ("(x - mu)**3 * (x + mu)**2", False)]
+)
+def test_polynomials_up_to_the_fourth_degree_are_carried(factors: str, joins: bool) -> None:
+    """Of a product, too, none of whose factors is of a higher degree than that."""
+    expr = factors.replace("x", "x[b,m]").replace("mu", "mu[b]")
+    before = cascade(f"""
+    cascade moments(x[b,m]: f32, w[b,m]: f32) -> T
+      where b < B, m < M
+      S[b,m] = x[b,m] * w[b,m]
+      mu[b] = sum(m) S[b,m]
+      T[b] = sum(m) sin(S[b,m]) * {expr}
+    """)
+    after = rewritten(before)
+    assert len({s.scan.rank for s in after.body if s.scan}) == (1 if joins else 2)
+    assert_equal(before, after, {"B": 2, "M": 11}, tiles=(1, 3, 16))
+
+
+def test_an_expression_that_is_long_is_not_carried() -> None:
+    """Simplifying it would take long, too."""
+    weights = "W[b,m] / Z[b]"
+    for _ in range(5):
+        weights = f"({weights} + {weights} * sin({weights}))"
+    before = cascade(f"""
+    cascade long(x[b,m]: f32, v[b,m]: f32) -> O
+      where b < B, m < M
+      W[b,m] = exp(x[b,m])
+      Z[b] = sum(m) W[b,m]
+      O[b] = sum(m) {weights} * v[b,m]
+    """)
+    with pytest.raises(NotApplicable, match="more than 200 operations"):
+        Online().apply(before)
+
+
 def test_a_moment_sums_over_the_points_of_its_own_reduction() -> None:
     """Buckets along a result's own rank (the gradient of a relative bias, of probabilities that are an output, too),
     and three reductions whose moments have the same expression but not the same points."""

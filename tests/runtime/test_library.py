@@ -198,3 +198,18 @@ def test_what_is_something_else_is_refused(text: str, reason: str) -> None:
 def test_operands_of_several_types_are_refused() -> None:
     with pytest.raises(NotInLibrary, match="of types"):
         emit(parse_cascade(PLAIN.replace("Q[b,h,p,e],", "Q[b,h,p,e]: bf16,")))
+
+
+def test_a_chain_whose_links_read_the_one_before_twice_is_given_up_before_it_is_written_out() -> None:
+    links = "\n".join(f"      T{i + 1}[p,m] = T{i}[p,m] * sin(T{i}[p,m])" for i in range(60))
+    text = f"""
+    cascade chain(Q[p,e]: f32, K[m,e]: f32, V[m,f]: f32) -> O
+      where p < P, m < M, e < 4, f < 4
+      T0[p,m] = sum(e) Q[p,e] * K[m,e]
+{links}
+      G[p] = max(m) T60[p,m]
+      Z[p] = sum(m) exp(T60[p,m] - G[p])
+      O[p,f] = sum(m) exp(T60[p,m] - G[p]) / Z[p] * V[m,f]
+    """
+    with pytest.raises(NotInLibrary, match="more than 400 operations"):
+        recognise(parse_cascade(text))
