@@ -114,15 +114,25 @@ def lost(read: Iterable[Access], expr: Basic, cascade: Cascade) -> tuple[Boolean
 
 def _exists(cascade: Cascade, results: Mapping[str, Boolean], expr: Basic) -> Boolean:
     """A tensor without a result yet is a scan that reads itself."""
-    parts = [_exists(cascade, results, a) for a in expr.args]
-    if isinstance(expr, Where):
-        return And(parts[0], _chosen(expr.args[0], *parts[1:]))
-    if isinstance(expr, (And, Or)) and any(p != sympy.true for p in parts):
-        deciding = expr.args if isinstance(expr, Or) else map(Not, expr.args)
-        return Or(And(*parts), *map(And, parts, deciding))
-    if isinstance(expr, Access) and results.get(expr.tensor, sympy.true) != sympy.true:
-        parts.append(results[expr.tensor].xreplace(cascade.tensors[expr.tensor].place(expr)))
-    return And(*parts)
+    known: dict[Basic, Boolean] = {}  # of each part once, however often it occurs
+
+    def of(expr: Basic) -> Boolean:
+        if expr not in known:
+            known[expr] = made(expr)
+        return known[expr]
+
+    def made(expr: Basic) -> Boolean:
+        parts = [of(a) for a in expr.args]
+        if isinstance(expr, Where):
+            return And(parts[0], _chosen(expr.args[0], *parts[1:]))
+        if isinstance(expr, (And, Or)) and any(p != sympy.true for p in parts):
+            deciding = expr.args if isinstance(expr, Or) else map(Not, expr.args)
+            return Or(And(*parts), *map(And, parts, deciding))
+        if isinstance(expr, Access) and results.get(expr.tensor, sympy.true) != sympy.true:
+            parts.append(results[expr.tensor].xreplace(cascade.tensors[expr.tensor].place(expr)))
+        return And(*parts)
+
+    return of(expr)
 
 
 def _chosen(condition: Boolean, yes: Boolean, no: Boolean) -> Boolean:
