@@ -153,7 +153,7 @@ def missing_value(expr: Expr, missing: Mapping[str, Expr], undefined: Collection
         if any(p == 0 for p in parts):  # what divides may itself be 0 there, and a power may have overflowed
             others = [a for a, p in zip(expr.args, parts, strict=True) if p is None]
             divided = any(isinstance(a, sympy.Pow) and a.exp.is_negative and a.has(Access) for a in expr.args)
-            wild = divided or any(_may_overflow(a) or _may_be_undefined(a, undefined) for a in others)
+            wild = divided or any(_may_overflow(a) or _reads_any(a, undefined) for a in others)
             return None if wild else sympy.Integer(0)
         return sympy.Mul(*(p for p in parts if p is not None)) if None not in parts else None
     if isinstance(expr, sympy.Pow) and expr.exp.is_positive:
@@ -307,7 +307,7 @@ class _Builder:
             tuple(with_fills(prologue)),
             tuple(self.states.values()),
             tuple(body),
-            tuple(with_fills(epilogue)),
+            tuple(epilogue),
             domain,
             skippable,
         )
