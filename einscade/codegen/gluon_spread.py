@@ -33,7 +33,7 @@ from einscade.codegen.gluon_values import Printer
 from einscade.codegen.schedule import Schedule
 from einscade.codegen.source import Unsupported
 from einscade.codegen.tiles import Statement
-from einscade.ir.expr import Access, Expr, accesses, var
+from einscade.ir.expr import Access, Expr, accesses, free_vars, var
 from einscade.passes.terms import conjuncts
 
 __all__ = ["ADD_TILE", "ARRIVE", "Spread", "SpreadChain", "spread"]
@@ -84,7 +84,10 @@ def spread(other: Form, form: Form) -> Spread | None:
     wanted = _value(other, total.weights)
     for x in form.sums:
         found = None if x.weights in form.scores else _value(form, x.weights)
-        if wanted is None or found is None or _domain(other, total.weights) != _domain(form, x.weights):
+        domain = _domain(form, x.weights)
+        if wanted is None or found is None or _domain(other, total.weights) != domain:
+            continue
+        if any(form.m not in free_vars(c) for c in domain):  # of whole rows: whole tiles do not ask it, results do
             continue
         (number, rest), (own, same) = wanted.as_coeff_Mul(), found.as_coeff_Mul()
         if rest == same:
