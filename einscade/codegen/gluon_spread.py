@@ -84,11 +84,11 @@ def spread(other: Form, form: Form) -> Spread | None:
     wanted = _value(other, total.weights)
     for x in form.sums:
         found = None if x.weights in form.scores else _value(form, x.weights)
+        if wanted is None or found is None:
+            continue
         domain = _domain(form, x.weights)
-        if wanted is None or found is None or _domain(other, total.weights) != domain:
-            continue
-        if any(form.m not in free_vars(c) for c in domain):  # of whole rows: whole tiles do not ask it, results do
-            continue
+        if domain != _domain(other, total.weights) or not all(form.m in free_vars(c) for c in domain):
+            continue  # conditions of whole rows are asked of results, not in whole tiles
         (number, rest), (own, same) = wanted.as_coeff_Mul(), found.as_coeff_Mul()
         if rest == same:
             return Spread(x.weights, total.values, other.written[0], number / own)

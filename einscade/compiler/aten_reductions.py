@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -32,14 +33,9 @@ _ZERO, _ONE = sympy.Integer(0), sympy.Integer(1)
 
 def segments(r: Raiser, node: Node, dim: int) -> list[tuple[Expr, Expr]]:
     """Start and length of the runs of a dimension that were concatenated inside the region, in order."""
-    known: dict[Node, list[tuple[Expr, Expr]]] = {}
 
+    @cache  # a chain may read each of its links twice
     def of(node: Node) -> list[tuple[Expr, Expr]]:
-        if node not in known:  # once for each: a chain may read each of its links twice
-            known[node] = made(node)
-        return known[node]
-
-    def made(node: Node) -> list[tuple[Expr, Expr]]:
         size = shape(node)[dim]
         whole = [(_ZERO, size)]
         if node not in r.core:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 
 import sympy
 from sympy import Basic
@@ -74,14 +74,9 @@ def lost(read: Iterable[Access], expr: Basic, cascade: Cascade) -> tuple[Boolean
 
 def _exists(cascade: Cascade, results: Mapping[str, Boolean], expr: Basic) -> Boolean:
     """A tensor without a result yet is a scan that reads itself."""
-    known: dict[Basic, Boolean] = {}  # of each part once, however often it occurs
 
+    @cache  # a chain may read each of its links twice
     def of(expr: Basic) -> Boolean:
-        if expr not in known:
-            known[expr] = made(expr)
-        return known[expr]
-
-    def made(expr: Basic) -> Boolean:
         parts = [of(a) for a in expr.args]
         if isinstance(expr, Where):
             return And(parts[0], _chosen(expr.args[0], *parts[1:]))

@@ -17,6 +17,7 @@ from einscade.ir import Access, Expr, Where, free_vars
 from einscade.ir.expr import accesses
 
 __all__ = [
+    "LONGEST",
     "conjoin",
     "conjuncts",
     "depends",
