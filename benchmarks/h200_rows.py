@@ -32,6 +32,9 @@ class Attention(nn.Module):
 
     causal = False
 
+    by_sequence = False
+    """Whether the mask differs from sequence to sequence."""
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *tensors: Tensor) -> Tensor:
         if (groups := q.shape[1] // k.shape[1]) > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -51,8 +54,8 @@ class Attention(nn.Module):
     def weights(self, s: Tensor) -> Tensor:
         return s.softmax(-1)
 
-    def make(self, heads: int, n: int, device: str) -> list[Tensor]:
-        """Values for `tensors`, for `n` positions."""
+    def make(self, batch: int, heads: int, n: int, device: str) -> list[Tensor]:
+        """Values for `tensors`, for `batch` sequences of `n` positions."""
         return []
 
     def score_mod(self, *tensors: Tensor) -> Mod | None:
@@ -68,8 +71,8 @@ class Attention(nn.Module):
 
         q, k, v, *tensors = inputs
         mask, mod = self.mask_mod(*tensors), self.score_mod(*tensors)
-        lengths = q.shape[2], k.shape[2]
-        block = create_block_mask(mask, None, None, *lengths, device=q.device.type, _compile=compiled) if mask else None
+        sizes = q.shape[0] if self.by_sequence else None, None, q.shape[2], k.shape[2]
+        block = create_block_mask(mask, *sizes, device=q.device.type, _compile=compiled) if mask else None
         grouped = q.shape[1] != k.shape[1]
         return lambda: attention(q, k, v, score_mod=mod, block_mask=block, enable_gqa=grouped)
 
@@ -90,7 +93,7 @@ class Slopes(Causal):
     def score(self, s: Tensor, p: Tensor, m: Tensor, *tensors: Tensor) -> Tensor:
         return s + tensors[0][:, None, None] * (m - p)
 
-    def make(self, heads: int, n: int, device: str) -> list[Tensor]:
+    def make(self, batch: int, heads: int, n: int, device: str) -> list[Tensor]:
         return [2.0 ** (-8 * torch.arange(1, heads + 1, device=device) / heads)]
 
     def score_mod(self, *tensors: Tensor) -> Mod | None:
@@ -137,13 +140,31 @@ class Documents(Causal):
         (document,) = tensors
         return (document[:, None] == document) & (m <= p)
 
-    def make(self, heads: int, n: int, device: str) -> list[Tensor]:
+    def make(self, batch: int, heads: int, n: int, device: str) -> list[Tensor]:
         ends = torch.tensor([n * i * (i + 11) // (12 * 23) for i in range(1, 13)])
         return [torch.bucketize(torch.arange(n), ends, right=True).to(torch.int32).to(device)]
 
     def mask_mod(self, *tensors: Tensor) -> Mod | None:
         (document,) = tensors
         return lambda b, h, p, m: (document[p] == document[m]) & (m <= p)
+
+
+class Padded(Attention):
+    """Sequences of which a quarter is padding, behind one's keys and before the next one's."""
+
+    plain = False
+    by_sequence = True
+
+    def keep(self, p: Tensor, m: Tensor, *tensors: Tensor) -> Tensor | None:
+        return tensors[0][:, None, None]
+
+    def make(self, batch: int, heads: int, n: int, device: str) -> list[Tensor]:
+        at, padding = torch.arange(n, device=device), n // 4
+        return [torch.stack([at >= padding if i % 2 else at < n - padding for i in range(batch)])]
+
+    def mask_mod(self, *tensors: Tensor) -> Mod | None:
+        (real,) = tensors
+        return lambda b, h, p, m: real[b, m]
 
 
 class Table(Attention):
@@ -155,7 +176,7 @@ class Table(Attention):
         (t,) = tensors
         return s + t[:, m - p + (t.shape[1] - 1) // 2]
 
-    def make(self, heads: int, n: int, device: str) -> list[Tensor]:
+    def make(self, batch: int, heads: int, n: int, device: str) -> list[Tensor]:
         return [torch.randn(heads, 2 * n - 1, device=device).bfloat16()]
 
     def score_mod(self, *tensors: Tensor) -> Mod | None:
@@ -170,7 +191,7 @@ class Biased(Attention):
     def score(self, s: Tensor, p: Tensor, m: Tensor, *tensors: Tensor) -> Tensor:
         return s + tensors[0]
 
-    def make(self, heads: int, n: int, device: str) -> list[Tensor]:
+    def make(self, batch: int, heads: int, n: int, device: str) -> list[Tensor]:
         return [torch.randn(heads, n, n, device=device).bfloat16()]
 
     def score_mod(self, *tensors: Tensor) -> Mod | None:
@@ -201,7 +222,7 @@ class Differential(Attention):
         first, second = (q1 @ k1.mT * scale).softmax(-1), (q2 @ k2.mT * scale).softmax(-1)
         return (first - tensors[0] * second) @ v[:, : q1.shape[1]]
 
-    def make(self, heads: int, n: int, device: str) -> list[Tensor]:
+    def make(self, batch: int, heads: int, n: int, device: str) -> list[Tensor]:
         return [torch.tensor(0.3, device=device).bfloat16()]
 
     def flex(self, attention: Callable[..., Tensor], inputs: Sequence[Tensor], compiled: bool) -> Callable[[], Tensor]:
@@ -220,8 +241,8 @@ class Rows(Attention):
         keys, pairs = tensors
         return s + keys[:, None, None] + pairs
 
-    def make(self, heads: int, n: int, device: str) -> list[Tensor]:
-        return [torch.randn(n, n, device=device).bfloat16(), torch.randn(heads, n, n, device=device).bfloat16()]
+    def make(self, batch: int, heads: int, n: int, device: str) -> list[Tensor]:
+        return [torch.randn(batch, n, device=device).bfloat16(), torch.randn(heads, n, n, device=device).bfloat16()]
 
     def score_mod(self, *tensors: Tensor) -> Mod | None:
         keys, pairs = tensors
@@ -275,7 +296,7 @@ class Row:
             return x.requires_grad_(self.backward)
 
         keys = self.heads // self.shared
-        return [normal(self.heads), normal(keys), normal(keys), *self.module.make(self.heads, n, device)]
+        return [normal(self.heads), normal(keys), normal(keys), *self.module.make(batch, self.heads, n, device)]
 
     def operations(self, n: int, tensors: Sequence[Tensor]) -> float:
         """Floating point operations over the points that the domain keeps."""
@@ -297,7 +318,8 @@ class Row:
 
     def _kept(self, rows: Tensor, keys: Tensor, tensors: Sequence[Tensor]) -> int:
         mask: Any = self.module.mask_mod(*tensors[3:])
-        return len(rows) * len(keys) if mask is None else int(mask(0, 0, rows[:, None], keys).sum())
+        points = (len(rows), len(keys))
+        return len(rows) * len(keys) if mask is None else int(mask(0, 0, rows[:, None], keys).expand(points).sum())
 
 
 MODIFIED_GRADIENT = (("flex", 1.25), ("fa4", 1.0))
@@ -316,6 +338,7 @@ ROWS = (
     Row("window-1024", Window(), 16, 1, 128, 8192, 520),
     Row("documents", Documents(), 16, 1, 128, 8192, 480),
     Row("documents-32k", Documents(), 16, 1, 128, 32768, 480),
+    Row("padding", Padded(), 16, 1, 128, 8192, None),
     Row("prefix-1024", Prefix(), 16, 1, 128, 8192, 620),
     Row("position-table", Table(), 16, 1, 128, 8192, 450),
     Row("dense-bias", Biased(), 16, 1, 128, 8192, 450),
@@ -331,4 +354,5 @@ ROWS = (
     Row("soft-cap-causal-backward", Capped(), 16, 1, 128, 8192, None, backward=True, beside=MODIFIED_GRADIENT),
     Row("window-1024-backward", Window(), 16, 1, 128, 8192, None, backward=True, beside=MODIFIED_GRADIENT),
     Row("documents-backward", Documents(), 16, 1, 128, 8192, None, backward=True, beside=MODIFIED_GRADIENT),
+    Row("padding-backward", Padded(), 16, 1, 128, 8192, None, backward=True, beside=MODIFIED_GRADIENT),
 )

@@ -86,9 +86,8 @@ def spread(other: Form, form: Form) -> Spread | None:
         found = None if x.weights in form.scores else _value(form, x.weights)
         if wanted is None or found is None:
             continue
-        domain = _domain(form, x.weights)
-        if domain != _domain(other, total.weights) or not all(form.m in free_vars(c) for c in domain):
-            continue  # conditions of whole rows are asked of results, not in whole tiles
+        if _domain(form, x.weights) != _domain(other, total.weights):
+            continue
         (number, rest), (own, same) = wanted.as_coeff_Mul(), found.as_coeff_Mul()
         if rest == same:
             return Spread(x.weights, total.values, other.written[0], number / own)
@@ -121,15 +120,17 @@ def _domain(form: Form, name: str) -> frozenset[sympy.Basic]:
     return frozenset(c for c in conjuncts(made[name].keep) if c != limit)
 
 
-def _within_rows(form: Form) -> Form:
-    """The form, with points beyond the last row masked where others are: their weights would count."""
+def _within_rows(form: Form, spread: Spread) -> Form:
+    """The form, with points of missing rows and beyond the last one masked where others are: their weights would
+    count. A condition of whole rows is else asked of results alone."""
     inside = sympy.Lt(var(form.p), form.extent(form.p))
+    rows = (c for c in _domain(form, spread.weights) if form.m not in free_vars(c))
 
     def bounded(s: Statement) -> Statement:
         masked = {form.p, form.m} <= set(s.ranks) and s.fill is not None
         return replace(s, keep=And(s.keep, inside), row=And(s.row, inside)) if masked else s
 
-    return replace(form, statements=tuple(map(bounded, form.statements)))
+    return replace(form, statements=tuple(map(bounded, form.statements)), keep=And(form.keep, *rows))
 
 
 class SpreadChain(Chain):
@@ -141,7 +142,7 @@ class SpreadChain(Chain):
     def __init__(self, shape: Form, schedule: Schedule, spread: Spread, cleared: bool = False) -> None:
         """`cleared`: a kernel in front has set `zeros` to zero."""
         self.spread, self.cleared = spread, cleared
-        super().__init__(_within_rows(shape), schedule)
+        super().__init__(_within_rows(shape, spread), schedule)
 
     # -- sizes and names --
 
