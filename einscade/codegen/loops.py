@@ -24,7 +24,7 @@ from sympy.logic.boolalg import And, Boolean
 from einscade.codegen.source import Unsupported
 from einscade.ir.cascade import Cascade, Einsum, Tensor
 from einscade.ir.expr import Access, accesses, free_vars, var
-from einscade.passes.existence import existence
+from einscade.passes.existence import existence, narrowed
 from einscade.passes.fusion import is_long
 from einscade.passes.terms import conjuncts
 from einscade.passes.views import Views, output_views
@@ -420,11 +420,14 @@ def _flagged(cascade: Cascade, name: str, condition: Boolean, outside: set[str])
     made = replace(made, domain=And(*rest, flag.output()))
     body = tuple(x for e in cascade.body for x in ((flag, made) if e.name == name else (e,)))
     cascade = cascade.replace(body=body)
-    points = existence(cascade).points
+    there = existence(cascade)
 
     def reads_flag(e: Einsum) -> Einsum:
-        implied = [c for c in conjuncts(points[e.name]) if any(a.tensor == flag.name for a in accesses(c))]
-        return replace(e, domain=And(e.domain, *implied)) if e.name in outside else e
+        result = conjuncts(there.results[e.name])
+        implied = [c for c in conjuncts(there.points[e.name]) if any(a.tensor == flag.name for a in accesses(c))]
+        if e.name not in outside or not implied:
+            return e
+        return narrowed(e, [c for c in implied if c in result], implied, there.results[e.name])
 
     return cascade.replace(body=tuple(map(reads_flag, cascade.body)))
 

@@ -15,7 +15,7 @@ Comes in: a `SerialNest`. Goes out: a `TileLoop`, in which
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -23,6 +23,7 @@ import sympy
 from sympy.logic.boolalg import And, Boolean, Or
 
 from einscade.codegen.loops import SerialNest
+from einscade.codegen.row_conditions import Placed, apart
 from einscade.codegen.source import Unsupported
 from einscade.ir.cascade import MONOIDS, Cascade, Einsum
 from einscade.ir.expr import Access, Expr, accesses, var
@@ -153,7 +154,7 @@ def missing_value(expr: Expr, missing: Mapping[str, Expr], undefined: Collection
         if any(p == 0 for p in parts):  # what divides may itself be 0 there, and a power may have overflowed
             others = [a for a, p in zip(expr.args, parts, strict=True) if p is None]
             divided = any(isinstance(a, sympy.Pow) and a.exp.is_negative and a.has(Access) for a in expr.args)
-            wild = divided or any(_may_overflow(a) or _reads_any(a, undefined) for a in others)
+            wild = divided or any(_may_overflow(a) or _may_be_undefined(a, undefined) for a in others)
             return None if wild else sympy.Integer(0)
         return sympy.Mul(*(p for p in parts if p is not None)) if None not in parts else None
     if isinstance(expr, sympy.Pow) and expr.exp.is_positive:
@@ -194,8 +195,7 @@ def tile_loop(cascade: Cascade, nest: SerialNest, clip: bool = True) -> TileLoop
 class _Builder:
     def __init__(self, cascade: Cascade, nest: SerialNest, clip: bool) -> None:
         self.cascade, self.nest, self.clip = cascade, nest, clip
-        found = whole_scans(cascade)
-        self.points, self.results = found.points, found.results
+        self.there = whole_scans(cascade)
         self.taken = {*cascade.tensors, *cascade.rank_table, *cascade.symbols}
         self.step = self._step()
         self.coordinates = self._coordinates()
@@ -266,9 +266,10 @@ class _Builder:
         local = [i + start if r in self.coordinates else i for r, i in zip(ranks, index, strict=True)]
         return Access(name, *(i for r, i in zip(ranks, local, strict=True) if r != self.nest.serial))
 
-    def statement(self, e: Einsum, *, in_body: bool, limit: Boolean = sympy.true) -> Statement:
-        keep = And(*(c for c in conjuncts(self.rewrite(self.points[e.name], in_body=in_body)) if c != limit))
-        row = And(*(c for c in conjuncts(self.rewrite(self.results[e.name], in_body=in_body)) if c != limit))
+    def statement(self, placed: Placed, *, in_body: bool, limit: Boolean = sympy.true) -> Statement:
+        e = placed.einsum
+        keep = And(*(c for c in conjuncts(self.rewrite(placed.points, in_body=in_body)) if c != limit))
+        row = And(*(c for c in conjuncts(self.rewrite(placed.results, in_body=in_body)) if c != limit))
         name = self.states[e.name].new if e.name in self.states else e.name
         return Statement(
             name,
@@ -288,11 +289,18 @@ class _Builder:
         implied = sympy.true
         if limit is not None:
             implied = sympy.Lt(var(next(iter(self.coordinates.values()))), limit)
-        prologue = [self.statement(e, in_body=False) for e in self.nest.prologue]
-        body = [self._drop_limits(self.statement(e, in_body=True, limit=implied), limit) for e in self.nest.body]
-        epilogue = [self.statement(e, in_body=False) for e in self.nest.epilogue]
+
+        def made(loop: Sequence[Placed]) -> list[Statement]:
+            return [self._drop_limits(self.statement(s, in_body=True, limit=implied), limit) for s in loop]
+
+        loop, after = ([Placed.of(e, self.there) for e in part] for part in (self.nest.body, self.nest.epilogue))
+        skippable = self._skippable(made(loop))
+        if skippable:
+            loop, after = apart(self.cascade, self.nest, self.there, self.coordinates)
+        prologue = [self.statement(Placed.of(e, self.there), in_body=False) for e in self.nest.prologue]
+        body = made(loop)
+        epilogue = [self.statement(s, in_body=False) for s in after]
         domain = self._domain(body)
-        skippable = self._skippable(body)
         body = self._share_corrections(body)
         if may_be_infinite(body, (t.name for t in self.cascade.inputs)) or reads_maxima(self.cascade, self.nest.inputs):
             maxima = {s.name for s in body if s.monoid in ("max", "min")}
@@ -307,7 +315,7 @@ class _Builder:
             tuple(with_fills(prologue)),
             tuple(self.states.values()),
             tuple(body),
-            tuple(epilogue),
+            tuple(with_fills(epilogue)),
             domain,
             skippable,
         )
@@ -319,7 +327,7 @@ class _Builder:
         sizes = frozenset(self.cascade.symbols)
         found: set[Expr | None] = set()
         for e in self.nest.body:
-            points = self.rewrite(self.points[e.name], in_body=True)
+            points = self.rewrite(self.there.points[e.name], in_body=True)
             found |= {implied_limit(points, x, sizes) for u, x in self.coordinates.items() if u in e.ranks}
         return found.pop() if len(found) == 1 else None
 

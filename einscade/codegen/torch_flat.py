@@ -108,7 +108,12 @@ class FlatWriter(Writer):
             v = self.evaluate(s)
             if s.fill is not None:
                 v = self.masked(v, s.row, s.fill)
+            here = None
             if s.name in self.cascade.outputs:
+                if s.fill not in (None, 0):  # what is missing is another number to its readers
+                    self.define(s.name, v, s.ranks, f"{self.module.code(s.name)}_here")
+                    here = self.scope.names[s.name]
+                    v = Value(here.code, here.ranks, v.kind)
                 if s.row != sympy.true:
                     v = self.masked(v, s.row, sympy.false if v.kind == "b" else sympy.Integer(0))
                 v = self.as_output(s, v)
@@ -120,7 +125,7 @@ class FlatWriter(Writer):
             self.define(s.name, v, s.ranks)
             if s.name in self.nest.outputs:
                 self.module.names[s.name] = self.module.stored(s.name)
-                self.scope.names[s.name] = self.module.stored(s.name)
+                self.scope.names[s.name] = here or self.module.stored(s.name)
 
     def hand_over(self, name: str) -> None:
         """A value of this nest that another nest reads: in memory, as it was computed."""

@@ -193,7 +193,7 @@ class SerialWriter(Writer):
             self.comment(s)
             states = {n for n in keeps if n != next((c.name for c in carried.values() if c.new == s.name), None)}
             states |= {*carried}  # what the next iteration begins with
-            later = {e.name for e in self.nest.epilogue} if keeps else set()
+            later = {e.name for e in (*self.nest.prologue, *self.nest.epilogue)} if keeps else set()
             self.scope.dead = self.gone(statements, i, {*states, *self.nest.outputs, *later})
             if not keeps and statements is self.loop.prologue:
                 self.scope.dead = set()

@@ -325,8 +325,10 @@ def _relation(expr: sympy.core.relational.Relational, scope: Scope) -> Value:
 def _where(expr: Where, scope: Scope) -> Value:
     condition, *branches = (value(a, scope) for a in expr.args)
     kind = "f" if any(v.kind == "f" for v in branches) else branches[0].kind
-    if kind == "f" and all(v.host for v in branches):  # torch would take its default dtype
-        branches[0] = as_tensor(replace(branches[0], kind=kind), scope)
+    if kind == "f" and not any(v.kind == "f" and not v.host for v in branches):  # torch would take its default dtype
+        i = next((i for i, v in enumerate(branches) if not v.host), 0)
+        v = branches[i]
+        branches[i] = as_tensor(replace(v, kind=kind), scope) if v.host else as_float(v, scope)
     condition = as_tensor(condition, scope)
     ranks = scope.sort([r for v in (condition, *branches) for r in v.ranks])
     codes = ", ".join(align(v, ranks) for v in (condition, *branches))

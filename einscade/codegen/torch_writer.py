@@ -233,8 +233,11 @@ class Writer:
         return Value(f"{code.tight()}.expand({sizes})", ranks, v.kind)
 
     def gone(self, statements: Sequence[Statement], index: int, keeps: Iterable[str]) -> set[str]:
-        """Names that this statement reads, once, and none after it does."""
+        """Names that this statement reads, once, and none after it does, nor what is a view of them."""
         later = {a.tensor for s in statements[index + 1 :] for a in s.reads} | set(keeps)
+        for s in reversed(statements[:index]):
+            if s.name in later and s.name in self.scope.names and not self.scope.names[s.name].fresh:
+                later |= {a.tensor for a in s.reads}
         s = statements[index]
         count = Counter(
             x.tensor for e in (s.expr, s.keep, s.row) for x in sympy.preorder_traversal(e) if isinstance(x, Access)

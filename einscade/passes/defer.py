@@ -2,7 +2,8 @@
 
 Comes in: O = sum(m) W * V / Z, where Z is itself a reduction over m. Goes out: N = sum(m) W * V, O = N / Z if Z != 0:
 one pass over m less, since N no longer waits for Z. A sum of such terms is split first, (W1/Z1 - c*W2/Z2) * V into two
-sums, when their factors differ. The guard keeps an empty row what it was: a sum over nothing, 0.
+sums, when their factors differ. The guard keeps an empty row what it was, a sum over nothing: 0, as an output's missing
+points are. What others read is there to be read: O = Where(Z != 0, N / Z, 0).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sympy
 from sympy.logic.boolalg import Boolean
 
 from einscade.ir import Cascade, Einsum, Expr, Tensor, Where, accesses
-from einscade.passes.existence import Existence, existence
+from einscade.passes.existence import Existence, existence, narrowed
 from einscade.passes.rewrite import NotApplicable
 from einscade.passes.statements import Names, reduced_over, wide
 from einscade.passes.terms import conjoin, conjuncts, depends, split_factors
@@ -38,7 +39,7 @@ class Defer:
         body: list[Einsum] = []
         changed = False
         for statement in cascade.body:
-            made = _deferred(statement, names, over, points)
+            made = _deferred(statement, names, over, points, any(cascade.users(statement.name)))
             changed |= len(made) > 1
             body += made
         if not changed:
@@ -46,7 +47,7 @@ class Defer:
         return cascade.replace(body=tuple(body))
 
 
-def _deferred(s: Einsum, names: Names, over: dict[str, frozenset[str]], points: Existence) -> list[Einsum]:
+def _deferred(s: Einsum, names: Names, over: dict[str, frozenset[str]], points: Existence, read: bool) -> list[Einsum]:
     if s.reduce is None or s.reduce.monoid != "sum" or s.scan is not None:
         return [s]
     ranks = s.reduce.ranks
@@ -63,16 +64,17 @@ def _deferred(s: Einsum, names: Names, over: dict[str, frozenset[str]], points: 
     if set(parts) == {sympy.Integer(1)}:
         return [s]
     # A point that one term misses is missing from all: what the other terms do not say themselves, they are told.
-    everywhere = [c for c in conjuncts(points.of(s.expr)) if depends(c, ranks)]
+    everywhere = conjuncts(points.of(s.expr))
+    result = points.results[s.name]
     sums: list[Einsum] = []
     total: list[tuple[Boolean, Expr]] = []
     for factor, rests in parts.items():
         constant, inner = split_factors(sympy.Add(*rests), ranks)
         tensor = Tensor(names("N"), s.output.ranks, wide(s.output.dtype))
-        domain = conjoin([*conjuncts(s.domain), *(c for c in everywhere if c not in conjuncts(points.of(inner)))])
-        sums.append(Einsum(tensor, inner, s.reduce, domain))
+        lost = [c for c in everywhere if c not in conjuncts(points.of(inner))]
+        sums.append(narrowed(Einsum(tensor, inner, s.reduce, s.domain), (), lost, result))
         total.append((conjoin(guards(factor)), constant * factor * tensor()))
-    if len(total) == 1:
+    if len(total) == 1 and not read:  # an output's missing points are 0
         return [*sums, Einsum(s.output, total[0][1], domain=total[0][0])]
     return [*sums, Einsum(s.output, sympy.Add(*(Where(g, t, 0) for g, t in total)))]
 

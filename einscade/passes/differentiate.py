@@ -25,6 +25,7 @@ from sympy.logic.boolalg import Boolean
 
 from einscade.ir import Access, Cascade, Einsum, Expr, FloorDiv, Mod, Rank, Reduction, Tensor, Where, ceil_div, var
 from einscade.ir.digits import counted, digits
+from einscade.passes.existence import deciding
 from einscade.passes.invariance import is_felt
 from einscade.passes.pieces import apart, together
 from einscade.passes.rewrite import NotApplicable
@@ -192,19 +193,20 @@ class _Reverse:
         if not parts:
             return False
         is_input = tensor.name not in self.forward.definitions
+        # Nobody asks for the gradient of a point that is not there, nor misses one that no part has.
+        there = self._exists(tensor.name)
+        parts = [_Part(p.expr, p.reduce, conjoin(c for c in conjuncts(p.domain) if c not in there)) for p in parts]
         given = parts[0].expr
-        if len(parts) == 1 and not is_input and given in (Tensor(c, tensor.ranks)() for c in self.seeds):
+        alone = len(parts) == 1 and parts[0] == _Part(given, None, sympy.true)
+        if alone and not is_input and given in (Tensor(c, tensor.ranks)() for c in self.seeds):
             self.adjoint[tensor.name] = Tensor(given.tensor, tensor.ranks, tensor.dtype)
             return True
         output = Tensor(self.names(f"d{tensor.name}"), tensor.ranks, tensor.dtype if is_input else self.wide)
         self.adjoint[tensor.name] = output
-        # Nobody asks for the gradient of a point that is not there, nor misses one that no part has.
-        there = self._exists(tensor.name)
-        parts = [_Part(p.expr, p.reduce, conjoin(c for c in conjuncts(p.domain) if c not in there)) for p in parts]
         if len(parts) == 1:
             self.made[output.name] = Einsum(output, parts[0].expr, parts[0].reduce, parts[0].domain)
             return True
-        exist = [[c for c in self._part_exists(p) if c not in there] for p in parts]
+        exist = [[c for c in self._result_exists(p) if c not in there] for p in parts]
         common = frozenset.intersection(*map(frozenset, exist))
         terms = []
         for part, conditions in zip(parts, exist, strict=True):
@@ -312,20 +314,18 @@ class _Reverse:
         if s is None or name in self.summaries:
             return ()  # given as an input, complete
         if s not in self.existing:
-            reduced = s.reduce.ranks if s.reduce else ()
-            found = dict.fromkeys(conjuncts(s.domain))
-            found |= dict.fromkeys(self._existence(s.expr))
-            self.existing[s] = tuple(c for c in found if not depends(c, reduced))
+            self.existing[s] = self._result_exists(s)
         return self.existing[s]
 
     def _definition(self, name: str) -> Einsum | None:
         unrounded = {s.name: s for s in self.unrounded.values()}
         return self.made.get(name) or self.forward.definitions.get(name) or unrounded.get(name)
 
-    def _part_exists(self, part: _Part) -> tuple[Boolean, ...]:
-        reduced = part.reduce.ranks if part.reduce else ()
-        found = dict.fromkeys((*conjuncts(part.domain), *sorted(self._existence(part.expr), key=str)))
-        return tuple(c for c in found if not depends(c, reduced))
+    def _result_exists(self, s: Einsum | _Part) -> tuple[Boolean, ...]:
+        reduced = s.reduce.ranks if s.reduce else ()
+        rows = (c for c in conjuncts(s.domain) if not depends(c, reduced))
+        read = frozenset().union(*map(self._existence, deciding(s.expr, reduced)))
+        return tuple(dict.fromkeys((*rows, *sorted(read, key=str))))
 
     def _exists_at(self, access: Access) -> tuple[Boolean, ...]:
         s = self._definition(access.tensor)

@@ -2,6 +2,11 @@
 
 Comes in: a cascade. Goes out: for every Einsum, the predicate of the points it iterates over and that of its results,
 with the existence of what it reads written out ("Existence" in `ir.cascade` is what this says as predicates).
+
+A condition that is free of a reduction's ranks says of its result whether it exists in two places only: in the
+reduction's own domain, and in what is read there (`deciding`). Where it comes with what is read point by point, the
+reduction is over nothing, and gives the identity: a rewrite that moves such a condition to the reduction itself has it
+passed over (`narrowed`, `passing_over`).
 """
 
 from __future__ import annotations
@@ -14,12 +19,12 @@ import sympy
 from sympy import Basic
 from sympy.logic.boolalg import And, Boolean, Not, Or
 
-from einscade.ir.cascade import Cascade, Einsum
-from einscade.ir.expr import Access, Where, free_vars
+from einscade.ir.cascade import MONOIDS, Cascade, Einsum
+from einscade.ir.expr import Access, Expr, Where, free_vars
 from einscade.ir.intervals import decide, rank_ranges
-from einscade.passes.terms import conjuncts, reads_outside_where
+from einscade.passes.terms import conjoin, conjuncts, reads_outside_where
 
-__all__ = ["Existence", "existence", "lost"]
+__all__ = ["Existence", "deciding", "existence", "lost", "narrowed", "passing_over"]
 
 
 @dataclass(frozen=True)
@@ -53,12 +58,47 @@ def existence(cascade: Cascade) -> Existence:
     points: dict[str, Boolean] = {}
     results: dict[str, Boolean] = {t.name: sympy.true for t in cascade.inputs}
     for e in cascade.body:
-        known = dict.fromkeys(conjuncts(e.domain), sympy.true)
-        reads = (_exists(cascade, results, x).xreplace(known) for x in (*conjuncts(e.domain), e.expr))
-        points[e.name] = And(e.domain, *reads)
-        reduced = set(e.reduce.ranks) if e.reduce else set()
-        results[e.name] = And(*(c for c in conjuncts(points[e.name]) if not free_vars(c) & reduced))
+        reduced = e.reduce.ranks if e.reduce else ()
+        own = conjuncts(e.domain)
+        known = dict.fromkeys(own, sympy.true)
+        points[e.name] = And(*own, *(_exists(cascade, results, x).xreplace(known) for x in (*own, e.expr)))
+        rows = [c for c in own if not free_vars(c) & {*reduced}]
+        reads = (*rows, *deciding(e.expr, reduced))
+        results[e.name] = And(*rows, *(_exists(cascade, results, x).xreplace(known) for x in reads))
     return Existence(cascade, points, results)
+
+
+def deciding(expr: Basic, reduced: Iterable[str]) -> tuple[Basic, ...]:
+    """The parts of a reduced expression that say whether there is a result: those free of the reduced ranks. The others
+    say what is reduced."""
+    if not free_vars(expr) & {*reduced}:
+        return (expr,)
+    if isinstance(expr, (Access, And, Or)):
+        return ()
+    args = expr.args[:1] if isinstance(expr, Where) else expr.args
+    return tuple(part for a in args for part in deciding(a, reduced))
+
+
+def passing_over(expr: Expr, conditions: Iterable[Boolean], monoid: str) -> Expr:
+    """A reduced expression that is the identity where a condition fails, which a reduction passes over."""
+    kept = conjoin(conditions)
+    if monoid in ("any", "all"):
+        return And(kept, expr) if monoid == "any" else Or(Not(kept), expr)
+    return Where(kept, expr, MONOIDS[monoid].identity if monoid in MONOIDS else -sympy.oo)
+
+
+def narrowed(s: Einsum, own: Iterable[Boolean], inner: Iterable[Boolean], result: Boolean) -> Einsum:
+    """The statement under further conditions: its `own`, without which there is no result, and those of its points.
+    `result` is where there is one."""
+    domain = dict.fromkeys((*conjuncts(s.domain), *own))
+    if s.reduce is None:
+        return s.replace(domain=conjoin((*domain, *inner)))
+    inner = dict.fromkeys(c for c in inner if c not in domain)
+    moving = [c for c in inner if free_vars(c) & {*s.reduce.ranks}]
+    passed = [c for c in inner if c not in moving and c not in conjuncts(result)]
+    if passed:  # what decides is read under a condition now
+        domain |= dict.fromkeys(conjuncts(result))
+    return s.replace(expr=passing_over(s.expr, passed, s.reduce.monoid), domain=conjoin((*domain, *moving)))
 
 
 def lost(read: Iterable[Access], expr: Basic, cascade: Cascade) -> tuple[Boolean, ...]:

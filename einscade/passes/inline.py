@@ -13,11 +13,11 @@ from sympy.logic.boolalg import Boolean
 
 from einscade.ir import DENSE, Access, Cascade, Einsum, Expr, FloorDiv, Mod, Rank, Tensor, Where, accesses, var
 from einscade.ir.intervals import rank_ranges, simplify
-from einscade.passes.existence import lost
+from einscade.passes.existence import deciding, existence, lost, narrowed
 from einscade.passes.fusion import is_long
 from einscade.passes.normalise import normal, predicate
 from einscade.passes.statements import Names, instead, renamed, without_unused
-from einscade.passes.terms import LONGEST, conjoin, conjuncts, depends, reads_outside_where, size, variables
+from einscade.passes.terms import LONGEST, conjuncts, depends, reads_outside_where, size, variables
 
 __all__ = ["aligned", "deduplicated", "inlined", "shaped", "specialised"]
 
@@ -38,34 +38,45 @@ def inlined(cascade: Cascade) -> Cascade:
 
 
 def _written_out(s: Einsum, written: Mapping[str, Einsum], cascade: Cascade) -> Einsum:
-    domain = list(conjuncts(s.domain))
+    reduced = s.reduce.ranks if s.reduce else ()
     everywhere = reads_outside_where(s.expr)
+    whole = frozenset().union(*map(reads_outside_where, deciding(s.expr, reduced)))
+    own: list[Boolean] = list(conjuncts(s.domain))
+    inner: list[Boolean] = []  # what points need, and the result does not
 
-    def value(a: Access) -> Expr | None:
+    def value(a: Access, needs: list[Boolean]) -> Expr | None:
         made = written.get(a.tensor)
         if made is None or (made.domain != sympy.true and a not in everywhere):
             return None
-        index = tuple(_replaced(i, value) for i in a.index)
+        index = tuple(_replaced(i, lambda x: value(x, needs)) for i in a.index)
         place = made.output.place(a.at(*index))
-        domain.extend(c.xreplace(place) for c in conjuncts(made.domain))
+        needs.extend(c.xreplace(place) for c in conjuncts(made.domain))
         return made.expr.xreplace(place)
 
-    values = {a: v for a in accesses(s.expr) if (v := value(a)) is not None}
+    found = {a: value(a, own if a in whole else inner) for a in accesses(s.expr)}
+    values = {a: v for a, v in found.items() if v is not None}
     longer = s.expr.xreplace(values)
     if values and size(longer) > max(LONGEST, size(s.expr)):
         return _written_out(s, {}, cascade)
     expr = normal(_put_together(longer, cascade) if values else longer)
-    domain += _cancelled(s.expr, values)
-    read = frozenset().union(*(reads_outside_where(a.xreplace(values)) for a in everywhere))
-    domain += (kept := lost((_put_together(a, cascade) for a in read) if values else read, expr, cascade))
+    inner += _cancelled(s.expr, values)
+    asked = [(c, inner if depends(c, reduced) else own) for c in conjuncts(s.domain)]
+    for reads, needs in ((whole, own), (everywhere - whole, inner)):
+        read = frozenset().union(*(reads_outside_where(a.xreplace(values)) for a in reads))
+        kept = lost((_put_together(a, cascade) for a in read) if values else read, expr, cascade)
+        needs += kept
+        asked += [(c, needs) for c in kept]
     in_domain = {}
-    for a in accesses(sympy.And(s.domain, *kept)):
-        if (made := written.get(a.tensor)) is not None:
-            place = made.output.place(a)
-            in_domain[a] = made.expr.xreplace(place)
-            domain.extend(c.xreplace(place) for c in conjuncts(made.domain))
-    parts = [p for c in domain for p in conjuncts(predicate(c.xreplace(in_domain)))]
-    return s.replace(expr=expr, domain=conjoin(parts))
+    for c, needs in asked:
+        for a in accesses(c):
+            if (made := written.get(a.tensor)) is not None:
+                place = made.output.place(a)
+                in_domain[a] = made.expr.xreplace(place)
+                needs.extend(x.xreplace(place) for x in conjuncts(made.domain))
+    own, inner = ([p for c in said for p in conjuncts(predicate(c.xreplace(in_domain)))] for said in (own, inner))
+    there = existence(cascade)
+    inner += (c for x in deciding(expr, reduced) if reduced for c in conjuncts(there.of(x)))
+    return narrowed(s.replace(expr=expr, domain=sympy.true), own, inner, there.results[s.name])
 
 
 def _put_together(expr: Expr, cascade: Cascade) -> Expr:

@@ -19,7 +19,7 @@ from sympy.logic.boolalg import Boolean
 
 from einscade.ir import MONOIDS, Access, Cascade, Einsum, Expr, Tensor, Where, accesses, var
 from einscade.ir.intervals import Ranges, decide, rank_ranges
-from einscade.passes.existence import lost
+from einscade.passes.existence import deciding, existence, lost, narrowed
 from einscade.passes.normalise import limit, normal, predicate
 from einscade.passes.statements import Names, wide
 from einscade.passes.terms import conjoin, conjuncts, depends, reads_outside_where, variables
@@ -44,10 +44,12 @@ def masks_to_domains(cascade: Cascade) -> Cascade:
                 calls[a] = Where(condition.xreplace(place), a, identity)
         if calls:
             expr = normal(s.expr.xreplace(calls))
-            there = lost(reads_outside_where(s.expr), expr, cascade)
-            s = s.replace(expr=expr, domain=conjoin([*conjuncts(s.domain), *there]))
+            parts = deciding(s.expr, s.reduce.ranks if s.reduce else ())
+            whole = frozenset().union(*map(reads_outside_where, parts))
+            own, points = (lost(r, expr, cascade) for r in (whole, reads_outside_where(s.expr) - whole))
+            s = narrowed(s.replace(expr=expr), own, points, existence(cascade).results[s.name])
         if s.reduce is None or s.reduce.monoid not in ("sum", "max", "min") or s.scan is not None:
-            body.append(_as_domain(s) if s.name in cascade.outputs else s)
+            body.append(_as_domain(s, cascade))
             continue
         s, row = _hoisted(s, cascade)
         if row != sympy.true:
@@ -55,15 +57,18 @@ def masks_to_domains(cascade: Cascade) -> Cascade:
             if s.name in cascade.outputs:
                 inner = Tensor(names(f"{s.name}m"), s.output.ranks, wide(s.output.dtype))
                 body.append(s.replace(output=inner))
-                body.append(_as_domain(Einsum(s.output, Where(row, inner(), identity))))
+                there = existence(cascade).results[s.name]
+                body.append(_as_domain(Einsum(s.output, Where(row, inner(), identity), domain=there), cascade))
                 continue
             rows[s.name] = (s, row, identity)
         body.append(s)
     return cascade.replace(body=tuple(body))
 
 
-def _as_domain(s: Einsum) -> Einsum:
-    """An output's `Where(c, x, 0)` as `x if c`: its missing points are 0."""
+def _as_domain(s: Einsum, cascade: Cascade) -> Einsum:
+    """An output's `Where(c, x, 0)` as `x if c`: its missing points are 0, but to statements that read it."""
+    if s.name not in cascade.outputs or any(cascade.users(s.name)):
+        return s
     while isinstance(s.expr, Where) and s.expr.args[2] == 0 and s.scan is None and s.reduce is None:
         condition, kept, _ = s.expr.args
         s = s.replace(expr=kept, domain=conjoin([*conjuncts(s.domain), *conjuncts(condition)]))

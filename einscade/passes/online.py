@@ -36,7 +36,7 @@ from einscade.ir import (
 )
 from einscade.ir.digits import digits
 from einscade.passes.correction import Correction, derive, old
-from einscade.passes.existence import existence
+from einscade.passes.existence import existence, narrowed, passing_over
 from einscade.passes.fusion import Carried, Loop, Plan, along, common_ranks, is_long, plan_loops
 from einscade.passes.rewrite import NotApplicable
 from einscade.passes.statements import Names, closure, ordered, redirect, wide, without_unused
@@ -327,21 +327,24 @@ class _Emit:
         local = Tensor(self.names(f"{s.name}L"), running.ranks, running.dtype)
         part = self._reduction(s.reduce.monoid, s.reduce.ranks)
         if part is None:
-            self.made.append(self._point(local, s.expr, s.domain, self._identity(s.name)))
+            self.made.append(self._point(local, s.name, s.expr, s.domain))
         else:
             self.made.append(Einsum(local, self._now(s.expr), part, self._bounded(s, self._now(s.domain))))
         self._scan(running, local, s.reduce.monoid, carried.correction, carried)
 
-    def _point(self, local: Tensor, expr: Expr, domain: Boolean, identity: Expr) -> Einsum:
-        """What a step of a single point adds. A reduction passes over points that are missing: there it is the
-        identity, since a running value needs every step's. Conditions that do not move say where the result exists:
-        they are its own, since only one branch of the `Where` reads what they came from."""
-        taken = dict.fromkeys((*conjuncts(domain), *conjuncts(existence(self.cascade).of(expr))))
-        moving = [c for c in taken if depends(c, (self.m,))]
-        if not moving:
+    def _point(self, local: Tensor, name: str, expr: Expr, domain: Boolean) -> Einsum:
+        """What a step of a single point adds to a reduction, or to a moment of one. Where that point is missing it is
+        the identity: a reduction passes over it, and a running value needs every step's. The conditions under which
+        the reduction has a result at all are the step's own."""
+        there, reduce = existence(self.cascade), self.cascade.definitions[name].reduce
+        assert reduce is not None
+        taken = dict.fromkeys((*conjuncts(domain), *conjuncts(there.of(expr))))
+        own = [c for c in taken if c in conjuncts(there.results[name])]
+        passed = [c for c in taken if c not in own]
+        if not passed:
             return Einsum(local, self._now(expr), domain=self._now(domain))
-        rest = conjoin(c for c in taken if c not in moving)
-        return Einsum(local, self._now(Where(conjoin(moving), expr, identity)), domain=self._now(rest))
+        chosen = passing_over(expr, passed, reduce.monoid)
+        return Einsum(local, self._now(chosen), domain=self._now(conjoin(own)))
 
     def _scan(self, running: Tensor, local: Tensor, monoid: str, correction: Correction, carried: Carried) -> None:
         step = var(self.m1)
@@ -351,7 +354,7 @@ class _Emit:
         for coefficient, moment in correction.moments:
             moved += coefficient * self._moment(moment, carried, running)
         moved = correction.scale * moved
-        guard = self._guard(correction, carried)
+        guard = self._guard(correction, carried) + self._states_exist(carried)
         moved = self._before_and_now(moved, carried.states)
         if guard:
             moved = Where(conjoin(guard), moved, identity)
@@ -392,6 +395,12 @@ class _Emit:
                 bad |= {a: i for a, i in nothing.items() if a in before}
         return [sympy.Ne(a, i) for a, i in bad.items()]
 
+    def _states_exist(self, carried: Carried) -> list[Boolean]:
+        """Where the states are missing, nothing is accumulated; the result may be there all the same."""
+        there = existence(self.cascade)
+        found = dict.fromkeys(c for s in carried.states for c in conjuncts(there.of(s)))
+        return [self._now(c) for c in found if c not in conjuncts(there.results[carried.name])]
+
     def _identity(self, name: str) -> Expr:
         reduce = self.cascade.definitions[name].reduce
         assert reduce is not None
@@ -429,10 +438,13 @@ class _Emit:
         correction = derive(moment, "sum", states, self.m)
         part = self._reduction("sum", (self.m,))
         if part is None:
-            self.made.append(self._point(local, moment, conjoin(domain), sympy.Integer(0)))
+            self.made.append(self._point(local, s.name, moment, conjoin(domain)))
         else:
-            inside = conjoin([self.index < self.extent, *(self._now(c) for c in domain)])
-            self.made.append(Einsum(local, self._now(moment), part, inside))
+            lacked = {r for r in owner.ranks if r not in kept}
+            there = conjuncts(existence(self.cascade).results[s.name])
+            result = conjoin(self._now(c) for c in there if not depends(c, lacked))
+            inside = [self.index < self.extent, *map(self._now, domain)]
+            self.made.append(narrowed(Einsum(local, self._now(moment), part), (), inside, result))
         self._scan(running, local, "sum", correction, Carried(s.name, moment, states, correction))
         return Access(running.name, *(step if r == self.m1 else var(r) for r in running.ranks))
 

@@ -16,6 +16,7 @@ from einscade.ir.cascade import Cascade
 from einscade.ir.interpret import interpret
 from einscade.ir.text import parse_cascade
 from einscade.passes.existence import existence
+from einscade.passes.online import Loops, Online
 from tests.codegen.generated import module
 
 P = 6
@@ -103,6 +104,74 @@ def test_a_scan_with_all_steps(step: str, condition: str) -> None:
     for program in (plan(cascade), flat(cascade)):
         (made,) = module(tiled_torch.emit(program, Schedule())).run(*inputs.values(), T=5)
         torch.testing.assert_close(made.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+ROWS = """
+    cascade rows(X[p,m], V[m,f], L[p]: i64, W0[f,o]) -> {outputs}
+      where p < P, m < M, f < 3, o < 3
+      {body}
+"""
+LOOPED = {
+    "after the loop": """S[p,m] = X[p,m]   if m < L[p]
+      G[p] = max(m) S[p,m]
+      Z[p] = sum(m) exp(S[p,m] - G[p])
+      N[p,f] = sum(m) exp(S[p,m] - G[p]) * V[m,f]
+      O[p,f] = N[p,f] / Z[p]   if Z[p] != 0
+      Y[p,o] = sum(f) O[p,f] * W0[f,o]
+      R[p,o] = Y[p,o] + 1""",
+    "in another nest": """S[p,m] = X[p,m]   if m < L[p]
+      G[p] = max(m) S[p,m]
+      Z[p] = sum(m) exp(S[p,m] - G[p])
+      N[p,f] = sum(m) exp(S[p,m] - G[p]) * V[m,f]
+      O[p,f] = N[p,f] / Z[p]   if Z[p] != 0
+      Y[p,o] = sum(f) O[P - 1 - p,f] * W0[f,o]
+      R[p,o] = Y[p,o] + 1""",
+    "before the loop": """Y[p] = max(m) 2 * X[p,m]
+      T[p] = Y[p]**2   if L[p] > 1
+      S[p,m] = Y[p]
+      Z[p] = sum(m) T[p] * S[p,m]
+      R[p] = Z[p]""",
+}
+
+
+@pytest.mark.parametrize("name", LOOPED)
+def test_reductions_over_nothing_around_loops(name: str) -> None:
+    """A row without points is missing after its division, and is the 0 that a sum over it gives."""
+    cascade = parse_cascade(ROWS.format(outputs="R", body=LOOPED[name]))
+    cascade = (Loops() if "before" in name else Online()).apply(cascade)
+    inputs = {"X": torch.randn(4, 5), "V": torch.randn(5, 3), "L": torch.tensor([0, 2, 5, 0]), "W0": torch.randn(3, 3)}
+    tiles = {s: 2 for s in cascade.symbols if s not in "PM"}
+    expected = interpret(cascade, inputs, tiles)["R"]
+    source = tiled_torch.emit(plan(cascade), Schedule(tiles=tuple(tiles.items())))
+    (made,) = module(source).run(*inputs.values(), P=4, M=5)
+    torch.testing.assert_close(made.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "S[p,m] = X[p,m]   if m < 3\n T[p] = max(m) S[p,m]\n R[p] = T[p] + 1",
+        "S[p,m] = X[p,m]   if p < 2\n T[p] = max(m) S[p,m]\n R[p] = T[p] + 1",
+    ],
+)
+def test_an_output_that_is_reduced(body: str) -> None:
+    """Missing points are 0 in the output, and not in a maximum over it."""
+    cascade = parse_cascade(ROWS.format(outputs="S, R", body=body))
+    inputs = {"X": -torch.rand(4, 5) - 1, "V": torch.randn(5, 3), "L": torch.zeros(4, dtype=torch.int64)}
+    inputs["W0"] = torch.randn(3, 3)
+    expected = interpret(cascade, inputs)
+    made = module(tiled_torch.emit(flat(cascade), Schedule())).run(*inputs.values(), P=4, M=5)
+    torch.testing.assert_close([m.double() for m in made], list(expected.values()), rtol=1e-6, atol=1e-6)
+
+
+def test_a_name_for_a_value_keeps_it() -> None:
+    """What is read for the last time is written over, not so where another name stands for it."""
+    body = "S[p] = sum(m) X[p,m]\n T[p] = S[p]\n U[p] = exp(S[p])\n R[p] = T[p] + U[p]"
+    cascade = parse_cascade(ROWS.format(outputs="R", body=body))
+    inputs = {"X": torch.rand(4, 5), "V": torch.randn(5, 3), "L": torch.zeros(4, dtype=torch.int64)}
+    inputs["W0"] = torch.randn(3, 3)
+    (made,) = module(tiled_torch.emit(flat(cascade), Schedule())).run(*inputs.values(), P=4, M=5)
+    torch.testing.assert_close(made.double(), interpret(cascade, inputs)["R"], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("monoid", ["any", "all"])
