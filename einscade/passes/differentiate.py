@@ -25,7 +25,7 @@ from sympy.logic.boolalg import Boolean
 
 from einscade.ir import Access, Cascade, Einsum, Expr, FloorDiv, Mod, Rank, Reduction, Tensor, Where, ceil_div, var
 from einscade.ir.digits import counted, digits
-from einscade.passes.existence import deciding
+from einscade.passes.existence import deciding, existence
 from einscade.passes.invariance import is_felt
 from einscade.passes.pieces import apart, together
 from einscade.passes.rewrite import NotApplicable
@@ -302,12 +302,9 @@ class _Reverse:
     def _where(self, s: Einsum, expr: Expr) -> Boolean:
         """The domain of a contribution: where the statement has points, less what the reads in `expr` imply."""
         implied = self._existence(expr)
-        own = dict.fromkeys(conjuncts(s.domain))
-        for a in s.reads:
-            own |= dict.fromkeys(self._exists_at(a))
-        return conjoin(c for c in own if c not in implied)
+        return conjoin(c for c in conjuncts(existence(self.forward).points[s.name]) if c not in implied)
 
-    # -- existence: the conditions under which points are there --
+    # -- existence in the gradient, to which what the forward pass saves is complete --
 
     def _exists(self, name: str) -> tuple[Boolean, ...]:
         s = self._definition(name)

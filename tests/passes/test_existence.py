@@ -134,6 +134,10 @@ def test_terms_of_a_deferred_sum_are_missing_together() -> None:
         "Y[p] = U[p]**2\n S[p] = sum(m) Y[p]\n R[p] = S[p]",
         "Y[p] = U[p]**2\n R[p] = Y[p]   if A[p]",
         "Y[p,m] = U[p] * V[m]   if A[p]\n S[p] = sum(m) Y[p,m]\n R[p] = sin(S[p] + U[p])",
+        "S[p] = sum(m) X[p,m]**2   if A[p]\n R[p] = exp(S[p] + U[p])",
+        "S[p] = sum(m) X[p,m]**2   if A[p]\n T[p] = S[p] * U[p]\n R[p] = sin(T[p] + U[p])",
+        "S[p] = sum(m) X[p,m]**2   if A[p]\n R[p] = Where(U[p] > 0, S[p] * U[p], U[p])",
+        "Y[p] = U[p]**2   if A[p]\n R[p] = Where(U[p] > 0, Y[p], U[p])",
     ],
 )
 def test_gradients_of_results_over_nothing(body: str) -> None:
