@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -16,6 +17,9 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 # No test is saved, or broken, by a kernel that an earlier version left behind.
 _CACHE = tempfile.TemporaryDirectory(prefix="einscade-tests-")
 os.environ["EINSCADE_CACHE_DIR"] = _CACHE.name
+# How long an example takes depends on what else the machine does.
+settings.register_profile("untimed", settings.default, deadline=None)
+settings.load_profile("untimed")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
