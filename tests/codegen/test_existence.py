@@ -15,8 +15,10 @@ from einscade.codegen.source import Unsupported
 from einscade.ir.cascade import Cascade
 from einscade.ir.interpret import interpret
 from einscade.ir.text import parse_cascade
+from einscade.passes.differentiate import differentiate
 from einscade.passes.existence import existence
 from einscade.passes.online import Loops, Online
+from einscade.passes.rewrite import NotApplicable
 from tests.codegen.generated import module
 
 P = 6
@@ -240,11 +242,37 @@ def test_random_parts(cascade: Cascade, seed: int) -> None:
     check(cascade, seed)
 
 
-def check(cascade: Cascade, seed: int) -> None:
+@for_all(cascades(), st.integers(0, 99))
+def test_gradients_of_random_parts(cascade: Cascade, seed: int) -> None:
+    """Against autograd's of the forward pass that is emitted."""
+    try:
+        gradient = differentiate(cascade)
+    except NotApplicable:
+        return
+    values = {t.name: x for t, x in zip(cascade.inputs, random_inputs(seed).values(), strict=True)}
+    leaves = {n: x if x.dtype == torch.bool else x.clone().requires_grad_() for n, x in values.items()}
+    (out,) = module(tiled_torch.emit_flat(cascade)).run(*leaves.values(), P=4, M=3)
+    cotangent = torch.arange(1.0, 5)
+    asked = [leaves[n] for n in gradient.gradients]
+    wanted = torch.autograd.grad(out, asked, cotangent, allow_unused=True) if out.requires_grad else [None] * len(asked)
+    given = values | interpret(gradient.forward, {t.name: values[t.name] for t in gradient.forward.inputs})
+    given[gradient.cotangents["O"]] = cotangent
+    sizes = {s: n for s, n in (("P", 4), ("M", 3)) if s in gradient.cascade.symbols}
+    made = interpret(gradient.cascade, {t.name: given[t.name] for t in gradient.cascade.inputs}, sizes)
+    for (n, name), exact in zip(gradient.gradients.items(), wanted, strict=True):
+        exact = torch.zeros_like(values[n]) if exact is None else exact
+        torch.testing.assert_close(made[name].double(), exact.double(), rtol=2e-3, atol=2e-3, msg=f"{cascade}\n{n}")
+
+
+def random_inputs(seed: int) -> dict[str, Tensor]:
     rng = torch.Generator().manual_seed(seed)
     shapes = {"X": (4, 3), "U": (4,), "V": (3,), "A": (4,), "B": (3,), "C": (4, 3)}
     inputs = {n: torch.randn(s, generator=rng, dtype=torch.float32) for n, s in shapes.items()}
-    inputs |= {n: inputs[n] > 0 for n in "ABC"}
+    return inputs | {n: inputs[n] > 0 for n in "ABC"}
+
+
+def check(cascade: Cascade, seed: int) -> None:
+    inputs = random_inputs(seed)
     expected = interpret(cascade, inputs)["O"]
     (made,) = module(tiled_torch.emit(flat(cascade), Schedule())).run(*inputs.values(), P=4, M=3)
     torch.testing.assert_close(made.double(), expected.double(), rtol=1e-4, atol=1e-4, equal_nan=True, msg=str(cascade))
