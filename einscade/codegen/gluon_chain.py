@@ -31,7 +31,7 @@ from einscade.ir.expr import Expr, accesses, free_vars, var
 
 __all__ = ["Chain", "Iteration"]
 
-RUNS = {"f32": "gl.float32", "i32": "gl.int32", **{d: GLUON_DTYPES[d] for d in ("bf16", "f16")}}
+RUNS = {"f32": "gl.float32", "i32": "gl.int32", "i64": "gl.int64", **{d: GLUON_DTYPES[d] for d in ("bf16", "f16")}}
 """The dtypes of columns' values that the copy engine brings."""
 
 
@@ -168,11 +168,12 @@ class Chain(Frame):
         return ["RUN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))"] if self.tables else []
 
     def _allocate_tables(self) -> list[str]:
-        return [
-            f"{t.name}_tiles = gl.allocate_shared_memory({self._table_dtype(t)}, "
-            f"[STAGES, {'1, ' * len(t.operand.batch)}STEP], {t.name}_map.layout)"
-            for t in self.tables
-        ]
+        found = []
+        for t in self.tables:
+            dtype, count = self._run_words(self._table_dtype(t), "STEP")
+            block = f"[STAGES, {'1, ' * len(t.operand.batch)}{count}]"
+            found.append(f"{t.name}_tiles = gl.allocate_shared_memory({dtype}, {block}, {t.name}_map.layout)")
+        return found
 
     def _init_tables(self) -> list[str]:
         return []
@@ -192,7 +193,8 @@ class Chain(Frame):
         lines[1] = f"mbarrier.expect({ring.name}_full.index(stage), {size})"
         printer = self._scalar_printer()
         for t in self.tables:
-            at = ", ".join([*(printer.value(i).code for _, i in t.operand.batch), "tile * STEP"])
+            column = self._run_words(self._table_dtype(t), "tile * STEP")[1]
+            at = ", ".join([*(printer.value(i).code for _, i in t.operand.batch), column])
             lines.append(
                 f"tma.async_copy_global_to_shared({t.name}_map, [{at}], {ring.name}_full.index(stage), "
                 f"{t.name}_tiles.index(stage))"
@@ -211,7 +213,7 @@ class Chain(Frame):
                 assert x.name is not None
                 it.read.add(x.name)
                 tile = f"{t.name}_tiles.index(stage)._reinterpret({self._table_dtype(t)}, [STEP], RUN)"
-                number = "" if self._table_dtype(t) == "gl.int32" else ".to(gl.float32)"
+                number = "" if self._table_dtype(t) in ("gl.int32", "gl.int64") else ".to(gl.float32)"
                 lines += [*self._see(self.home, it), f"{x.name} = {tile}.load(COLUMN){number}"]
         return lines
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from einscade.codegen.gluon_places import Places
 from einscade.codegen.gluon_plan import COLUMN_DTYPES, Column
-from einscade.codegen.gluon_text import RUN_MAP, indent
+from einscade.codegen.gluon_text import RUN_MAP, indent, paren
 from einscade.codegen.gluon_values import Printer, Value
 
 __all__ = ["Columns"]
@@ -39,11 +39,15 @@ class Columns(Places):
         dtype = self.dtype(c.access.tensor)
         return "gl.uint8" if dtype == "bool" else COLUMN_DTYPES[dtype]
 
+    def _run_words(self, dtype: str, count: str) -> tuple[str, str]:
+        """As what and how many the copy engine brings so many values: those of 64 bits as two words each."""
+        return ("gl.int32", f"2 * {paren(count)}") if dtype == "gl.int64" else (dtype, count)
+
     def _run_coordinates(self, c: Column, column: str) -> str:
         """Where a tile's values begin, as the copy engine counts: a vector is a matrix of one row."""
         printer = self._scalar_printer()
         others = [printer.value(x).code for x in c.access.index[:-1]] or ["0"]
-        return f"[{', '.join([*others, column])}]"
+        return f"[{', '.join([*others, self._run_words(self._run_dtype(c), column)[1]])}]"
 
     def _run_maps(self) -> list[str]:
         """On the host: the copy engine's views of the columns."""
@@ -55,11 +59,12 @@ class Columns(Places):
         return maps
 
     def _allocate_runs(self) -> list[str]:
-        return [
-            f"{c.name}_tiles = gl.allocate_shared_memory({self._run_dtype(c)}, "
-            f"[STAGES, {'1, ' * max(1, len(c.access.index) - 1)}STEP], {c.name}_map.layout)"
-            for c in self.copied_columns
-        ]
+        found = []
+        for c in self.copied_columns:
+            dtype, count = self._run_words(self._run_dtype(c), "STEP")
+            block = f"[STAGES, {'1, ' * max(1, len(c.access.index) - 1)}{count}]"
+            found.append(f"{c.name}_tiles = gl.allocate_shared_memory({dtype}, {block}, {c.name}_map.layout)")
+        return found
 
     def _read_columns_copied(self, stage: str) -> list[str]:
         """A tile's columns from a stage whose keys have arrived."""

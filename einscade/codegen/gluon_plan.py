@@ -37,13 +37,16 @@ REGISTERS = {1: 240, 2: 240, 3: 160}
 TABLE_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "bool": 1}
 """The dtypes of tables that the copy engine brings, and their sizes."""
 
-RUN_BYTES = {**TABLE_BYTES, "i32": 4}
+RUN_BYTES = {**TABLE_BYTES, "i32": 4, "i64": 8}
 """The dtypes of columns that the copy engine brings, and their sizes."""
 
 ALIGNED = 128
 """Bytes: where in shared memory the copy engine may put a tile, and so what each place of a ring is a multiple of."""
 
-COLUMN_DTYPES = {"bf16": "gl.bfloat16", "f16": "gl.float16", "f32": "gl.float32", "i32": "gl.int32", "bool": "gl.int1"}
+COLUMN_DTYPES = {
+    "bf16": "gl.bfloat16", "f16": "gl.float16", "f32": "gl.float32", "i32": "gl.int32", "i64": "gl.int64",
+    "bool": "gl.int1",
+}  # fmt: skip
 """The dtypes of columns that are read early."""
 
 MOST_EARLY = 64
@@ -288,8 +291,9 @@ class Plan:
             straight = a.index[-1] == var(m) and a.index.count(var(m)) == 1 and len(a.index) <= 5
             size = RUN_BYTES.get(self.dtype(a.tensor), 0) if straight else 0
             size = size if size * self.columns % ALIGNED == 0 else 0
-            usable = self.dtype(a.tensor) in COLUMN_DTYPES and (size or self.columns <= MOST_EARLY)
-            if plain and ends == {limit} and usable:
+            usable = self.dtype(a.tensor) in COLUMN_DTYPES
+            few = self.columns <= MOST_EARLY or (size and self.dtype(a.tensor) != "i64")  # which takes two registers
+            if plain and ends == {limit} and usable and few:
                 found.append(Column(f"{self.name(a.tensor)}_columns{len(found) or ''}", a, a not in read, size))
         return tuple(found)
 

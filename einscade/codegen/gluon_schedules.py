@@ -50,7 +50,8 @@ STARTS = {False: 6.5, True: 2.0}
 of a resident program, whose loads run ahead. Estimated from packed documents."""
 
 UNEVEN = 1.1
-"""What resident programs lose where tiles of rows have loops of different lengths, as long causal rows showed."""
+"""What resident programs lose where tiles of rows have loops of different lengths, as long causal rows showed; with lists
+of tiles they gained."""
 
 JOINED_START = 4.5
 """The same as `STARTS` of tiles of rows that are joined, whose code is longer: windows lose."""
@@ -61,8 +62,7 @@ width 64 showed. Loops of one length, and lists of tiles, lose, unless they have
 
 ANCHORED = (0.87, 4.0)
 """Time of a loop whose references stay, and what a tile of rows takes besides, in the unit of `STARTS`: long rows of
-both widths gained that much, windows of nine tiles lost. So did lists of packed documents, whose ordinary kernels come
-first."""
+both widths gained that much, as did lists of tiles (padding, packed documents), and windows of nine tiles lost."""
 
 CACHED = 0.35
 """The part of the second-level cache that neighbours' operands may take up, besides what else goes through it."""
@@ -125,7 +125,8 @@ def schedules(
             loop = loop * ANCHORED[0] + ANCHORED[1]
         if choice.schedule.joined:
             return waves * (loop + JOINED_START) * (JOINED[choice.groups] if choice.uneven else 1.0)
-        return waves * (loop + STARTS[resident]) * (UNEVEN if resident and choice.uneven else 1.0)
+        balanced = not choice.uneven or choice.iterations is None
+        return waves * (loop + STARTS[resident]) * (UNEVEN if resident and not balanced else 1.0)
 
     resident = [
         replace(c, schedule=alternative)
@@ -137,8 +138,7 @@ def schedules(
     ]
     several = [c for c in resident if not c.schedule.in_order] if anchors(shape) else []
     staying = sorted((replace(c, schedule=replace(c.schedule, anchored=True)) for c in several), key=cost)[: MOST // 2]
-    best = sorted([*found, *resident], key=cost)[:MOST]
-    best = [*best, *staying] if best[0].iterations is None else sorted([*best, *staying], key=cost)
+    best = sorted([*sorted([*found, *resident], key=cost)[:MOST], *staying], key=cost)
     return tuple(replace(c.schedule, abreast=_abreast(shape, c, lengths, device)) for c in best)
 
 

@@ -106,6 +106,8 @@ def run_map(x: torch.Tensor, columns: int) -> TensorDescriptor:
     if not usable:
         padded = x.new_empty((*x.shape[:-1], -(-x.shape[-1] // 32) * 32))
         x = padded[..., : x.shape[-1]].copy_(x)
+    if x.dtype == torch.int64:  # as two words each
+        x, columns, size = x.view(torch.int32), 2 * columns, 4
     strides = [s if n > 1 else 32 for n, s in zip(x.shape[:-1], x.stride()[:-1])] + [1]
     layout = gl.NVMMASharedLayout(0, 8 * size, x.dim())
     return TensorDescriptor(x, list(x.shape), strides, [1] * (x.dim() - 1) + [columns], layout)

@@ -26,14 +26,16 @@ from einscade.passes.domains import certain, possible, span
 __all__ = ["Visits"]
 
 READ = 8192
-"""So many values of an access are read at once, 64 by each thread: nothing else hides the time that a read takes."""
+"""So many values of an access are read at once, 32 by each thread: nothing else hides the time that a read takes."""
+
+WARPS = 8
 
 LISTING = """
 LISTED = gl.constexpr({listed})  # tiles decided at once
-BLOCK = gl.constexpr(gl.BlockedLayout([1, 8], [{rows}, {columns}], [4, 1], [1, 0]))
+BLOCK = gl.constexpr(gl.BlockedLayout([1, 8], [{rows}, {columns}], [{warps}, 1], [1, 0]))
 EACH = gl.constexpr(gl.SliceLayout(1, BLOCK))
 WITHIN = gl.constexpr(gl.SliceLayout(0, BLOCK))
-LIST = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+LIST = gl.constexpr(gl.BlockedLayout([1], [32], [{warps}], [0]))
 
 
 @gluon.jit
@@ -169,7 +171,7 @@ class Visits(Points):
     def _listing_parts(self) -> list[str]:
         """The constants and functions of the kernel that makes the lists."""
         columns = min(32, self.columns // 8)  # threads side by side on a tile
-        constants = LISTING.format(listed=READ // self.columns, rows=32 // columns, columns=columns)
+        constants = LISTING.format(listed=READ // self.columns, rows=32 // columns, columns=columns, warps=WARPS)
         return [constants.strip("\n"), self._listing()]
 
     def _listing(self) -> str:
@@ -249,7 +251,7 @@ class Visits(Points):
             f"visits = torch.empty(lists, {python(self._loop_tiles())}, dtype=torch.int32, device={device})",
             f"counts = torch.empty(lists, dtype=torch.int32, device={device})",
             *([f"taken = torch.empty(1, dtype=torch.int32, device={device})"] if self.dynamic else []),
-            *wrapped(f"list_tiles[(lists,)]({', '.join([*given, *results, *self.sizes])}, num_warps=4)", 0),
+            *wrapped(f"list_tiles[(lists,)]({', '.join([*given, *results, *self.sizes])}, num_warps={WARPS})", 0),
         ]
 
     def _ends_of(self, d: Datum, printer: Printer) -> list[str]:

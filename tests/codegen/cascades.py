@@ -24,7 +24,7 @@ SOFTMAX = """
 @dataclass(frozen=True)
 class Case:
     """A variant of attention: its scores (`S` from the raw product `X`), domain, what follows, and extra inputs
-    (declaration, and what to fill it with: "float", "bool", "index:N", "sorted:N")."""
+    (declaration, and what to fill it with: "float", "bool", "index:N", "sorted:N", "long:N": the same of 64 bits)."""
 
     name: str
     score: str = "X[b,h,p,m]"
@@ -103,6 +103,8 @@ def inputs(plain: Cascade, case: Case, sizes: dict[str, int], device: str = "cpu
             made[t.name] = mask
         elif kind == "sorted":
             made[t.name] = torch.randint(0, int(bound), shape, dtype=torch.int32).sort(-1).values
+        elif kind == "long":
+            made[t.name] = torch.randint(0, int(bound), shape).sort(-1).values * 2**32
         elif kind == "index":
             made[t.name] = torch.randint(0, int(bound), shape)
         else:

@@ -32,11 +32,13 @@ def module(source: Source) -> ModuleType:
 
 
 def run_poisoned(source: Source, inputs: Mapping[str, Tensor], sizes: Mapping[str, int]) -> tuple[Tensor, ...]:
-    """What the module computes where all that it allocates is NaN: an element that is not written shows."""
+    """What the module computes where all that it allocates is NaN, and integers large: an element that is not written
+    shows."""
     empty = torch.empty
 
     def poisoned(*shape: object, **options: object) -> Tensor:
-        return empty(*shape, **options).fill_(float("nan"))  # type: ignore[call-overload]
+        made = empty(*shape, **options)  # type: ignore[call-overload]
+        return made.fill_(float("nan") if made.is_floating_point() else 2**20)
 
     with mock.patch.object(torch, "empty", poisoned):
         return module(source).run(*inputs.values(), **sizes)

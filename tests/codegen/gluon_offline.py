@@ -34,11 +34,12 @@ class _Recorder:
 
     def __init__(self) -> None:
         self.arguments: tuple[Any, ...] = ()
+        self.warps = 4
         self.constants: dict[str, Any] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*arguments: Any, num_warps: int, launch_pdl: bool = False, **constants: Any) -> None:
-            self.arguments, self.constants = arguments, constants
+            self.arguments, self.warps, self.constants = arguments, num_warps, constants
 
         return launch
 
@@ -96,7 +97,7 @@ def _compiled(kernel: Any, launched: _Recorder, text: tuple[tuple[str, str], ...
             signature[name] = f"tensordesc<{names[x.base.dtype]}{list(x.block_shape)},{x.layout!r}>"
         else:
             signature[name] = f"*{names[x.dtype]}" if isinstance(x, Tensor) else "i32"
-    key = (text, tuple(sorted(signature.items())), repr(sorted(constants.items())), tuple(sorted(free)))
+    key = (text, launched.warps, tuple(sorted(signature.items())), repr(sorted(constants.items())), tuple(sorted(free)))
     if key in _COMPILED:
         return _COMPILED[key]
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
@@ -108,7 +109,7 @@ def _compiled(kernel: Any, launched: _Recorder, text: tuple[tuple[str, str], ...
     with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope(), contextlib.redirect_stdout(report):
         triton.knobs.compilation.always_compile = True  # what comes from Triton's cache comes without a report
         triton.knobs.nvidia.dump_ptxas_log = True
-        result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+        result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": launched.warps})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(result.asm["cubin"])
         file.flush()

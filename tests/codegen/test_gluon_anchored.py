@@ -4,6 +4,7 @@ and only where the results do not depend on the reference."""
 from __future__ import annotations
 
 import contextlib
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -21,7 +22,7 @@ from einscade.ir.text import parse_cascade
 from einscade.passes.pipeline import run
 from tests.codegen import test_gluon_visits
 from tests.codegen.cascades import CASES, cascade, inputs, relative_error
-from tests.codegen.generated import module
+from tests.codegen.generated import module, run_poisoned
 from tests.codegen.gluon_offline import assert_fits
 from tests.codegen.gluon_simulator import Simulator
 
@@ -215,6 +216,21 @@ def test_right_on_a_gpu(growth: float, joined: bool) -> None:
         for out, name in zip(found, plain.outputs, strict=True):
             best = exact[name]
             assert relative_error(out, best) <= max(3 * relative_error(best.to(out.dtype), best), 1e-5)
+
+
+@pytest.mark.gpu
+@HOPPER
+@pytest.mark.parametrize("name", test_gluon_visits.DOMAINS)
+def test_lists_are_followed_on_a_gpu(name: str) -> None:
+    """Also where the second kernel follows them once more: for large scores."""
+    plain, loops = test_gluon_visits.textbook(name), test_gluon_visits.program(name)
+    for schedule, ordered, size in itertools.product(anchored(loops, False, 7), (True, False), (1.0, 300.0)):
+        given = dict(zip((t.name for t in plain.inputs), test_gluon_visits.made(name, ordered), strict=True))
+        given["Q"] = given["Q"] * size
+        exact = interpret(plain, given, {})["O"]
+        on_device = {n: x.cuda() for n, x in given.items()}
+        (out,) = run_poisoned(emit(loops, schedule), on_device, test_gluon_visits.SIZES)
+        assert relative_error(out, exact) <= 3 * relative_error(exact.bfloat16(), exact), (schedule, ordered, size)
 
 
 @pytest.mark.gpu

@@ -30,7 +30,7 @@ from einscade.ir.text import parse_cascade
 from einscade.passes.differentiate import Gradient, differentiate
 from einscade.passes.pipeline import run
 from einscade.runtime.candidates import MOST_SCHEDULES
-from tests.codegen.cascades import CASES, DTYPES, inputs, relative_error, text
+from tests.codegen.cascades import CASES, DTYPES, Case, inputs, relative_error, text
 from tests.codegen.generated import module
 from tests.codegen.gluon_offline import assert_fits, compiled, iterations
 from tests.codegen.gluon_simulator import Misuse, Simulator
@@ -38,6 +38,9 @@ from tests.codegen.test_gluon_simulated import SYNCHRONISES, without
 
 BY_NAME = {c.name: c for c in CASES}
 NAMES = [n for n in BY_NAME if n != "sink"]
+BY_NAME["long documents"] = Case(
+    "long", domain="m <= p & D[b,p] == E[b,m]", extra=(("D[b,p]: i64", "long:3"), ("E[b,m]: i64", "long:3"))
+)
 NARROW = {"dtype": "bf16", "h": 2, "g": 2, "e": 64, "f": 64}
 WIDE = {"dtype": "bf16", "h": 2, "g": 2, "e": 128, "f": 128}
 GROUPED = {"dtype": "f16", "h": 4, "g": 2, "e": 96, "f": 80}
@@ -105,6 +108,15 @@ def test_right_in_any_order(name: str, shape: dict[str, Any], lengths: tuple[int
     assert_right(name, shape, lengths, space[len(name) % len(space)])
 
 
+@pytest.mark.parametrize("shape", [NARROW, WIDE], ids=["64", "128"])
+def test_columns_of_64_bits_come_as_two_words(shape: dict[str, Any]) -> None:
+    _, loops = program("long documents", tuple(shape.items()))
+    for kind in ("ordered", "unordered"):
+        schedule = of_kind(loops, kind)[0]
+        assert "_reinterpret(gl.int64, [STEP" in emit(loops, schedule).text
+        assert_right("long documents", shape, (150, 200), schedule)
+
+
 def assert_right(
     name: str, shape: dict[str, Any], lengths: tuple[int, int], schedule: Schedule, device: str = "simulator"
 ) -> None:
@@ -153,6 +165,7 @@ def test_compiles(name: str, shape: dict[str, Any]) -> None:
     ("name", "shape", "kind"),
     [
         ("full", WIDE, "unordered"), ("causal", WIDE, "unordered"), ("documents", WIDE, "unordered"),
+        ("long documents", WIDE, "unordered"),
         ("slopes", WIDE, "unordered"), ("full", NARROW, "unordered"), ("causal", NARROW, "unordered"),
         ("causal", {**WIDE, "h": 8}, "unordered"), ("documents", {**WIDE, "h": 8}, "unordered"),
         ("full", NARROW, "ahead"), ("causal", NARROW, "ahead"), ("documents", NARROW, "ahead"),

@@ -39,11 +39,13 @@ p, m = torch.arange(P)[:, None], torch.arange(M)
 
 @dataclass(frozen=True)
 class Domain:
-    """A condition as text, the inputs that it reads, each with the end of its values, and the points that it keeps."""
+    """A condition as text, the inputs that it reads, each with the end of its values, and the points that it keeps.
+    `unit`: what integers are multiples of."""
 
     text: str
     extra: tuple[tuple[str, int], ...]
     kept: Callable[..., Tensor]
+    unit: int = 1
 
 
 DOMAINS = {
@@ -51,6 +53,8 @@ DOMAINS = {
                         lambda d, e: d[:, :, None] == e[:, None]),
     "causal documents": Domain("D[b,p] == E[b,m] & m <= p", (("D[b,p]: i32", 8), ("E[b,m]: i32", 8)),
                                lambda d, e: (d[:, :, None] == e[:, None]) & (m <= p)),
+    "documents of 64 bits": Domain("D[b,p] == E[b,m]", (("D[b,p]: i64", 8), ("E[b,m]: i64", 8)),
+                                   lambda d, e: d[:, :, None] == e[:, None], 2**32),
     "padding": Domain("There[b,m]", (("There[b,m]: bool", 2),), lambda x: x[:, None].expand(2, P, M)),
     "lengths": Domain("m < Length[b] & m <= p", (("Length[b]: i64", 300),),
                       lambda x: (m < x[:, None, None]) & (m <= p)),
@@ -85,7 +89,7 @@ def made(name: str, ordered: bool) -> list[Tensor]:
             given.append(torch.randn(shape, generator=random).bfloat16())
             continue
         x = torch.randint(0, high[t.name], shape, generator=random)
-        x = x.sort(-1).values if ordered else x
+        x = (x.sort(-1).values if ordered else x) * DOMAINS[name].unit
         given.append(x.to({"bool": torch.bool, "i32": torch.int32, "i64": torch.int64}[t.dtype]))
     return given
 
