@@ -50,8 +50,8 @@ STARTS = {False: 6.5, True: 2.0}
 of a resident program, whose loads run ahead. Estimated from packed documents."""
 
 UNEVEN = 1.1
-"""What resident programs lose where tiles of rows have loops of different lengths, as long causal rows showed; with lists
-of tiles they gained."""
+"""What resident programs lose where tiles of rows have loops of different lengths, as long causal rows showed; with
+lists of tiles they gained."""
 
 JOINED_START = 4.5
 """The same as `STARTS` of tiles of rows that are joined, whose code is longer: windows lose."""

@@ -84,9 +84,7 @@ def spread(other: Form, form: Form) -> Spread | None:
     wanted = _value(other, total.weights)
     for x in form.sums:
         found = None if x.weights in form.scores else _value(form, x.weights)
-        if wanted is None or found is None:
-            continue
-        if _domain(form, x.weights) != _domain(other, total.weights):
+        if wanted is None or found is None or _domain(form, x.weights) != _domain(other, total.weights):
             continue
         (number, rest), (own, same) = wanted.as_coeff_Mul(), found.as_coeff_Mul()
         if rest == same:

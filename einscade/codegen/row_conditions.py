@@ -40,13 +40,14 @@ class Placed:
 
 def apart(
     cascade: Cascade, nest: SerialNest, found: Existence, tiled: Collection[str]
-) -> tuple[list[Placed], list[Placed]]:
+) -> tuple[list[Placed], list[Placed]] | None:
     """The statements of the loop and those after it, of a nest whose states are what they were after an iteration
-    without points. `found`: where the cascade's points exist; `tiled`: the ranks of its tiles."""
+    without points; None where no condition is asked apart. `found`: where the cascade's points exist; `tiled`: the
+    ranks of its tiles."""
     reducing = [e for e in nest.body if e.reduce is not None and not {*tiled}.isdisjoint(e.reduce.ranks)]
     shared = _shared(nest, found, reducing)
     if not shared or nest.totals or any(e.name in nest.outputs for e in nest.body):
-        return [Placed.of(e, found) for e in nest.body], [Placed.of(e, found) for e in nest.epilogue]
+        return None
     narrow = {e.name: e.replace(domain=conjoin((*conjuncts(e.domain), *shared))) for e in reducing}
     inside = existence(cascade.replace(body=tuple(narrow.get(e.name, e) for e in cascade.body)))
     states = {e.name: e for e in nest.scans}
@@ -55,7 +56,7 @@ def apart(
     rows = frozenset().union(*map(free_vars, shared))
     for e in nest.epilogue:
         reads = [a for a in (*accesses(e.expr), *accesses(e.domain)) if a.tensor in states or a.tensor in missing]
-        aligned = rows.isdisjoint(r for a in reads for r in map(str, cascade.tensors[a.tensor].place(a)))
+        aligned = all(rows.isdisjoint(map(str, cascade.tensors[a.tensor].place(a))) for a in reads)
         last = e.name in cascade.outputs and not any(cascade.users(e.name))
         if aligned and _is_missing(e, states, missing):
             missing.add(e.name)

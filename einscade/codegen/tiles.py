@@ -294,11 +294,13 @@ class _Builder:
             return [self._drop_limits(self.statement(s, in_body=True, limit=implied), limit) for s in loop]
 
         loop, after = ([Placed.of(e, self.there) for e in part] for part in (self.nest.body, self.nest.epilogue))
-        skippable = self._skippable(made(loop))
-        if skippable:
-            loop, after = apart(self.cascade, self.nest, self.there, self.coordinates)
-        prologue = [self.statement(Placed.of(e, self.there), in_body=False) for e in self.nest.prologue]
         body = made(loop)
+        skippable = self._skippable(body)
+        parted = apart(self.cascade, self.nest, self.there, self.coordinates) if skippable else None
+        if parted is not None:
+            loop, after = parted
+            body = made(loop)
+        prologue = [self.statement(Placed.of(e, self.there), in_body=False) for e in self.nest.prologue]
         epilogue = [self.statement(s, in_body=False) for s in after]
         domain = self._domain(body)
         body = self._share_corrections(body)
