@@ -52,6 +52,10 @@ LEAST_SECONDS = 1e-3
 
 MOST_CALLS = 50
 
+LONG = 0.1
+"""A call of so many seconds is timed once. Others are timed again, whatever the first time was: a busy moment in it
+would be the candidate's loss, which is not close to the best then."""
+
 TRUSTED = ("library:sdpa", "tiled_torch")
 """The kinds that others are checked against before they are timed: torch's own code, then code of torch operations. A
 library's backward call is none of them: it computes what a gradient was derived from, not what the gradient says."""
@@ -221,10 +225,10 @@ def _repeat(seconds: dict[Candidate, float], run: Run, device: torch.device, end
 
 
 def _timed(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one warm call: the mean over as many as make a measurement that the clock can tell."""
+    """Seconds of one warm call: the first's, or the mean of as many as make a measurement that the clock can tell."""
     first = _elapsed(run, 1, device)
-    calls = min(MOST_CALLS, int(LEAST_SECONDS / max(first, 1e-9)))
-    return first if calls < 2 else _elapsed(run, calls, device)
+    calls = max(1, min(MOST_CALLS, int(LEAST_SECONDS / max(first, 1e-9))))
+    return first if first > LONG else min(first, _elapsed(run, calls, device))
 
 
 def _elapsed(run: Callable[[], Any], calls: int, device: torch.device) -> float:

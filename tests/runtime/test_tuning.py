@@ -84,6 +84,24 @@ def test_a_busy_moment_is_nobodys_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tune("site", [SDPA, TILED, TRITON, GLUON], _same, _nothing, [X], False).order[0] == TILED
 
 
+@pytest.mark.parametrize(
+    ("measured", "seconds", "calls"),
+    [
+        ([5e-4, 1e-4], 1e-4, [1, 2]),  # a busy moment, in a time of which two make a measurement
+        ([9e-4, 1e-4], 1e-4, [1, 1]),  # one of which none does
+        ([1e-5, 2e-5], 1e-5, [1, 50]),  # and one in the second series
+        ([0.2], 0.2, [1]),
+    ],
+)
+def test_a_busy_moment_in_the_first_call_is_no_measurement(
+    measured: list[float], seconds: float, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(tuning, "_elapsed", lambda run, n, device: asked.append(n) or measured[len(asked) - 1])
+    assert tuning._timed(lambda: None, X.device) == seconds
+    assert asked == calls
+
+
 def test_the_closest_are_timed_most_often(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = _seconds(monkeypatch, {GLUON: 1.02, TRITON: 1.0, TILED: 1.5, SDPA: 3.0})
     tune("site", [GLUON, TRITON, TILED, SDPA], _same, _nothing, [X], False)
