@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    # What is imported stays: going through it again with every collection takes a tenth of the suite's time.
+    # What is imported stays: going through it again with every collection takes a part of the suite's time that shows.
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 100)
