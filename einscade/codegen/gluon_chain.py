@@ -168,12 +168,7 @@ class Chain(Frame):
         return ["RUN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))"] if self.tables else []
 
     def _allocate_tables(self) -> list[str]:
-        found = []
-        for t in self.tables:
-            dtype, count = self._run_words(self._table_dtype(t), "STEP")
-            block = f"[STAGES, {'1, ' * len(t.operand.batch)}{count}]"
-            found.append(f"{t.name}_tiles = gl.allocate_shared_memory({dtype}, {block}, {t.name}_map.layout)")
-        return found
+        return [self._run_tiles(t.name, self._table_dtype(t), len(t.operand.batch)) for t in self.tables]
 
     def _init_tables(self) -> list[str]:
         return []

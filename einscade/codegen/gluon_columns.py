@@ -59,12 +59,14 @@ class Columns(Places):
         return maps
 
     def _allocate_runs(self) -> list[str]:
-        found = []
-        for c in self.copied_columns:
-            dtype, count = self._run_words(self._run_dtype(c), "STEP")
-            block = f"[STAGES, {'1, ' * max(1, len(c.access.index) - 1)}{count}]"
-            found.append(f"{c.name}_tiles = gl.allocate_shared_memory({dtype}, {block}, {c.name}_map.layout)")
-        return found
+        columns = self.copied_columns
+        return [self._run_tiles(c.name, self._run_dtype(c), max(1, len(c.access.index) - 1)) for c in columns]
+
+    def _run_tiles(self, name: str, dtype: str, others: int) -> str:
+        """Shared memory for a tile's values in each stage; so many ranks come before the columns."""
+        words, count = self._run_words(dtype, "STEP")
+        block = f"[STAGES, {'1, ' * others}{count}]"
+        return f"{name}_tiles = gl.allocate_shared_memory({words}, {block}, {name}_map.layout)"
 
     def _read_columns_copied(self, stage: str) -> list[str]:
         """A tile's columns from a stage whose keys have arrived."""
