@@ -308,7 +308,8 @@ def _inputs(model: nn.Module, form: tuple[Form, ...], lengths: Lengths) -> dict[
 def _forms(model: Any) -> Iterator[tuple[Form, ...]]:
     """What to try to call the model with: every way to make its main input, with and without what it takes beside."""
     accepted = inspect.signature(model.forward).parameters
-    main = model.main_input_name if model.main_input_name in accepted else next(iter(accepted))
+    named = model.main_input_name if isinstance(model.main_input_name, (list, tuple)) else [model.main_input_name]
+    main = next(n for n in (*named, *accepted) if n in accepted)
     needed = [n for n, p in accepted.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     asked = [main, *(n for n in needed if n != main)]
     if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:

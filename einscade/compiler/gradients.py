@@ -26,6 +26,7 @@ from einscade.ir.cascade import Cascade
 from einscade.passes.differentiate import differentiate
 from einscade.passes.pipeline import run
 from einscade.passes.rewrite import NotApplicable
+from einscade.passes.roles import merged, separate
 from einscade.runtime.messages import first_line, warn_once
 from einscade.runtime.program import DTYPES, Derivation, Program
 
@@ -44,12 +45,14 @@ DIFFERENTIATED, RECOMPUTED = "differentiated cascade", "recomputation of the fla
 @dataclass(frozen=True)
 class Gradient:
     """`forward` is the program that runs forward; of its outputs the first `results` are the original's, and those at
-    `saved` are kept. `backward` makes the gradients of the inputs at `wrt`; None: recomputation, because of `reason`.
+    `saved` are kept. `backward` makes gradients of the inputs at `wrt`, each in one of its `roles` (pairs of an input
+    of `backward` and the original's input that it is); None: recomputation, because of `reason`.
     """
 
     forward: str
     results: int
     inputs: tuple[str, ...]
+    roles: tuple[tuple[str, str], ...] = ()
     saved: tuple[int, ...] = ()
     saved_names: tuple[str, ...] = ()
     backward: Program | None = None
@@ -83,6 +86,7 @@ class Gradient:
             found = iter(torch.ops.einscade.cascade_backward.default(inputs, gradients, needed, sizes, self.forward))
             return [next(found) if wanted else None for wanted in needed]
         values: dict[str, Tensor] = dict(zip(self.inputs, inputs, strict=True))
+        values.update((role, values[name]) for role, name in self.roles)
         values.update(zip(self.saved_names, saved, strict=True))
         for name, value, (shape, dtype) in zip(self.cotangents, gradients, shapes, strict=True):
             if name is not None:
@@ -92,7 +96,9 @@ class Gradient:
         results = torch.ops.einscade.cascade.default(
             [values[t.name] for t in backward.inputs], [known[s] for s in backward.symbols], self.backward.text
         )
-        made = dict(zip(self.wrt, results, strict=True))
+        made: dict[int, Tensor] = {}
+        for i, result in zip(self.wrt, results, strict=True):
+            made[i] = made[i] + result if i in made else result
         return [
             None if not wanted else made[i] if i in made else torch.zeros_like(inputs[i])
             for i, wanted in enumerate(needed)
@@ -117,7 +123,9 @@ def gradient(program: Program, needed: Sequence[bool]) -> Gradient:
     wrt = [i for i, wanted in enumerate(needed) if wanted and DTYPES[cascade.inputs[i].dtype].is_floating_point]
     try:
         base = scan_free(cascade, program.recipe)
-        reverse = differentiate(base, [base.inputs[i].name for i in wrt])
+        asked = [base.inputs[i].name for i in wrt]
+        apart, roles = separate(base, asked)
+        reverse = differentiate(apart, (*asked, *roles), roles)
     except NotApplicable as reason:
         return replace(recomputed, reason=str(reason))
     except Exception as error:  # a pass that breaks must not cost the user their gradients
@@ -126,18 +134,19 @@ def gradient(program: Program, needed: Sequence[bool]) -> Gradient:
         return replace(recomputed, reason=stop)
     if (excess := _out_of_proportion(base, reverse.cascade)) is not None:
         return replace(recomputed, reason=excess)
-    forward = reverse.forward
+    forward = merged(reverse.forward, roles)
     index = {name: i for i, name in enumerate(forward.outputs)}
     positions = {t.name: i for i, t in enumerate(base.inputs)}
-    outputs = {out: positions[name] for name, out in reverse.gradients.items()}
+    outputs = {out: positions[roles.get(name, name)] for name, out in reverse.gradients.items()}
     adjoints = (*reverse.cotangents.items(), *reverse.gradients.items())
     return Gradient(
         forward=Program(program.recipe, forward, program.order_in(base)).text,
         results=len(cascade.outputs),
         inputs=tuple(t.name for t in base.inputs),
+        roles=tuple(roles.items()),
         saved=tuple(index[name] for name in reverse.saved),
         saved_names=reverse.saved,
-        backward=Program(program.recipe, reverse.cascade, derived=Derivation(forward, adjoints)),
+        backward=Program(program.recipe, reverse.cascade, derived=Derivation(reverse.forward, adjoints)),
         cotangents=tuple(reverse.cotangents.get(name) for name in base.outputs),
         wrt=tuple(outputs[out] for out in reverse.cascade.outputs),
         symbols=cascade.symbols,

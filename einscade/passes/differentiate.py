@@ -25,6 +25,8 @@ from sympy.logic.boolalg import Boolean
 
 from einscade.ir import Access, Cascade, Einsum, Expr, FloorDiv, Mod, Rank, Reduction, Tensor, Where, ceil_div, var
 from einscade.ir.digits import counted, digits
+from einscade.ir.expr import accesses
+from einscade.passes.derivative import derivative, differences, outer_accesses
 from einscade.passes.existence import deciding, existence
 from einscade.passes.invariance import is_felt
 from einscade.passes.pieces import apart, together
@@ -51,8 +53,11 @@ class Gradient:
     gradients: Mapping[str, str]
 
 
-def differentiate(cascade: Cascade, wrt: Iterable[str] | None = None) -> Gradient:
+def differentiate(
+    cascade: Cascade, wrt: Iterable[str] | None = None, roles: Mapping[str, str] | None = None
+) -> Gradient:
     """Gradients of the outputs with respect to the inputs named (default: every floating input), in their dtypes.
+    `roles`: inputs that are another one's tensor (`passes.roles`); each has a gradient of its own.
 
     Raises NotApplicable, with the statement, where a statement has no derivative rule (scan, prod, topk).
     An input that no output depends on has no gradient in the result.
@@ -60,7 +65,7 @@ def differentiate(cascade: Cascade, wrt: Iterable[str] | None = None) -> Gradien
     inputs = {t.name: t for t in cascade.inputs}
     asked = tuple(n for n in (inputs if wrt is None else wrt) if inputs[n].dtype in FLOATS)
     pieced, copies = apart(cascade)
-    gradient = _Reverse(pieced, asked).run()
+    gradient = _Reverse(pieced, asked, roles or {}).run()
     return replace(gradient, cascade=together(gradient.cascade, copies), forward=together(gradient.forward, copies))
 
 
@@ -86,8 +91,8 @@ class _Group:
 
 
 class _Reverse:
-    def __init__(self, cascade: Cascade, wrt: tuple[str, ...]) -> None:
-        self.forward, self.wrt = cascade, wrt
+    def __init__(self, cascade: Cascade, wrt: tuple[str, ...], roles: Mapping[str, str]) -> None:
+        self.forward, self.wrt, self.roles = cascade, wrt, roles
         self.names = Names(cascade)
         self.ranks = list(cascade.ranks)
         self.parts: dict[str, list[_Part]] = {}
@@ -163,7 +168,7 @@ class _Reverse:
         """Floating tensors that a change of the inputs can reach."""
         found = set(wrt)
         for s in self.forward.body:
-            if any(a.tensor in found for a in _outer_accesses(s.expr)) and s.output.dtype in FLOATS:
+            if any(a.tensor in found for a in outer_accesses(s.expr)) and s.output.dtype in FLOATS:
                 found.add(s.name)
         return frozenset(found)
 
@@ -233,15 +238,16 @@ class _Reverse:
         if monoid not in ("sum", "max", "min"):
             raise NotApplicable(f"{s.name} is a {monoid}: no derivative rule")
         weight = self._chosen(s) if monoid != "sum" else sympy.Integer(1)
-        for access in _outer_accesses(s.expr):
+        apart = differences(s.expr, self.roles)
+        for access in outer_accesses(s.expr):
             if access.tensor not in self.active:
                 continue
-            slope = _derivative(s, access, self._value(s))
+            slope = derivative(s, access, self._value(s))
             if slope == 0:
                 continue
             slope = self._available(s, slope)
             expr = fold(self.adjoint[s.name]() * slope * weight)
-            domain = self._where(s, expr)
+            domain = conjoin((*conjuncts(self._where(s, expr)), *apart.get(access, ())))
             self.parts.setdefault(access.tensor, []).append(self._scatter(s, access, expr, domain))
 
     def _only_shifts(self, s: Einsum) -> bool:
@@ -277,7 +283,7 @@ class _Reverse:
         """The slope without what would have to be saved for it, where the statement's own output gives it back."""
         if s.reduce is not None or s.name not in self.forward.outputs:
             return slope
-        for access in _outer_accesses(slope):
+        for access in outer_accesses(slope):
             if access.tensor in self.summaries and access.tensor not in self.forward.outputs:
                 rest = s.expr / access
                 if not rest.has(access) and s.output.ranks == self.forward.tensors[access.tensor].ranks:
@@ -373,7 +379,38 @@ class _Reverse:
 
         reduce = Reduction("sum", tuple(renames[var(r)].name for r in left)) if left else None
         part = _Part(moved(expr), reduce, conjoin(moved(c) for c in (*conjuncts(domain), *conditions)))
-        return self._grouped(part, target, groups, renames) if groups else self._by_rows(part, target)
+        return self._grouped(part, target, groups, renames) if groups else self._by_rows(self._contracted(part), target)
+
+    def _contracted(self, part: _Part) -> _Part:
+        """A sum over points of which a factor has both ends (a decay) contracts the others first, over what only they
+        have: sum(p,f) D[p,m] * V[m,f] * dO[p,f] = sum(p) D[p,m] * (sum(f) V[m,f] * dO[p,f])."""
+        reduced = part.reduce.ranks if part.reduce else ()
+        factors = sympy.Mul.make_args(part.expr)
+        for r in reduced if len(reduced) > 1 else ():
+            inner = [f for f in factors if depends(f, (r,))]
+            outer = [f for f in factors if f not in inner]
+            ends = {v for f in inner for v in variables(f) if v != r}
+            everywhere = frozenset.intersection(*(variables(f) for f in factors if variables(f)))
+            both = any(ends <= variables(f) | everywhere for f in outer)
+            if len(inner) < 2 or not both or depends(part.domain, (r,)) or ends.isdisjoint(reduced):
+                continue
+            if not all(self._reads_everywhere(a) for f in inner for a in accesses(f)):
+                continue
+            ranks = tuple(x.name for x in self.ranks if x.name in ends)
+            made = Tensor(self.names("C"), ranks, self.wide)
+            self.made[made.name] = Einsum(made, sympy.Mul(*inner), Reduction("sum", (r,)))
+            rest = tuple(x for x in reduced if x != r)
+            return self._contracted(_Part(made() * sympy.Mul(*outer), Reduction("sum", rest), part.domain))
+        return part
+
+    def _reads_everywhere(self, access: Access) -> bool:
+        """Whether an access reads its tensor at any values of its ranks."""
+        extents = {r.name: r.extent for r in self.ranks}
+        known = {**self.forward.tensors, **{t.name: t for t in self.adjoint.values()}}
+        ranks = known[access.tensor].ranks if access.tensor in known else ()
+        return len(ranks) == len(access.index) and all(
+            i.is_Symbol and extents.get(str(i)) == extents[r] for i, r in zip(access.index, ranks, strict=True)
+        )
 
     def _by_rows(self, part: _Part, target: Tensor) -> _Part:
         """A sum over everything that has two long ranks goes row by row: first over those that rows reduce, as in the
@@ -480,68 +517,9 @@ def _summaries(cascade: Cascade) -> frozenset[str]:
     return frozenset(found)
 
 
-def _outer_accesses(expr: Expr) -> tuple[Access, ...]:
-    """The accesses that are values of the expression, not those inside an index or a condition."""
-    found: dict[Access, None] = {}
-
-    def visit(e: Expr) -> None:
-        if isinstance(e, Access):
-            found[e] = None
-        elif not isinstance(e, (sympy.core.relational.Relational, sympy.logic.boolalg.BooleanFunction)):
-            for a in e.args:
-                visit(a)
-
-    visit(expr)
-    return tuple(found)
-
-
 def _unconditional(expr: Expr) -> tuple[Access, ...]:
     """The accesses that every point of the expression reads."""
     if isinstance(expr, Access):
         return (expr, *(a for i in expr.index for a in _unconditional(i)))
     args = expr.args[:1] if isinstance(expr, Where) else expr.args
     return tuple(a for arg in args for a in _unconditional(arg))
-
-
-def _derivative(s: Einsum, access: Access, value: Access) -> Expr:
-    """d expr / d access, written with the statement's own value where that occurs in it (exp' = exp)."""
-    smooth = _smooth(s.expr)
-    flat = {step: sympy.Dummy() for step in smooth.atoms(sympy.floor, sympy.ceiling, sympy.sign)}  # but for jumps
-    slope = smooth.xreplace(flat).diff(access).xreplace({number: step for step, number in flat.items()})
-    slope = _bounded(slope)
-    if s.reduce is None and s.expr.args and not variables(s.expr).isdisjoint(s.output.ranks):
-        slope = slope.xreplace({s.expr: value})
-    return slope
-
-
-def _bounded(slope: Expr) -> Expr:
-    """The slope without an exponential over a power of a sum that has it: both overflow where the quotient does not.
-    exp(a) / (c + exp(a))**n = 1 / ((c + exp(a))**(n - 1) * (1 + c*exp(-a)))."""
-    if isinstance(slope, (sympy.Add, Where)):
-        return slope.func(*(_bounded(a) for a in slope.args))
-    if not isinstance(slope, sympy.Mul):
-        return slope
-    for power in slope.args:
-        if not isinstance(power, sympy.Pow) or not isinstance(power.base, sympy.Add) or not power.exp.is_negative:
-            continue
-        number, term = power.base.as_coeff_Add()
-        if term in slope.args and isinstance(term, sympy.exp) and number.is_positive and power.exp.is_Integer:
-            rest = slope / (power * term)
-            return rest * power * power.base / (1 + number * sympy.exp(-term.args[0]))
-    return slope
-
-
-def _smooth(expr: Expr) -> Expr:
-    """Max, Min and abs as Where: their derivative is that of the branch taken."""
-    if isinstance(expr, Access) or not expr.args:
-        return expr
-    args = [_smooth(a) for a in expr.args]
-    if isinstance(expr, (sympy.Max, sympy.Min)):
-        result = args[0]
-        for a in args[1:]:
-            first = sympy.Gt(result, a) if isinstance(expr, sympy.Max) else sympy.Lt(result, a)
-            result = Where(first, result, a)
-        return result
-    if isinstance(expr, sympy.Abs):
-        return Where(sympy.Ge(args[0], 0), args[0], -args[0])
-    return expr.func(*args) if tuple(args) != expr.args else expr

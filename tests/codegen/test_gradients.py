@@ -8,15 +8,19 @@ import torch
 from einscade.codegen.cost import tile_symbols
 from einscade.codegen.loops import FlatNest, plan
 from einscade.codegen.schedule import Schedule
+from einscade.codegen.space import candidates as space
 from einscade.codegen.tiled_torch import emit
 from einscade.codegen.triton_emit import emit as emit_kernels
+from einscade.compiler.gradients import scan_free
 from einscade.ir import Cascade
+from einscade.ir.device import H200
 from einscade.ir.interpret import interpret
 from einscade.ir.text import parse_cascade
-from einscade.passes.differentiate import differentiate
+from einscade.passes.differentiate import Gradient, differentiate
 from einscade.passes.fusion import is_long
 from einscade.passes.online import Loops, Online
 from einscade.passes.pipeline import run
+from einscade.passes.roles import separate
 
 HEAD = """cascade c(Q[b,h,p,e]: f64, K[b,g,m,e]: f64, V[b,g,m,f]: f64{more}) -> O[b,h,p,f]: f64
   where b < B, h < 4, g < 2, p < P, m < M, e < 8, f < 6
@@ -94,6 +98,23 @@ VIEWS = {
 CASES |= VIEWS
 
 
+DECAY = """cascade c(Q[b,h,p,e]: f64, K[b,h,m,e]: f64, V[b,h,m,f]: f64, X[b,h,m]: f64) -> O[b,h,p,f]: f64
+  where b < B, h < 2, p < P, m < P, e < 8, f < 6
+  S[b,h,p,m]: f64 = sum(e) Q[b,h,p,e] * K[b,h,m,e] * 0.7
+"""
+ROLES = {
+    "a decay under a softmax": DECAY
+    + "  C[b,h,p,m]: f64 = S[b,h,p,m] + X[b,h,p] - X[b,h,m]  if m <= p\n"
+    + SOFTMAX.format(s="C[b,h,p,m]").replace("h // 2", "h"),
+    "a decay by itself": DECAY
+    + "  O[b,h,p,f]: f64 = sum(m) S[b,h,p,m] * exp(X[b,h,p] - X[b,h,m]) * V[b,h,m,f]  if m <= p\n",
+    "queries and keys in one tensor": (DECAY + SOFTMAX.format(s="S[b,h,p,m]").replace("h // 2", "h"))
+    .replace("Q[b,h,p,e]: f64, K[b,h,m,e]: f64", "K[b,h,m,e]: f64")
+    .replace(", X[b,h,m]: f64", "")
+    .replace("Q[b,h,p,e]", "K[b,h,p,e]"),
+}
+
+
 def compiled(cascade: Cascade, tile: int):  # type: ignore[no-untyped-def]
     tiles = {s: tile for s in cascade.symbols if s not in ("B", "P", "M")} | {"p": tile + 3, "m": tile - 3}
     space: dict[str, object] = {}
@@ -133,6 +154,55 @@ def test_gradients_in_loops_match_the_interpreter(name: str, lengths: tuple[int,
         assert value.shape == reference.shape
         scale = reference.norm() + 0.1 * values["dO"].norm()  # a gradient that cancels to 0 keeps its terms' rounding
         assert (value - reference).norm() <= 1e-13 * scale, output
+
+
+@pytest.mark.parametrize("name", ROLES)
+def test_gradients_of_roles_are_two_loops(name: str) -> None:
+    """One along the queries and one along the keys: nothing of both lengths goes to memory."""
+    forward, gradient, of = of_roles(ROLES[name])
+    looped = run(gradient.cascade, "exact").cascade
+    program = plan(looped)
+    assert len(program.serial_nests) == 2
+    lengths = {r for r in looped.rank_table if is_long(looped, r)} - {"b"}
+    for e in (e for nest in program.nests if isinstance(nest, FlatNest) for e in nest.einsums):
+        assert len(lengths & {*e.ranks}) < 2, e
+    generator, sizes = torch.Generator().manual_seed(len(name)), {"B": 2, "P": 37}
+    values = values_of(forward, sizes, generator)
+    saved = interpret(gradient.forward, values | {role: values[k] for role, k in of.items()})
+    seed = torch.randn(saved["O"].shape, generator=generator, dtype=torch.float64)
+    given = values | {role: values[k] for role, k in of.items()} | saved | {gradient.cotangents["O"]: seed}
+    known = {s: n for s, n in sizes.items() if s in looped.symbols}
+    got = compiled(looped, 16)(*(given[t.name] for t in gradient.cascade.inputs), **known)
+    outputs = dict(zip(gradient.cascade.outputs, got, strict=True))
+    leaves = [v.requires_grad_() for v in values.values()]
+    wanted = torch.autograd.grad(by_torch(name, *leaves), leaves, seed)
+    for k, exact in zip(values, wanted, strict=True):
+        made = torch.stack([outputs[out] for n, out in gradient.gradients.items() if of.get(n, n) == k]).sum(0)
+        assert (made - exact).norm() <= 1e-12 * exact.norm(), k
+
+
+@pytest.mark.parametrize("name", ROLES)
+def test_gradients_of_roles_are_kernels(name: str) -> None:
+    _, gradient, _ = of_roles(ROLES[name].replace("f64", "f32"))
+    program = plan(run(gradient.cascade, "exact").cascade)
+    assert emit_kernels(program, space(program, H200, {})[0]).text.count("@triton.jit\ndef c_gradient_kernel") == 2
+
+
+def of_roles(text: str) -> tuple[Cascade, Gradient, dict[str, str]]:
+    """The cascade, its gradient where every input has one role, and which inputs of that are one tensor."""
+    forward = scan_free(parse_cascade(text), "exact")
+    apart, of = separate(forward, [t.name for t in forward.inputs])
+    return forward, differentiate(apart, roles=of), of
+
+
+def by_torch(name: str, *inputs: torch.Tensor) -> torch.Tensor:
+    """The same by torch operations."""
+    q, k, v, *x = inputs if len(inputs) > 2 else (inputs[0], *inputs)
+    s = 0.7 * q @ k.mT
+    if not x:
+        return s.softmax(-1) @ v
+    decay = (x[0][..., :, None] - x[0][..., None, :]).masked_fill(torch.ones_like(s).triu(1) > 0, float("-inf"))
+    return (s + decay).softmax(-1) @ v if "softmax" in name else (s * decay.exp()) @ v
 
 
 @pytest.mark.parametrize("name", VIEWS)

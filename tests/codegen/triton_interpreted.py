@@ -22,7 +22,7 @@ from einscade.codegen.triton_emit import emit
 from einscade.ir import Cascade
 from einscade.ir.interpret import interpret
 from einscade.ir.text import parse_cascade
-from einscade.passes.differentiate import differentiate
+from einscade.passes.differentiate import Gradient, differentiate
 from einscade.passes.online import Loops
 from einscade.passes.pipeline import run
 from einscade.passes.recipes import recipe
@@ -33,7 +33,7 @@ from tests.codegen.tables import TABLES, values
 from tests.codegen.tables import forward as table_bias
 from tests.codegen.tables import gradient as gradient_of
 from tests.codegen.test_gradients import CASES as GRADIENTS
-from tests.codegen.test_gradients import VIEWS, scored, values_of
+from tests.codegen.test_gradients import ROLES, VIEWS, of_roles, scored, values_of
 from tests.codegen.test_triton import COMPUTED_MASK
 from tests.codegen.triton_addresses import addresses_checked  # noqa: F401
 
@@ -79,10 +79,19 @@ def test_gradients(name: str) -> None:
     """The gradient of a bias has tiles of two grid ranks: one step at a time along what it sums, or without a loop. One
     of heads that are groups and members is written over those."""
     forward = parse_cascade(GRADIENTS[name].replace("f64", "f32"))
-    gradient = differentiate(forward)
+    assert_gradient_is_right(forward, differentiate(forward), {})
+
+
+@pytest.mark.parametrize("name", ROLES)
+def test_gradients_of_roles(name: str) -> None:
+    assert_gradient_is_right(*of_roles(ROLES[name].replace("f64", "f32")))
+
+
+def assert_gradient_is_right(forward: Cascade, gradient: Gradient, of: dict[str, str]) -> None:
     program = plan(Loops().apply(gradient.cascade))
     generator, sizes = torch.Generator().manual_seed(0), {"B": 2, "P": 35, "M": 41}
     values = {n: v.float() if v.is_floating_point() else v for n, v in values_of(forward, sizes, generator).items()}
+    values |= {role: values[n] for role, n in of.items()}
     saved = interpret(gradient.forward, values)
     values |= {n: saved[n].float() for n in gradient.saved}
     for output, cotangent in gradient.cotangents.items():
@@ -91,7 +100,8 @@ def test_gradients(name: str) -> None:
     chosen = {**dict.fromkeys(tile_symbols(program), 32), "p": 32, "m": 32}
     source = emit(program, Schedule(tuple(chosen.items()), target="cuda:90", descriptors=True))
     expected = interpret(gradient.cascade, x, {})
-    for output, value in zip(program.cascade.outputs, module(source).run(*x.values(), **sizes), strict=True):
+    known = {s: n for s, n in sizes.items() if s in program.cascade.symbols}
+    for output, value in zip(program.cascade.outputs, module(source).run(*x.values(), **known), strict=True):
         assert relative_error(value, expected[output]) <= 4 * BOUND["f32"], output
 
 

@@ -398,3 +398,40 @@ def test_evaluation_after_training() -> None:
     assert (fast(x) == 0).float().mean() > 0.3
     fast.eval(), model.eval()
     torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+class Decayed(nn.Module):
+    """Linear attention, or softmax attention, under a decay."""
+
+    def __init__(self, softmax: bool) -> None:
+        super().__init__()
+        self.softmax = softmax
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        n = gate.shape[-1]
+        total = gate.cumsum(-1)
+        decay = total[..., :, None] - total[..., None, :]
+        decay = decay.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), float("-inf"))
+        scores = q @ k.mT
+        return (scores + decay).softmax(-1) @ v if self.softmax else (scores * decay.exp()) @ v
+
+
+@pytest.mark.parametrize(("softmax", "strength"), [(True, 0.1), (False, 0.1), (False, 8.0), (False, 20.0)])
+def test_gradients_of_decays_are_as_exact_as_autograds(softmax: bool, strength: float) -> None:
+    """Where a decay leaves little of other places, what cancels at one place would be its gradient's rounding."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, 4, 64, 32, generator=generator) for _ in "qkv"]
+    inputs.append(-strength * (0.5 + torch.rand(2, 4, 64, generator=generator)))
+    seed = torch.randn(2, 4, 64, 32, generator=generator)
+    model = Decayed(softmax)
+    fast = einscade.optimize(Decayed(softmax), inner="eager")
+
+    def gradients(of: nn.Module, dtype: torch.dtype) -> Sequence[torch.Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        return torch.autograd.grad(of(*leaves), leaves, seed.to(dtype))
+
+    exact, plain = gradients(model, torch.float64), gradients(model, torch.float32)
+    for found, eager, wanted in zip(gradients(fast, torch.float32), plain, exact, strict=True):
+        assert (found - wanted).norm() <= 1.5 * (eager - wanted).norm() + 1e-7 * wanted.norm()
+    assert rewritten_sites(fast) == 1
+    assert {site.gradients for site in fast.report.sites} == {DIFFERENTIATED}
