@@ -18,6 +18,7 @@ from einscade.codegen.host import number
 from einscade.codegen.source import Unsupported
 from einscade.codegen.tiles import Finite
 from einscade.ir.expr import Access, Expr, FloorDiv, Mod, Round, Trunc, Where, free_vars
+from einscade.passes.terms import opposed
 
 __all__ = [
     "ATOM", "COMPARISON", "Name", "Range", "Scope", "Value", "align", "as_float", "as_tensor", "exact_factor", "value",
@@ -233,8 +234,12 @@ def _binary(a: Value, b: Value, symbol: str, method: str, scope: Scope, prec: in
 
 def _add(expr: sympy.Add, scope: Scope) -> Value:
     constant, rest = expr.as_coeff_Add()
-    terms = [(t.could_extract_minus_sign(), t) for t in sympy.Add.make_args(rest)]
+    pair = opposed(rest)
+    terms = [(t.could_extract_minus_sign(), t) for t in sympy.Add.make_args(rest) if t not in (pair or ())]
     values = [(value(-t if negative else t, scope), negative) for negative, t in terms]
+    if pair is not None:
+        between = _binary(value(pair[0], scope), value(-pair[1], scope), "-", "sub", scope, SUM)
+        values.append((replace(between, code=f"({between.code})", prec=ATOM), False))
     values.sort(key=lambda vn: (vn[1], -len(vn[0].ranks), not vn[0].owned))
     (total, negative), others = values[0], values[1:]
     if negative:

@@ -18,6 +18,7 @@ from einscade.codegen.base2 import Exp2
 from einscade.codegen.source import Unsupported
 from einscade.codegen.tiles import Finite
 from einscade.ir.expr import Access, Expr, FloorDiv, Mod, Round, Trunc, Where, free_vars
+from einscade.passes.terms import opposed
 
 __all__ = ["Block", "Lines", "Local", "Memory", "TritonScope", "Value", "align", "scalar", "value"]
 
@@ -245,8 +246,12 @@ def _binary(a: Value, b: Value, symbol: str, prec: int, scope: TritonScope) -> V
 
 
 def _add(expr: sympy.Add, scope: TritonScope) -> Value:
-    terms = [(t.could_extract_minus_sign(), t) for t in sympy.Add.make_args(expr)]
+    pair = opposed(expr)
+    terms = [(t.could_extract_minus_sign(), t) for t in sympy.Add.make_args(expr) if t not in (pair or ())]
     values = [(value(-t if negative else t, scope), negative, t.is_number) for negative, t in terms]
+    if pair is not None:
+        between = _binary(value(pair[0], scope), value(-pair[1], scope), "-", SUM, scope)
+        values.append((replace(between, code=f"({between.code})", prec=ATOM), False, False))
     values.sort(key=lambda vnc: (vnc[1], vnc[2], -len(vnc[0].ranks)))
     (total, negative, _), others = values[0], values[1:]
     if negative:

@@ -163,8 +163,7 @@ def test_joined_rows_are_tried(name: str) -> None:
     assert not any(chosen(128))
 
 
-@pytest.mark.parametrize("joined", [False, True], ids=["apart", "joined"])
-@pytest.mark.parametrize("name", [*SEVERAL])
+@pytest.mark.parametrize(("name", "joined"), [*((n, True) for n in SEVERAL), ("two softmaxes", False)])
 def test_fits_on_chip(name: str, joined: bool) -> None:
     """Causal softmaxes may spill two registers in each of three warpgroups, five where rows are joined."""
     text, sizes = TEXTS[name], {"B": 2, "P": 300, "M": 304}

@@ -435,3 +435,21 @@ def test_gradients_of_decays_are_as_exact_as_autograds(softmax: bool, strength: 
         assert (found - wanted).norm() <= 1.5 * (eager - wanted).norm() + 1e-7 * wanted.norm()
     assert rewritten_sites(fast) == 1
     assert {site.gradients for site in fast.report.sites} == {DIFFERENTIATED}
+
+
+def test_places_of_a_long_running_sum_are_taken_from_one_another_first() -> None:
+    """Added to a score, one of them leaves the score few bits."""
+
+    class Total(nn.Module):
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+            later = torch.ones(total.shape[-1], total.shape[-1], dtype=torch.bool).triu(1)
+            decay = (total[..., :, None] - total[..., None, :]).masked_fill(later, float("-inf"))
+            return (q @ k.mT + decay).softmax(-1) @ v
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 600, 32, generator=generator) for _ in "qkv")
+    total = -5 * torch.rand(1, 2, 600, generator=generator).cumsum(-1)
+    exact = Total()(*(x.double() for x in (q, k, v, total)))
+    fast = einscade.optimize(Total(), inner="eager")
+    assert (fast(q, k, v, total) - exact).norm() <= 1.5 * (Total()(q, k, v, total) - exact).norm()
+    assert rewritten_sites(fast) == 1
