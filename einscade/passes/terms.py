@@ -122,16 +122,13 @@ def factors(expr: Expr) -> tuple[Expr, ...]:
 
 
 def opposed(expr: sympy.Add) -> tuple[Expr, Expr] | None:
-    """Two terms of opposite signs, added and subtracted, that are read along other ranks, neither along all: best taken
-    from one another before anything else is added. Two places of a running sum are large beside their difference."""
+    """Two terms of opposite signs that read one tensor along other ranks, neither along all: best taken from one
+    another before anything else is added. Two places of a running sum are large beside their difference."""
     terms = sympy.Add.make_args(expr)
     split = {t: t.as_coeff_Mul() for t in terms if variables(t) < variables(expr)}
     read = {t: (number, x.tensor) for t, (number, x) in split.items() if isinstance(x, Access)}
-    found = [
-        (plus, minus)
-        for plus, (number, _) in read.items()
-        for minus, (other, _) in read.items()
-        if number > 0 and other == -number and variables(plus) != variables(minus)
-    ]
-    found.sort(key=lambda pair: read[pair[0]][1] != read[pair[1]][1])  # of one tensor first
-    return found[0] if found and len(terms) > 2 else None
+    for plus, (number, tensor) in read.items():
+        for minus, other in read.items():
+            if number > 0 and other == (-number, tensor) and variables(plus) != variables(minus) and len(terms) > 2:
+                return plus, minus
+    return None

@@ -16,8 +16,8 @@ S, X, Y, Z = Access("S", h, p, m), Access("X", p), Access("X", m), Access("Z", h
     [
         (S + X - Y, (X, -Y)),
         (2 * S + 3 * X - 3 * Y, (3 * X, -3 * Y)),
-        (S + X - Y - Z, (X, -Y)),  # of one tensor first
-        (S + X - Access("G", m), (X, -Access("G", m))),
+        (S + X - Y - Z - Access("G", p), (X, -Y)),
+        (S + X - Access("G", m), None),  # of another tensor, which may be large by itself
         (X - Y, None),  # nothing else is added
         (S + X - 2 * Y, None),
         (S + X + Y, None),
