@@ -131,18 +131,30 @@ class Prefix(Causal):
         return lambda b, h, p, m: (m <= p) | (m < 1024)
 
 
-class Documents(Causal):
-    """Twelve documents of different lengths in one sequence."""
+class Documents(Attention):
+    """Twelve documents of different lengths in one sequence; each position attends to all of its own document."""
 
     plain = False
 
     def keep(self, p: Tensor, m: Tensor, *tensors: Tensor) -> Tensor | None:
         (document,) = tensors
-        return (document[:, None] == document) & (m <= p)
+        return document[:, None] == document
 
     def make(self, batch: int, heads: int, n: int, device: str) -> list[Tensor]:
         ends = torch.tensor([n * i * (i + 11) // (12 * 23) for i in range(1, 13)])
         return [torch.bucketize(torch.arange(n), ends, right=True).to(torch.int32).to(device)]
+
+    def mask_mod(self, *tensors: Tensor) -> Mod | None:
+        (document,) = tensors
+        return lambda b, h, p, m: document[p] == document[m]
+
+
+class CausalDocuments(Documents):
+    causal = True
+
+    def keep(self, p: Tensor, m: Tensor, *tensors: Tensor) -> Tensor | None:
+        (document,) = tensors
+        return (document[:, None] == document) & (m <= p)
 
     def mask_mod(self, *tensors: Tensor) -> Mod | None:
         (document,) = tensors
@@ -336,8 +348,9 @@ ROWS = (
     Row("slopes-causal", Slopes(), 16, 1, 128, 8192, 560),
     Row("soft-cap-causal", Capped(), 16, 1, 128, 8192, 430),
     Row("window-1024", Window(), 16, 1, 128, 8192, 520),
-    Row("documents", Documents(), 16, 1, 128, 8192, 480),
-    Row("documents-32k", Documents(), 16, 1, 128, 32768, 480),
+    Row("documents-full", Documents(), 16, 1, 128, 8192, 480),
+    Row("documents", CausalDocuments(), 16, 1, 128, 8192, 480),
+    Row("documents-32k", CausalDocuments(), 16, 1, 128, 32768, 480),
     Row("padding", Padded(), 16, 1, 128, 8192, None),
     Row("prefix-1024", Prefix(), 16, 1, 128, 8192, 620),
     Row("position-table", Table(), 16, 1, 128, 8192, 450),
@@ -353,6 +366,6 @@ ROWS = (
     Row("slopes-causal-backward", Slopes(), 16, 1, 128, 8192, None, backward=True, beside=MODIFIED_GRADIENT),
     Row("soft-cap-causal-backward", Capped(), 16, 1, 128, 8192, None, backward=True, beside=MODIFIED_GRADIENT),
     Row("window-1024-backward", Window(), 16, 1, 128, 8192, None, backward=True, beside=MODIFIED_GRADIENT),
-    Row("documents-backward", Documents(), 16, 1, 128, 8192, None, backward=True, beside=MODIFIED_GRADIENT),
+    Row("documents-backward", CausalDocuments(), 16, 1, 128, 8192, None, backward=True, beside=MODIFIED_GRADIENT),
     Row("padding-backward", Padded(), 16, 1, 128, 8192, None, backward=True, beside=MODIFIED_GRADIENT),
 )
