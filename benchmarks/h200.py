@@ -59,7 +59,7 @@ within a tenth of a second and lowers its clock; what is measured right behind t
 """
 
 SHORT = 0.5
-"""Milliseconds of a call below which its time is the median of three series: one series may have 1.3 times another's."""
+"""Milliseconds of a call below which its time is the median of three series: one may have 1.3 times another's."""
 
 
 @dataclass(frozen=True)

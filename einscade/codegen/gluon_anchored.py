@@ -279,10 +279,15 @@ class Anchored(Marking):
 
     # -- the host's part --
 
+    def _cleared(self) -> str:
+        """Marks are behind the counter of places taken, if there is one."""
+        return "programs + 2"
+
     def _counters(self, device: str) -> list[str]:
-        """Marks and the counter of places taken, if there is one, are cleared together."""
+        if self.dynamic and self.listed:
+            return ["mark_to = taken"]
         names = "mark_to = taken" if self.counting else "mark_to"
-        return [f"{names} = torch.zeros(programs + 2, dtype=torch.int32, device={device})"]
+        return [f"{names} = torch.zeros({self._cleared()}, dtype=torch.int32, device={device})"]
 
     def _launches(self, maps: Sequence[str], others: Sequence[str]) -> list[str]:
         flags = [f"{flag}={flag}" for flag in self._table_flags()]

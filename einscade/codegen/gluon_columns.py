@@ -24,7 +24,7 @@ class Columns(Places):
         printer = Printer((m,), {}, {m: Value(f"{m}_", (m,), "i")}, self._element, used=self.used)
         addressed = [c for c in self.early_columns if not c.size]
         always, masks = ([c for c in addressed if c.masks is x] for x in (False, True))
-        lines = [f"{m}_ = tile * STEP + gl.arange(0, STEP, COLUMN)"] if addressed else []
+        lines = [f"{m}_ = {self._column()} + gl.arange(0, STEP, COLUMN)"] if addressed else []
         lines += [f"{c.name} = {self._address(c.access, printer)}" for c in always]
         if not masks or masked == "True":
             return lines + [f"{c.name} = {self._address(c.access, printer)}" for c in masks]

@@ -157,7 +157,7 @@ class Joined(JoinedRows):
     def _begin(self) -> list[str]:
         scores, states = self._score_names(), self._state_names()
         turn, done = self._turns()
-        given = [*scores, *states, "tile * STEP", *self._points(), *self._context(), *self._first_edges()]
+        given = [*scores, *states, self._column(), *self._points(), *self._context(), *self._first_edges()]
         return [
             *self._read_columns_early("True"),
             *(f"mbarrier.wait({x.name}_full.index(0), 0)" for x in self.stills),

@@ -12,11 +12,12 @@ from dataclasses import replace
 from functools import cached_property
 
 import sympy
+from sympy.logic.boolalg import And
 
 from einscade.codegen.base2 import logistic_exponent
 from einscade.codegen.gluon_frame import Frame
 from einscade.codegen.gluon_plan import GROUP_ROWS, Ring
-from einscade.codegen.gluon_text import TURN, call, function, indent, paren
+from einscade.codegen.gluon_text import TURN, call, function, indent
 from einscade.codegen.gluon_values import Printer
 from einscade.codegen.tiles import Statement
 from einscade.ir.expr import Expr, accesses, free_vars, var
@@ -42,6 +43,15 @@ class Overlapped(Frame):
         turn = [TURN.strip("\n")] if self.groups > 1 else []
         load = [self._load(), *map(self._reader, self.tables)]
         return [*turn, self._place(), *load, self._weigh(), self._advance(), self._compute(), self._kernel()]
+
+    @cached_property
+    def shifted(self) -> bool:
+        """Whether columns' data says where points begin, and masks know where columns end. Where points end with the
+        rows there is nothing to gain: a tile of rows ends where one of columns does."""
+        limit, keep = self.shape.loop.limit, And.make_args(self.shape.keep)
+        if not any(d.moves == "columns" for d in self.data) or "row" in free_vars(self.bounds.end):
+            return False
+        return self.listed and limit is not None and (var(self.shape.m) < limit) in keep
 
     def _load(self) -> str:
         early, late = [r for r in self.rings if r.early], [r for r in self.rings if not r.early]
@@ -88,7 +98,7 @@ class Overlapped(Frame):
 
     def _at(self, listed: str, ranged: str) -> str:
         """The row at which a tile begins: of the list, or of the range."""
-        return f"{paren(listed if self.listed else ranged)} * STEP"
+        return self._column(listed if self.listed else ranged)
 
     def _turns(self) -> tuple[list[str], list[str]]:
         return (["take_turn(group)"], ["pass_turn(group)"]) if self.groups > 1 else ([], [])
@@ -206,7 +216,7 @@ class Overlapped(Frame):
 
     def _first_column(self, keys: str) -> str:
         """The first column of a tile, or of the part of it that is read."""
-        return "tile * STEP"
+        return self._column()
 
     def _hold(self) -> list[str]:
         """The wait for the sums comes behind the rows' maxima, or some of the points: these run beside the sums, and
@@ -320,7 +330,7 @@ class Overlapped(Frame):
             "begun += 1",
             "tile = gl.load(visits + begun) // 2",
         ]  # fmt: skip
-        condition = f"(tile * STEP >= {stop}) & (begun < count - 1)"
+        condition = f"({self._column()} >= {stop}) & (begun < count - 1)"
         skip = ["if group < GROUPS - 1:", f"    while {condition}:", *indent(indent(leave))]
         return ["begun = 0", *skip, *self._read_columns_early("True")]
 

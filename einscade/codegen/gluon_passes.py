@@ -188,7 +188,7 @@ class Passes(Overlapped):
         lines = []
         for ring in x.rings:
             if ring.early == early:
-                lines += x._copy(ring, f"{tile} * STEP", stage, phase, self.ring(ring.operand).name)
+                lines += x._copy(ring, x._column(tile), stage, phase, self.ring(ring.operand).name)
         return lines
 
     def _cross(self, before: Pass, after: Pass) -> str:
@@ -424,7 +424,8 @@ class Pass(Overlapped):
     def _weigh_first(self, prefix: str) -> str:
         """The first scores to weights."""
         states, weights = self._state_names(), [f"{prefix}{w}" for w in self.weight_names.values()]
-        passed = [*self._score_names(), *states, "tile * STEP", *self._points(), *self._context(), *self._first_edges()]
+        place = [self._column(), *self._points(), *self._context()]
+        passed = [*self._score_names(), *states, *place, *self._first_edges()]
         return call(self._made(weights), f"weigh{self.suffix}", passed)
 
     def _rest_of_loop(self) -> list[str]:

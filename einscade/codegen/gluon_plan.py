@@ -60,7 +60,8 @@ RESERVED = frozenset({
     "add_tile", "others", "others_full", "part", "part_tile", "before", "values", "program", "still_phase", "following",
     "packed", "taken", "upcoming", "next_stage", "next_phase", "slot_phase", "finish", "edge", "inside", "turn", "half",
     "zero_half", "HALF", "begun", "logistic", "at_points", "sooner", "first_columns", "is_one", "mark", "mark_to",
-    "sound", "lost", "maps", "kernel_again", "quarter",
+    "sound", "lost", "maps", "kernel_again", "quarter", "cleared",
+    "start", "shift", "low", "alone", "unit", "place", "block", "entry", "written", "batch",
     "past", "line", "slot_before", "trail", "pass_by",
 })  # fmt: skip
 

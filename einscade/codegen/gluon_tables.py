@@ -70,7 +70,7 @@ class Tables(Columns):
         """A warpgroup's tiles of the tables."""
         lines = []
         for t in self.tables:
-            arguments = [*self._reading_arguments(t), stage, phase, "tile * STEP", f"{t.name}_COPIED", "group"]
+            arguments = [*self._reading_arguments(t), stage, phase, self._column(), f"{t.name}_COPIED", "group"]
             lines.append(f"{t.name}_points = read_{t.name}({', '.join(arguments)})")
         return lines
 

@@ -3,7 +3,8 @@
 Comes in: a `Plan` whose predicate reads tensors, or leaves out tiles between others. Goes out: a second kernel of the
 module, which writes for each tile of rows the tiles of the loop that can hold a point, from the last to the first, each
 as twice its number, plus 1 where it needs a mask. The loading warp and the consumers of the main kernel follow that
-list. Which tiles are on it is decided by `passes.restrict` from the ends of each access over the tile.
+list. Which tiles are on it is decided by `passes.domains` from the ends of each access over the tile. Where columns'
+data says where points begin (packed documents, padding), a list's tiles begin there, and go by the number of a `UNIT`.
 """
 
 from __future__ import annotations
@@ -30,13 +31,26 @@ READ = 8192
 
 WARPS = 8
 
+UNIT = 16
+"""Where tiles may begin: reads by address know that so many columns lie side by side."""
+
+CLEARED = 32 * WARPS
+"""So many numbers a program sets to 0 at once."""
+
 LISTING = """
 LISTED = gl.constexpr({listed})  # tiles decided at once
 BLOCK = gl.constexpr(gl.BlockedLayout([1, 8], [{rows}, {columns}], [{warps}, 1], [1, 0]))
 EACH = gl.constexpr(gl.SliceLayout(1, BLOCK))
 WITHIN = gl.constexpr(gl.SliceLayout(0, BLOCK))
 LIST = gl.constexpr(gl.BlockedLayout([1], [32], [{warps}], [0]))
+"""
 
+SHIFTING = """\
+READ = gl.constexpr({read})  # columns looked at one by one, at once
+EVERY = gl.constexpr(gl.BlockedLayout([4], [32], [{warps}], [0]))
+"""
+
+ADD = """
 
 @gluon.jit
 def add(a, b):
@@ -120,6 +134,15 @@ class Visits(Points):
         """The tile that is visited first."""
         return "gl.load(visits) // 2" if self.listed else "end - 1"
 
+    @property
+    def shifted(self) -> bool:
+        """Whether a list's tiles may begin at any unit of columns: not where each tile has a place of its own."""
+        return False
+
+    def _column(self, tile: str = "tile") -> str:
+        """The first column of a tile."""
+        return f"{paren(tile)} * {UNIT if self.shifted else 'STEP'}"
+
     def _tile_printer(self) -> Printer:
         """Prints predicates over tiles of the loop, a vector of them at once."""
         shape = self.shape
@@ -172,7 +195,8 @@ class Visits(Points):
         """The constants and functions of the kernel that makes the lists."""
         columns = min(32, self.columns // 8)  # threads side by side on a tile
         constants = LISTING.format(listed=READ // self.columns, rows=32 // columns, columns=columns, warps=WARPS)
-        return [constants.strip("\n"), self._listing()]
+        constants += SHIFTING.format(read=READ, warps=WARPS) if self.shifted else ""
+        return [f"{constants.strip()}\n{ADD}".rstrip(), self._listing()]
 
     def _listing(self) -> str:
         """The kernel that writes the lists."""
@@ -203,8 +227,11 @@ class Visits(Points):
             if d.moves != "columns":
                 lines += self._ends_of(d, loads)
         inside: list[str] = []
+        number = "unit" if self.shifted else "tile"
+        if self.shifted:
+            inside.append(f"unit = tile * (STEP // {UNIT}) + shift")
         if any(d.moves == "columns" for d in self.data):
-            start = "gl.maximum(tile, 0)[:, None] * STEP"
+            start = self._column(f"gl.maximum({number}, 0)[:, None]")
             inside.append(f"{m}_ = gl.minimum({start} + gl.arange(0, STEP, WITHIN)[None, :], {limit} - 1)")
         for d in self.data:
             if d.moves == "columns":
@@ -212,16 +239,18 @@ class Visits(Points):
         printer = self._tile_printer()
         some, whole = (printer.value(c) for c in self.classes)
         inside += [
-            f"{m}_low = tile * STEP",
+            f"{m}_low = {self._column(number)}",
             f"{m}_high = {m}_low + STEP - 1",
             f"some = (tile >= first) & {some.atom()}",
             f"whole = (tile >= first) & {whole.atom()}",
-            "entry = gl.convert_layout(tile * 2 + 1 - whole.to(gl.int32), LIST)",
+            f"entry = gl.convert_layout({number} * 2 + 1 - whole.to(gl.int32), LIST)",
             "written = gl.convert_layout(some.to(gl.int32), LIST)",
             "at = count + gl.associative_scan(written, 0, add) - 1",
             "gl.store(visits + at, entry, mask=written != 0)",
             "count += gl.sum(written, axis=0)",
         ]
+        if self.shifted:
+            lines += self._shift(some, limit, loads)
         lines += [
             f"visits += program.to(gl.int64) * {names.value(self._loop_tiles()).atom()}",
             "count = 0",
@@ -229,15 +258,42 @@ class Visits(Points):
             "    tile = end - 1 - block * LISTED - gl.arange(0, LISTED, EACH)",
             *indent(inside),
             "if count == 0:",
-            "    gl.store(visits, 2 * first + 1)",
+            f"    gl.store(visits, 2 * first{f' * (STEP // {UNIT})' if self.shifted else ''} + 1)",
             "gl.store(counts + program, gl.maximum(count, 1))",
         ]
         if self.dynamic:
-            lines += ["if program == 0:", "    gl.store(taken, 0)  # of the places, by the next kernel"]
-        decorator = f"@gluon.jit(do_not_specialize={self.sizes!r})"
-        taken = ["taken"] if self.dynamic else []
-        arguments = [*self._listing_pointers(), "visits", "counts", *taken, *self.sizes]
+            lines += [
+                f"for start in range(program * {CLEARED}, cleared, gl.num_programs(0) * {CLEARED}):",
+                f"    at = start + gl.arange(0, {CLEARED}, LIST)",
+                f"    gl.store(taken + at, gl.full([{CLEARED}], 0, gl.int32, LIST), mask=at < cleared)",
+            ]
+        counters = ["taken", "cleared"] if self.dynamic else []
+        decorator = f"@gluon.jit(do_not_specialize={[*counters[1:], *self.sizes]!r})"
+        arguments = [*self._listing_pointers(), "visits", "counts", *counters, *self.sizes]
         return function("list_tiles", arguments, lines, decorator)
+
+    def _shift(self, some: Value, limit: str, loads: Printer) -> list[str]:
+        """How many units a list's tiles are shifted: to the first that can hold a point. It saves a tile or a mask."""
+        m = self.shape.m
+        ends = [line for d in self.data if d.moves == "columns" for line in self._ends_of(d, loads, alone=True)]
+        return [
+            f"low = {limit}",
+            "for block in range(first * STEP // READ, gl.cdiv(end * STEP, READ)):",
+            *indent([
+                f"{m}_ = gl.minimum(block * READ + gl.arange(0, READ, EVERY), {limit} - 1)",
+                *ends,
+                f"{m}_low = {m}_",
+                f"{m}_high = {m}_",
+                f"alone = ({m}_ >= first * STEP) & {some.atom()}",
+                f"low = gl.minimum(low, gl.min(gl.where(alone, {m}_, {limit}), axis=0))",
+            ]),
+            f"shift = low // {UNIT} % (STEP // {UNIT})",
+        ]  # fmt: skip
+
+    def _cleared(self) -> str:
+        """How many numbers the kernel that makes the lists sets to 0: the counter of places taken, and what is behind
+        it."""
+        return "1"
 
     def _make_lists(self, device: str) -> list[str]:
         """The host's part of the lists of tiles."""
@@ -245,20 +301,20 @@ class Visits(Points):
         grid = [python(shape.extent(r)) for r in self._list_batch()]
         grid.append(f"-(-{paren(python(shape.extent(shape.p)))} // {self.rows})")
         given = [f"{self.name(t)}, *{self.name(t)}.stride()" for t in self._listing_tensors()]
-        results = ["visits", "counts", *(["taken"] if self.dynamic else [])]
+        results = ["visits", "counts", *(["taken", self._cleared()] if self.dynamic else [])]
         return [
             f"lists = {' * '.join(paren(g) for g in grid)}",
             f"visits = torch.empty(lists, {python(self._loop_tiles())}, dtype=torch.int32, device={device})",
             f"counts = torch.empty(lists, dtype=torch.int32, device={device})",
-            *([f"taken = torch.empty(1, dtype=torch.int32, device={device})"] if self.dynamic else []),
+            *([f"taken = torch.empty({self._cleared()}, dtype=torch.int32, device={device})"] if self.dynamic else []),
             *wrapped(f"list_tiles[(lists,)]({', '.join([*given, *results, *self.sizes])}, num_warps={WARPS})", 0),
         ]
 
-    def _ends_of(self, d: Datum, printer: Printer) -> list[str]:
-        """The least and the greatest value of an access over a tile."""
+    def _ends_of(self, d: Datum, printer: Printer, alone: bool = False) -> list[str]:
+        """The least and the greatest value of an access over a tile, or over each column `alone`."""
         v = self._element(d.access, printer)
         code = f"({v.code}).to(gl.int32)" if v.kind == "b" else v.code
-        if not d.moves:
+        if not d.moves or alone:
             return [f"{d.low} = {code}", f"{d.high} = {d.low}"]
         axis = 0 if d.moves == "rows" else 1
         held = f"{d.low.name.removesuffix('_low')}_held"

@@ -4,7 +4,8 @@ without a mask holds nothing but points; for sorted and for shuffled data."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from einscade.codegen.gluon import emit, schedules
+from einscade.codegen.gluon_visits import UNIT
 from einscade.codegen.loops import LoopProgram, plan
 from einscade.ir.cascade import Cascade
 from einscade.ir.interpret import interpret
@@ -117,28 +119,35 @@ def test_lists(name: str, ordered: bool) -> None:
     points = DOMAINS[name].kept(*given[3:])
     for schedule in schedules(loops):
         rows, step = schedule.tile("p") or 0, schedule.tile("M0") or 0
-        lists = listed(emit(loops, schedule).text, given)
+        lists = listed(emit(loops, schedule).text, given, step)
         row_tiles = -(-P // rows)
         for i, entries in enumerate(lists):
             batch = points if len(lists) == row_tiles else points[i // row_tiles][None]
             row = i % row_tiles * rows
-            tiles = [x // 2 for x in entries]
-            assert tiles == sorted(set(tiles), reverse=True)
-            for t in range(-(-M // step)):
-                here = batch[:, row : row + rows, t * step : t * step + step]
-                assert t in tiles or not here.any()
-                assert 2 * t not in entries or (here.all() and here.shape[-1] == step)
+            begins = [at for at, _ in entries]
+            assert all(above - below >= step for above, below in itertools.pairwise(begins))
+            assert len({x % step for x in begins}) == 1
+            covered = torch.zeros(M, dtype=torch.bool)
+            for at, masked in entries:
+                covered[at : at + step] = True
+                here = batch[:, row : row + rows, at : at + step]
+                assert masked or (here.all() and here.shape[-1] == step)
+            assert not batch[:, row : row + rows, ~covered].any()
 
 
-def listed(text: str, given: list[Tensor]) -> list[list[int]]:
-    """The lists that a module makes."""
+def listed(
+    text: str, given: list[Tensor], step: int, sizes: Mapping[str, int] = SIZES
+) -> list[list[tuple[int, bool]]]:
+    """The lists that a module makes: where tiles begin, and whether they are masked. `step`: the tile of columns."""
     space = Simulator().load(text)
     kept: list[Tensor] = []
     space.run.__globals__["list_tiles"] = _Kept(space.list_tiles, kept)
     space.run.__globals__["kernel"] = _Kept(None, [])
-    space.run(*given, **SIZES)
+    space.run(*given, **sizes)
     visits, counts = kept[-2:]
-    return [row[:n].tolist() for row, n in zip(visits, counts.tolist(), strict=True)]
+    unit = UNIT if "shift" in text else step
+    lists = [row[:n].tolist() for row, n in zip(visits, counts.tolist(), strict=True)]
+    return [[(x // 2 * unit, x % 2 > 0) for x in entries] for entries in lists]
 
 
 @pytest.mark.parametrize("ordered", [True, False], ids=["sorted", "shuffled"])
@@ -159,8 +168,9 @@ def test_no_points_at_all(name: str) -> None:
     nothing = {"padding": [0], "lengths": [0], "documents": [1, 2]}[name]
     given[3:] = [torch.full_like(x, value) for x, value in zip(given[3:], nothing, strict=True)]
     loops = program(name)
-    text = emit(loops, schedules(loops)[0]).text
-    assert all(len(entries) == 1 for entries in listed(text, given))
+    schedule = schedules(loops)[0]
+    text = emit(loops, schedule).text
+    assert all(len(entries) == 1 for entries in listed(text, given, schedule.tile("M0") or 0))
     (out,) = Simulator(1).load(text).run(*given, **SIZES)
     assert not out.any()
 
@@ -182,9 +192,38 @@ def test_sorted_documents_visit_little() -> None:
     """What it is for: of packed documents, each tile of rows visits the tiles of its own documents."""
     loops = program("documents")
     schedule = next(x for x in schedules(loops) if x.tile("M0") == 64)
-    lists = listed(emit(loops, schedule).text, made("documents", ordered=True))
+    lists = listed(emit(loops, schedule).text, made("documents", ordered=True), 64)
     everything = -(-P // (schedule.tile("p") or 0)) * -(-M // (schedule.tile("M0") or 0)) * 2
     assert sum(map(len, lists)) < 0.6 * everything
+
+
+@pytest.mark.parametrize("name", ["documents", "documents of 64 bits", "padding"])
+@pytest.mark.parametrize("length", [700, 20000], ids=["read at once", "read in parts"])
+def test_lists_begin_where_points_do(name: str, length: int) -> None:
+    """Documents, and padding in front, at any place: no more tiles than their columns fill."""
+    loops = program(name)
+    random = torch.Generator().manual_seed(length)
+    begin, middle = (torch.randint(2, length // 3, (2, 1), generator=random) for _ in range(2))
+    unit = DOMAINS[name].unit
+    at, dtype = torch.arange(length), torch.int64 if unit > 1 else torch.int32
+    columns = (at >= begin).to(dtype) + (at >= begin + middle).to(dtype)
+    if name == "padding":
+        given, wanted = [columns > 0], [length - begin] * 2
+    else:
+        rows = torch.stack([(torch.arange(P) >= 200).to(columns.dtype) + 1] * 2)
+        given, wanted = [rows * unit, columns * unit], [middle, length - begin - middle]
+    moving = [torch.zeros(2, 2, n, 64, dtype=torch.bfloat16) for n in (P, length, length)]
+    for schedule in schedules(loops):
+        step, tile = schedule.tile("M0") or 0, schedule.tile("p") or 0
+        lists = listed(emit(loops, schedule).text, [*moving, *given], step, {"B": 2, "P": P, "M": length})
+        row_tiles = -(-P // tile)
+        for i, entries in enumerate(lists):
+            batch, row = divmod(i, row_tiles)
+            ends = row * tile, min(P, row * tile + tile) - 1
+            if name == "padding" or (ends[0] < 200) == (ends[1] < 200):
+                most = -(-(int(wanted[int(ends[0] >= 200)][batch]) + UNIT - 1) // step)
+                assert len(entries) <= most
+                assert sum(masked for _, masked in entries) <= 2
 
 
 @pytest.mark.parametrize("name", DOMAINS)
