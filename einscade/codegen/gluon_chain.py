@@ -515,7 +515,7 @@ class Chain(Frame):
         tiles = {t.access for t in self.tables}
         tensors = [*dict.fromkeys(x.access.tensor for x in self.loads if x.access not in tiles), *self._row_results()]
         others = [code for t in tensors for code in (self.name(t), f"*{self.name(t)}.stride()")]
-        others += ["visits", "counts"] if self.listed else []
+        others += ["visits"] if self.listed else []
         others += ["taken"] if self.dynamic else []
         others += ["programs"] if self.resident else []
         return [

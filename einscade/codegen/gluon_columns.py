@@ -51,12 +51,7 @@ class Columns(Places):
 
     def _run_maps(self) -> list[str]:
         """On the host: the copy engine's views of the columns."""
-        maps = []
-        for c in self.copied_columns:
-            seen = self.name(c.access.tensor) + ("[None]" if len(c.access.index) == 1 else "")
-            seen += ".view(torch.uint8)" if self.dtype(c.access.tensor) == "bool" else ""
-            maps.append(f"run_map({seen}, {self.columns})")
-        return maps
+        return [f"run_map({self.name(c.access.tensor)}, {self.columns}, 2)" for c in self.copied_columns]
 
     def _allocate_runs(self) -> list[str]:
         columns = self.copied_columns

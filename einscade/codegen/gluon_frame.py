@@ -279,7 +279,7 @@ RESULT_ROW = gl.constexpr(gl.SliceLayout(1, RESULT))
         lines.append("if programs:")
         if self.listed:
             lines += indent(self._make_lists(device))
-            others += ["visits", "counts"]
+            others.append("visits")
         lines += indent(self._prepare_tables())
         lines += indent(self._counters(device))
         others += ["taken"] if self.dynamic else []

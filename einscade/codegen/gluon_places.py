@@ -70,7 +70,7 @@ class Places(Visits):
 
     def _place_arguments(self) -> list[str]:
         program = ["program"] if self.resident else []
-        return [*program, *(["visits", "counts"] if self.listed else []), *self.sizes]
+        return [*program, *(["visits"] if self.listed else []), *self.sizes]
 
     def _placed(self) -> list[str]:
         """What `place` says of a program."""
@@ -79,7 +79,7 @@ class Places(Visits):
     def _lists(self) -> list[str]:
         """The lists of all programs, as arguments; of a program that takes several places under another name than the
         list of one."""
-        return ["lists" if self.resident else "visits", "counts"] if self.listed else []
+        return ["lists" if self.resident else "visits"] if self.listed else []
 
     def _go_to(self, program: str) -> str:
         """What `place` says of a place."""

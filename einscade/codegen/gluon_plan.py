@@ -56,7 +56,7 @@ RESERVED = frozenset({
     "gl", "gluon", "torch", "tma", "mbarrier", "run", "kernel", "load", "weigh", "advance", "compute", "group", "tile",
     "stage", "phase", "first", "end", "full_first", "full_end", "weights", "keep", "programs", "row", "finite", "tanh",
     "reciprocal", "row_max", "row_min", "row_sum", "row_parts", "tile_map", "MASKED", "UPPER", "LOWER", "ROWS",
-    "COLUMNS", "visit", "visits", "count", "counts", "listed", "lists", "list_tiles", "add", "at", "some", "whole",
+    "COLUMNS", "visit", "visits", "count", "listed", "lists", "list_tiles", "add", "at", "some", "whole",
     "add_tile", "others", "others_full", "part", "part_tile", "before", "values", "program", "still_phase", "following",
     "packed", "taken", "upcoming", "next_stage", "next_phase", "slot_phase", "finish", "edge", "inside", "turn", "half",
     "zero_half", "HALF", "begun", "logistic", "at_points", "sooner", "first_columns", "is_one", "mark", "mark_to",

@@ -95,9 +95,11 @@ def table_map(x: torch.Tensor, rows: int, width: int) -> tuple[TensorDescriptor 
 
 
 RUN_MAP = '''
-def run_map(x: torch.Tensor, columns: int) -> TensorDescriptor:
-    """The copy engine's view of x as runs of its last dimension; of a copy, in rows of whole 64 bytes, where its
-    strides or address are none that the engine can take."""
+def run_map(x: torch.Tensor, columns: int, ranks: int = 1) -> TensorDescriptor:
+    """The copy engine's view of x, in no fewer ranks, as runs of its last dimension; of a copy, in rows of whole 64
+    bytes, where its strides or address are none that the engine can take."""
+    x = x[(None,) * (ranks - x.dim())]
+    x = x.view(torch.uint8) if x.dtype == torch.bool else x
     if x.numel() == 0:
         x = x.new_zeros([max(1, n) for n in x.shape])
     size = x.element_size()

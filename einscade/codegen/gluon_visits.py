@@ -3,8 +3,9 @@
 Comes in: a `Plan` whose predicate reads tensors, or leaves out tiles between others. Goes out: a second kernel of the
 module, which writes for each tile of rows the tiles of the loop that can hold a point, from the last to the first, each
 as twice its number, plus 1 where it needs a mask. The loading warp and the consumers of the main kernel follow that
-list. Which tiles are on it is decided by `passes.domains` from the ends of each access over the tile. Where columns'
-data says where points begin (packed documents, padding), a list's tiles begin there, and go by the number of a `UNIT`.
+list, which has its length in front. Which tiles are on it is decided by `passes.domains` from the ends of each access
+over the tile. Where columns' data says where points begin (packed documents, padding), a list's tiles begin there, and
+go by the number of a `UNIT`.
 """
 
 from __future__ import annotations
@@ -185,8 +186,9 @@ class Visits(Points):
         number = f"{paren(number)} * row_tiles + row_tile" if number else "row_tile"
         return [
             f"listed = {number}",
-            f"visits += listed.to(gl.int64) * {names.value(self._loop_tiles()).atom()}",
-            "count = gl.load(counts + listed)",
+            f"visits += listed.to(gl.int64) * ({names.value(self._loop_tiles()).atom()} + 1)",
+            "count = gl.load(visits)",
+            "visits += 1",
         ]
 
     # -- the kernel that makes it --
@@ -246,20 +248,20 @@ class Visits(Points):
             f"entry = gl.convert_layout({number} * 2 + 1 - whole.to(gl.int32), LIST)",
             "written = gl.convert_layout(some.to(gl.int32), LIST)",
             "at = count + gl.associative_scan(written, 0, add) - 1",
-            "gl.store(visits + at, entry, mask=written != 0)",
+            "gl.store(visits + 1 + at, entry, mask=written != 0)",
             "count += gl.sum(written, axis=0)",
         ]
         if self.shifted:
             lines += self._shift(some, limit, loads)
         lines += [
-            f"visits += program.to(gl.int64) * {names.value(self._loop_tiles()).atom()}",
+            f"visits += program.to(gl.int64) * ({names.value(self._loop_tiles()).atom()} + 1)",
             "count = 0",
             "for block in range(gl.cdiv(end - first, LISTED)):",
             "    tile = end - 1 - block * LISTED - gl.arange(0, LISTED, EACH)",
             *indent(inside),
             "if count == 0:",
-            f"    gl.store(visits, 2 * first{f' * (STEP // {UNIT})' if self.shifted else ''} + 1)",
-            "gl.store(counts + program, gl.maximum(count, 1))",
+            f"    gl.store(visits + 1, 2 * first{f' * (STEP // {UNIT})' if self.shifted else ''} + 1)",
+            "gl.store(visits, gl.maximum(count, 1))",
         ]
         if self.dynamic:
             lines += [
@@ -269,7 +271,7 @@ class Visits(Points):
             ]
         counters = ["taken", "cleared"] if self.dynamic else []
         decorator = f"@gluon.jit(do_not_specialize={[*counters[1:], *self.sizes]!r})"
-        arguments = [*self._listing_pointers(), "visits", "counts", *counters, *self.sizes]
+        arguments = [*self._listing_pointers(), "visits", *counters, *self.sizes]
         return function("list_tiles", arguments, lines, decorator)
 
     def _shift(self, some: Value, limit: str, loads: Printer) -> list[str]:
@@ -301,11 +303,10 @@ class Visits(Points):
         grid = [python(shape.extent(r)) for r in self._list_batch()]
         grid.append(f"-(-{paren(python(shape.extent(shape.p)))} // {self.rows})")
         given = [f"{self.name(t)}, *{self.name(t)}.stride()" for t in self._listing_tensors()]
-        results = ["visits", "counts", *(["taken", self._cleared()] if self.dynamic else [])]
+        results = ["visits", *(["taken", self._cleared()] if self.dynamic else [])]
         return [
             f"lists = {' * '.join(paren(g) for g in grid)}",
-            f"visits = torch.empty(lists, {python(self._loop_tiles())}, dtype=torch.int32, device={device})",
-            f"counts = torch.empty(lists, dtype=torch.int32, device={device})",
+            f"visits = torch.empty(lists, {paren(python(self._loop_tiles()))} + 1, dtype=torch.int32, device={device})",
             *([f"taken = torch.empty({self._cleared()}, dtype=torch.int32, device={device})"] if self.dynamic else []),
             *wrapped(f"list_tiles[(lists,)]({', '.join([*given, *results, *self.sizes])}, num_warps={WARPS})", 0),
         ]

@@ -133,7 +133,7 @@ def remembered(describe: Callable[..., Any]) -> Callable[..., Any]:
             found = describe(tensor, *others)
             parts = found if isinstance(found, tuple) else (found,)
             bases = [p.base if hasattr(p, "block_shape") else p for p in parts]
-            if all(b is tensor or not isinstance(b, Tensor) for b in bases):
+            if all(not isinstance(b, Tensor) or b.data_ptr() == tensor.data_ptr() for b in bases):
                 if len(known) >= MOST:
                     known.clear()
                 known[key] = _without(tensor, found)
@@ -157,7 +157,7 @@ def _without(tensor: Tensor, found: Any) -> Any:
         return _Itself(found[1:])
     for part in found if isinstance(found, tuple) else (found,):
         if hasattr(part, "block_shape"):
-            part.base = Address(tensor.data_ptr(), tensor.dtype)
+            part.base = Address(part.base.data_ptr(), part.base.dtype)
     return found
 
 

@@ -141,12 +141,13 @@ def listed(
     """The lists that a module makes: where tiles begin, and whether they are masked. `step`: the tile of columns."""
     space = Simulator().load(text)
     kept: list[Tensor] = []
+    tiles = -(-sizes["M"] // step)
     space.run.__globals__["list_tiles"] = _Kept(space.list_tiles, kept)
     space.run.__globals__["kernel"] = _Kept(None, [])
     space.run(*given, **sizes)
-    visits, counts = kept[-2:]
+    visits = next(x for x in kept if x.dim() == 2 and x.dtype == torch.int32 and x.shape[1] == tiles + 1)
     unit = UNIT if "shift" in text else step
-    lists = [row[:n].tolist() for row, n in zip(visits, counts.tolist(), strict=True)]
+    lists = [row[1 : 1 + int(row[0])].tolist() for row in visits]
     return [[(x // 2 * unit, x % 2 > 0) for x in entries] for entries in lists]
 
 

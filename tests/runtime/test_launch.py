@@ -281,6 +281,20 @@ def test_a_copy_is_described_every_time(launched: list[tuple[Any, ...]]) -> None
     assert torch.equal(one.base, x)
 
 
+def test_another_view_of_the_same_memory_is_described_once() -> None:
+    """Numbers of 64 bits as two words each, a vector as a row."""
+
+    def describe(x: Tensor, ranks: int) -> Any:
+        x = x.view(torch.int32)[(None,) * (ranks - x.dim())]
+        return SimpleNamespace(base=x, block_shape=[1, 4], padding="zero")
+
+    look_up = launch.remembered(describe)
+    x = torch.arange(8)
+    one = look_up(x, 2)
+    assert look_up(x, 2) is one
+    assert one.base == launch.Address(x.data_ptr(), torch.int32)
+
+
 def test_descriptors_are_forgotten_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "MOST", 8)
     made = []
